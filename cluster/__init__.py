@@ -1,0 +1,1 @@
+"""The machines: Ray processes, DeepSpeed engines, placement and supervision around `distill`."""

@@ -1,0 +1,97 @@
+"""Settings of the machine side, and the root of a run's configuration. No torch, no ray."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from distill.config import (
+    DataConfig,
+    EvalConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    PretrainConfig,
+    TeacherConfig,
+    TrainConfig,
+    TrajectoryConfig,
+    check,
+    check_positive,
+)
+
+
+@dataclass
+class WorkersConfig:
+    """A group of Ray workers: how many, and what each asks of the cluster."""
+
+    num_workers: int = 2
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    threads_per_worker: int = 1  # intra-op threads of torch on a CPU worker
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "cluster", num_workers=self.num_workers, threads_per_worker=self.threads_per_worker
+        )
+
+
+@dataclass
+class TeacherPoolConfig(WorkersConfig):
+    """The teacher pool."""
+
+    lease_timeout_s: float = 120.0  # a lease without a heartbeat for this long goes back
+    max_attempts: int = 3  # a shard that failed this often is given up, with its traceback
+
+
+@dataclass
+class TrainerConfig(WorkersConfig):
+    """The trainer group."""
+
+    max_restarts: int = 3  # restarts without a new verified checkpoint before the run stops
+
+
+@dataclass
+class ClusterConfig:
+    """Where and how the run's processes are placed."""
+
+    address: str = ""  # "" starts Ray on this machine; otherwise the address of a running cluster
+    teachers: TeacherPoolConfig = field(default_factory=TeacherPoolConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    object_store_bytes: int = 200_000_000
+    device_cost_per_hour: float = 0.0  # for `estimate`; 0 leaves the cost out
+
+
+@dataclass
+class RunSection:
+    """Name and place of a run."""
+
+    name: str = MISSING
+    dir: str = MISSING
+    command: str = ""  # the command line that made the run, for the report
+
+
+@dataclass
+class RunConfig:
+    """Everything about a run. `experiment=NAME` fills it; the command line overrides any key."""
+
+    run: RunSection = field(default_factory=RunSection)
+    seed: int = 0
+    data: DataConfig = MISSING
+    student: NetworkConfig = MISSING
+    teacher: dict[str, TeacherConfig] = MISSING  # by name, weakest first
+    trajectory: TrajectoryConfig = field(default_factory=TrajectoryConfig)
+    objective: ObjectiveConfig = MISSING
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    train: TrainConfig = MISSING
+    eval: EvalConfig = MISSING
+    cluster: ClusterConfig = MISSING
+
+    def __post_init__(self) -> None:
+        check(len(self.teacher) > 0, "teacher={} needs at least one teacher")
+        for name, teacher in self.teacher.items():
+            check(
+                teacher.steps % self.trajectory.grid == 0,
+                f"teacher.{name}.steps={teacher.steps} must be a multiple of "
+                f"trajectory.grid={self.trajectory.grid}",
+            )
+        self.train.accumulation(self.cluster.trainer.num_workers)

@@ -1,0 +1,1 @@
+"""The method: trajectories, objectives, training and evaluation of few-step students."""

@@ -1,0 +1,388 @@
+"""Settings of the method side as plain dataclasses. No torch, so a login node can check a run.
+
+Hydra composes YAML into these classes; nothing past the command line sees an untyped tree. A wrong
+value is a `ConfigError` that names the key, the value and the way out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work. The message names the key, the value and what to do."""
+
+
+def check(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ConfigError unless `value` is one of `choices`."""
+    check(value in choices, f"{key}={value} is not known; choose one of: {', '.join(choices)}")
+
+
+def check_positive(prefix: str, **values: float) -> None:
+    """Raises ConfigError unless every value is above zero."""
+    for name, value in values.items():
+        check(value > 0, f"{prefix}.{name}={value} must be above 0")
+
+
+# -----------------------------------------------------------------------------------------------
+# Data and networks
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """What a network or teacher works on: square images [channels, size, size] with classes."""
+
+    channels: int
+    size: int
+    num_classes: int  # 0: unconditional
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
+        return (self.channels, self.size, self.size)
+
+
+@dataclass
+class DataConfig:
+    """The real images a teacher is trained on and a student is compared with."""
+
+    name: str = MISSING  # digits | fashion
+    path: str = ""  # folder with the files; "" is the usual place of the data set
+    channels: int = MISSING
+    size: int = MISSING  # height = width, pixels, after padding
+    num_classes: int = 0  # 0: unconditional
+
+    def __post_init__(self) -> None:
+        check_choice("data.name", self.name, ("digits", "fashion"))
+        check_positive("data", channels=self.channels, size=self.size)
+
+    @property
+    def image(self) -> ImageSpec:
+        """Shape and classes of the images."""
+        return ImageSpec(self.channels, self.size, self.num_classes)
+
+
+@dataclass
+class NetworkConfig:
+    """Base of the network variants; one subclass per architecture."""
+
+    name: str = MISSING  # dit | unet
+
+
+@dataclass
+class DiTConfig(NetworkConfig):
+    """Diffusion transformer with SiT's parameter names (Ma et al., 2024)."""
+
+    name: str = "dit"
+    patch_size: int = 2
+    width: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "student",
+            patch_size=self.patch_size,
+            width=self.width,
+            depth=self.depth,
+            num_heads=self.num_heads,
+        )
+        check(
+            self.width % self.num_heads == 0,
+            f"student.width={self.width} must be a multiple of student.num_heads={self.num_heads}",
+        )
+
+
+@dataclass
+class UNetConfig(NetworkConfig):
+    """U-Net in the manner of ADM and DDPM++ (Dhariwal and Nichol, 2021; Song et al., 2021)."""
+
+    name: str = "unet"
+    width: int = 64
+    channel_mults: list[int] = field(default_factory=lambda: [1, 2, 2])
+    blocks_per_level: int = 2
+    attention_sizes: list[int] = field(
+        default_factory=lambda: [16]
+    )  # feature map heights that get attention
+    num_heads: int = 4
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "student",
+            width=self.width,
+            blocks_per_level=self.blocks_per_level,
+            num_heads=self.num_heads,
+        )
+        check(len(self.channel_mults) > 0, "student.channel_mults=[] needs at least one level")
+        check(
+            self.width % self.num_heads == 0,
+            f"student.width={self.width} must be a multiple of student.num_heads={self.num_heads}",
+        )
+
+
+# -----------------------------------------------------------------------------------------------
+# Teachers and trajectories
+
+
+@dataclass
+class TeacherConfig:
+    """One frozen teacher and how its ODE is solved.
+
+    Several teachers may differ in everything but the shape of the images and the stored grid.
+    """
+
+    kind: str = "native"  # native | analytic | sit | diffusers | edm
+    path: str = ""  # folder or file with the weights
+    solver: str = "heun"  # euler | heun | rk4
+    steps: int = 16  # fixed solver steps from noise to data; a multiple of trajectory.grid
+    guidance: float = 1.0  # scale w of v = v_null + w (v_label - v_null); 1 is off
+    weight: float = 1.0  # convex weight among several teachers, before normalisation
+
+    def __post_init__(self) -> None:
+        check_choice("teacher.kind", self.kind, ("native", "analytic", "sit", "diffusers", "edm"))
+        check_choice("teacher.solver", self.solver, ("euler", "heun", "rk4"))
+        check_positive("teacher", steps=self.steps, weight=self.weight)
+
+
+@dataclass
+class TrajectoryConfig:
+    """The trajectory stream: what a shard holds and in which order it is read (docs/formats.md)."""
+
+    grid: int = 8  # K: states are stored at t = 0, 1/K .. 1
+    samples_per_shard: int = 256
+    block_shards: int = 4  # shards shuffled together
+    passes: int = 4  # times each block is read before the next
+    dtype: str = "float16"  # stored dtype
+    store_noise: bool = True  # false: the reader makes it again from the sample id
+    batch_size: int = 256  # samples a teacher integrates at once; fixed per run
+    ready_ahead: int = 16  # shards at most beyond the block that is read
+    max_bytes: int = 20_000_000_000  # shards at most on disk, bytes
+    wait_timeout_s: float = 900.0  # a reader waits this long for one block, then fails
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "trajectory",
+            grid=self.grid,
+            samples_per_shard=self.samples_per_shard,
+            block_shards=self.block_shards,
+            passes=self.passes,
+            batch_size=self.batch_size,
+            wait_timeout_s=self.wait_timeout_s,
+        )
+        check_choice("trajectory.dtype", self.dtype, ("float16", "float32"))
+        check(
+            self.ready_ahead >= self.block_shards,
+            f"trajectory.ready_ahead={self.ready_ahead} must be at least trajectory.block_shards="
+            f"{self.block_shards}, or the reader would wait for a block that may not be made",
+        )
+
+    @property
+    def block_samples(self) -> int:
+        """Samples in one block."""
+        return self.block_shards * self.samples_per_shard
+
+
+# -----------------------------------------------------------------------------------------------
+# Objectives: one subclass each, see distill/objectives
+
+
+@dataclass
+class ObjectiveConfig:
+    """Base of the objectives. `distance` is the pointwise distance D of the loss terms."""
+
+    name: str = MISSING
+    distance: str = "pseudo_huber"  # l2 | pseudo_huber
+
+    def __post_init__(self) -> None:
+        check_choice("objective.distance", self.distance, ("l2", "pseudo_huber"))
+
+
+@dataclass
+class TraFlowConfig(ObjectiveConfig):
+    """Trajectory distillation: output, velocity and self-consistency, a flow-matching anchor."""
+
+    name: str = "traflow"
+    weight_output: float = 1.0
+    weight_velocity: float = 1.0
+    weight_consistency: float = 1.0
+    weight_flow_matching: float = 0.0
+    p_full: float = 1.0  # chance that the output jump is the whole one, noise to data
+    velocity_mode: str = "trajectory"  # straight | trajectory
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.velocity_mode", self.velocity_mode, ("straight", "trajectory"))
+        check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
+
+
+@dataclass
+class BezierConfig(ObjectiveConfig):
+    """Multi-teacher Bezier distillation: teachers' outputs or states as control points."""
+
+    name: str = "bezier"
+    variant: str = "endpoint"  # endpoint | path | straight
+    degree: int = 2
+    weight_drift: float = 0.0
+    weight_map: float = 1.0
+    weight_end: float = 1.0
+    p_full: float = 0.5
+    derivative: str = "finite_difference"  # jvp | finite_difference
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.variant", self.variant, ("endpoint", "path", "straight"))
+        check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
+        check_positive("objective", degree=self.degree)
+        check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
+
+
+@dataclass
+class EndpointConfig(ObjectiveConfig):
+    """Rectified-flow distillation: one jump from noise to the teacher's output."""
+
+    name: str = "endpoint"
+
+
+@dataclass
+class ReflowConfig(ObjectiveConfig):
+    """k-rectified flow: velocity regression on pairs; on (noise, image) pairs it trains a teacher."""
+
+    name: str = "reflow"
+    distance: str = "l2"
+    times: str = "uniform"  # uniform | u_shaped
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.times", self.times, ("uniform", "u_shaped"))
+
+
+@dataclass
+class ConsistencyConfig(ObjectiveConfig):
+    """Consistency trajectory model without the adversarial term (Kim et al., 2024)."""
+
+    name: str = "consistency"
+
+
+@dataclass
+class MeanFlowConfig(ObjectiveConfig):
+    """MeanFlow: the Eulerian flow-map identity on the pairs (Geng et al., 2025)."""
+
+    name: str = "meanflow"
+    p_diagonal: float = 0.25  # chance of s = t, plain flow matching
+    derivative: str = "finite_difference"  # jvp | finite_difference
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
+        check(
+            0 <= self.p_diagonal <= 1,
+            f"objective.p_diagonal={self.p_diagonal} must be between 0 and 1",
+        )
+
+
+# -----------------------------------------------------------------------------------------------
+# Training and evaluation
+
+
+@dataclass
+class TrainConfig:
+    """One optimisation: of a student on trajectories, or of a teacher on real images."""
+
+    max_steps: int = 800
+    batch_size: int = 256  # global, over all ranks and accumulation steps
+    micro_batch: int = 0  # samples a rank takes at once; 0: no gradient accumulation
+    lr: float = 1e-3
+    warmup_steps: int = 20
+    decay: str = "cosine"  # constant | cosine (to 0 at max_steps)
+    weight_decay: float = 0.0
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    grad_clip: float = 1.0  # largest global gradient norm; 0 is off
+    zero_stage: int = 1
+    precision: str = "fp32"  # fp32 | bf16
+    ema_target: float = 0.95  # decay of the average the objectives use as target
+    ema_evaluation: float = 0.99  # decay of the average that is evaluated and exported
+    log_every: int = 10  # steps
+    save_every: int = 100  # steps
+    keep_last: int = 2  # checkpoints
+    label_dropout: float = (
+        0.1  # chance that a label becomes "none"; only where a teacher is trained
+    )
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "train",
+            max_steps=self.max_steps,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            log_every=self.log_every,
+            save_every=self.save_every,
+            keep_last=self.keep_last,
+        )
+        check_choice("train.decay", self.decay, ("constant", "cosine"))
+        check_choice("train.precision", self.precision, ("fp32", "bf16"))
+        check(len(self.betas) == 2, f"train.betas={self.betas} must be two numbers")
+        for name in ("ema_target", "ema_evaluation"):
+            value = getattr(self, name)
+            check(0 <= value < 1, f"train.{name}={value} must be at least 0 and below 1")
+
+    def accumulation(self, world_size: int) -> int:
+        """Micro-batches of one step on each of `world_size` ranks.
+
+        Raises:
+            ConfigError: the batch cannot be divided so.
+        """
+        micro = self.micro_batch or self.batch_size // max(world_size, 1)
+        unit = world_size * micro
+        if unit == 0 or self.batch_size % unit:
+            unit = max(unit, world_size)
+            nearest = max(1, round(self.batch_size / unit)) * unit
+            raise ConfigError(
+                f"train.batch_size={self.batch_size} must be a multiple of "
+                f"world_size*micro_batch={unit}; try {nearest}"
+            )
+        return self.batch_size // unit
+
+
+@dataclass
+class PretrainConfig:
+    """Trains a rectified-flow teacher with the student's architecture when the user has none."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    export_steps: list[int] = field(default_factory=list)  # extra exports before the last step
+
+
+@dataclass
+class ExtractorConfig:
+    """The features behind the Fréchet and kernel distances."""
+
+    name: str = "pixels"  # pixels | inception
+    weights: str = ""  # file, for inception
+
+
+@dataclass
+class EvalConfig:
+    """Evaluation of a finished student."""
+
+    num_samples: int = 2000
+    seed: int = 12345
+    batch_size: int = 500
+    nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    teacher_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    reference_steps: int = 64  # Heun steps of the teacher's fine solution
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+
+    def __post_init__(self) -> None:
+        check_positive("eval", num_samples=self.num_samples, batch_size=self.batch_size)
+        check(
+            all(n > 0 for n in [*self.nfe, *self.teacher_nfe]),
+            "eval.nfe and eval.teacher_nfe must be above 0",
+        )

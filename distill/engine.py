@@ -1,0 +1,193 @@
+"""Engine: the model under training, however it is spread over processes.
+
+The loop in `distill.train` sees only this protocol. `TorchEngine` is one process;
+`cluster.zero.DeepSpeedEngine` is ZeRO. Both keep their state as `Fragment`s, pieces of named
+parameters, so a checkpoint of one opens in the other and on any number of ranks.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from distill.config import TrainConfig
+from distill.ema import Average
+
+MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+TARGET, EVALUATION = "target", "evaluation"
+
+
+def average_kind(name: str) -> str:
+    """The fragment kind of a weight average."""
+    return f"ema/{name}"
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous piece of one flattened float32 state tensor, held by one rank.
+
+    Attributes:
+        kind: "master", "exp_avg", "exp_avg_sq" or "ema/<name>".
+        name: parameter name.
+        start: index of the first element within the flattened parameter.
+        data: [n] float32 view of the live state; loading copies into it.
+    """
+
+    kind: str
+    name: str
+    start: int
+    data: Tensor
+
+
+# (kind, name, start, length) -> [length] float32 values of a verified checkpoint
+FragmentReader = Callable[[str, str, int, int], Tensor]
+
+
+class Engine(Protocol):
+    """One rank of a model under training."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    def describe(self) -> dict[str, object]:
+        """What a manifest says of this engine: kind, ZeRO stage, precision, shapes by name."""
+
+    def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        """u(x, t, s, label) of the weights under training, float32, with gradient."""
+
+    def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        """u of the "target" average: gradient reaches `x`, never the weights."""
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Accumulates the gradient of `loss`, a mean over this rank's micro-batch.
+
+        `last` marks the last micro-batch of a step.
+        """
+
+    def step(self, step: int, lr: float) -> float:
+        """Averages gradients over ranks and micro-batches, clips, updates weights and averages.
+
+        Returns the global gradient norm before clipping.
+        """
+
+    def fragments(self) -> Iterator[Fragment]:
+        """This rank's part of the state; every element of every tensor is held by one rank."""
+
+    def load(self, read: FragmentReader, step: int) -> None:
+        """Sets the state after `step` optimizer steps."""
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. Collective, so also a barrier."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[world_size, *values.shape]: `values` of all ranks, in rank order. Collective."""
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
+    """Optimizer groups: matrices with weight decay, norms and biases without."""
+    trained = [p for p in network.parameters() if p.requires_grad]
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def frozen_copy(network: nn.Module) -> nn.Module:
+    """A copy whose weights take no gradient, for the target average."""
+    return copy.deepcopy(network).requires_grad_(False)
+
+
+class TorchEngine:
+    """The whole model in one process, float32. The reference for every other engine."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device) -> None:
+        self.device = device
+        self._config = config
+        self._network = network.to(device)
+        self._params = {n: p for n, p in self._network.named_parameters() if p.requires_grad}
+        self._optimizer = torch.optim.AdamW(
+            parameter_groups(self._network, config.weight_decay),
+            lr=0.0,
+            betas=(config.betas[0], config.betas[1]),
+        )
+        for param in self._params.values():
+            self._optimizer.state[param] = {
+                "step": torch.tensor(0.0),
+                EXP_AVG: torch.zeros_like(param),
+                EXP_AVG_SQ: torch.zeros_like(param),
+            }
+        masters = list(self._params.values())
+        self._averages = {
+            TARGET: Average(config.ema_target, masters),
+            EVALUATION: Average(config.ema_evaluation, masters),
+        }
+        self._target = frozen_copy(self._network)
+        averaged = zip(self._params, self._averages[TARGET].values, strict=True)
+        for name, value in averaged:  # the target network *is* the average
+            self._target.get_parameter(name).data = value
+        self._micro_batches = 0
+
+    def describe(self) -> dict[str, object]:
+        shapes = {name: list(param.shape) for name, param in self._params.items()}
+        return {"engine": "torch", "zero_stage": 0, "precision": "fp32", "parameters": shapes}
+
+    def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        return self._network(x, t, s, label)
+
+    def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        return self._target(x, t, s, label)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+        self._micro_batches += 1
+
+    def step(self, step: int, lr: float) -> float:
+        params = list(self._params.values())
+        for param in params:
+            if param.grad is None:
+                param.grad = torch.zeros_like(param)
+        grads = [param.grad for param in params if param.grad is not None]
+        torch._foreach_div_(grads, float(self._micro_batches))
+        norm = torch.nn.utils.get_total_norm(grads)
+        if self._config.grad_clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(params, self._config.grad_clip, norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._micro_batches = 0
+        for average in self._averages.values():
+            average.update(step, params)
+        return float(norm)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for index, (name, param) in enumerate(self._params.items()):
+            state = self._optimizer.state[param]
+            yield Fragment(MASTER, name, 0, param.detach().view(-1))
+            yield Fragment(EXP_AVG, name, 0, state[EXP_AVG].view(-1))
+            yield Fragment(EXP_AVG_SQ, name, 0, state[EXP_AVG_SQ].view(-1))
+            for kind, average in self._averages.items():
+                yield Fragment(average_kind(kind), name, 0, average.values[index].view(-1))
+
+    def load(self, read: FragmentReader, step: int) -> None:
+        for fragment in self.fragments():
+            length = fragment.data.numel()
+            fragment.data.copy_(read(fragment.kind, fragment.name, fragment.start, length))
+        for state in self._optimizer.state.values():
+            state["step"].fill_(step)
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def gather(self, values: Tensor) -> Tensor:
+        return values[None]

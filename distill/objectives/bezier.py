@@ -1,0 +1,76 @@
+"""Multi-teacher Bezier distillation (arXiv 2503.16562; docs/method.md for what we chose).
+
+    B(t) = sum_k C(n,k) (1-t)^(n-k) t^k P_k,   P_0 = x_0, P_1 .. P_{n-1} guides, P_n = end point
+
+    drift = D( u(B(t), t, t), B'(t) )
+    map   = D( u(B(t), t, s), sg[ B'(t) + (s - t) d/dt u ] ),  tangent (B', 1, 0)
+    end   = D( G(B(t), t, 1), P_n )
+
+Control points, by variant:
+    endpoint  P_k = output of teacher k from the same noise, weakest first; P_n = the best output
+    path      the curve of degree n fitted through the states, a convex mixture over teachers
+    straight  n = 1: x_0 and the best output. The control; its drift equals `reflow`.
+
+Sampling goes through the map G: a single Euler step of the drift does not land on P_n.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from distill.config import BezierConfig
+from distill.objectives.base import LossTerms, distance, draw, eulerian_target, weighted_sum
+from distill.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity, jump
+from distill.trajectory import TrajectoryBatch
+
+
+def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[Tensor, "B n1 *S"]:
+    """P_0 .. P_n of every sample.
+
+    Raises:
+        ValueError: `endpoint` with another number of teachers than `degree`.
+    """
+    if variant == "straight":
+        return torch.stack([batch.noise, batch.best[:, -1]], dim=1)
+    if variant == "endpoint":
+        teachers = batch.states.shape[1]
+        if teachers != degree:
+            raise ValueError(
+                f"endpoint guides: degree {degree} needs as many teachers, not {teachers}"
+            )
+        return torch.cat([batch.noise[:, None], batch.outputs], dim=1)
+    fitted = [
+        weight * bezier_fit(batch.states[:, m], batch.times, degree)
+        for m, weight in enumerate(batch.weights)
+    ]
+    return torch.stack(fitted).sum(dim=0)
+
+
+class Bezier:
+    """Drift, map and end losses on the curve."""
+
+    def __init__(self, config: BezierConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+
+    def loss(
+        self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
+    ) -> LossTerms:
+        config, label, terms = self.config, batch.labels, {}
+        points = control_points(batch, config.variant, config.degree)
+        t = draw(self.seed, "bezier/t", step, batch)
+        x, v = bezier_point(points, t), bezier_velocity(points, t)
+        if config.weight_drift > 0:
+            value = distance(config.distance, student(x, t, t, label), v)
+            terms["drift"] = (config.weight_drift, value)
+        if config.weight_map > 0:
+            s = t + (1 - t) * draw(self.seed, "bezier/s", step, batch)
+            goal = eulerian_target(student, x, v, t, s, label, config.derivative)
+            value = distance(config.distance, student(x, t, s, label), goal)
+            terms["map"] = (config.weight_map, value)
+        if config.weight_end > 0:
+            full = draw(self.seed, "bezier/full", step, batch) < config.p_full
+            t_end = t.where(~full, torch.zeros_like(t))
+            x_end = bezier_point(points, t_end)
+            output = jump(student, x_end, t_end, torch.ones_like(t), label)
+            terms["end"] = (config.weight_end, distance(config.distance, output, points[:, -1]))
+        return weighted_sum(terms)

@@ -1,0 +1,145 @@
+"""The files of a run: one place that knows their names. Standard library only.
+
+A run directory is the whole truth about a run; every process can be killed and the run goes on
+from its files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run below `root` (docs/formats.md)."""
+
+    root: Path
+
+    @property
+    def identity(self) -> Path:
+        """run.json: what determines data and weights."""
+        return self.root / "run.json"
+
+    @property
+    def config(self) -> Path:
+        """config.yaml: the composed configuration of the last start."""
+        return self.root / "config.yaml"
+
+    @property
+    def shards(self) -> Path:
+        """Committed trajectory shards and their sidecars."""
+        return self.root / "shards"
+
+    @property
+    def quarantine(self) -> Path:
+        """Bad shards, each with its reason."""
+        return self.root / "quarantine"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Committed checkpoints and the `latest` pointer."""
+        return self.root / "checkpoints"
+
+    @property
+    def events(self) -> Path:
+        """events.jsonl: what happened."""
+        return self.root / "events.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """metrics.jsonl: loss terms and speed by step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def results(self) -> Path:
+        """results.json: the evaluation."""
+        return self.root / "results.json"
+
+    @property
+    def report(self) -> Path:
+        """report.html."""
+        return self.root / "report.html"
+
+    @property
+    def samples(self) -> Path:
+        """PNG grids and npz files of samples."""
+        return self.root / "samples"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the supervisor of a live run."""
+        return self.root / "run.lock"
+
+    @property
+    def teacher(self) -> RunDir:
+        """The pre-training of a teacher is a run of its own, inside."""
+        return RunDir(self.root / "teacher")
+
+    def model(self, step: int) -> Path:
+        """Folder of the model exported at `step`."""
+        return self.root / "models" / f"step_{step:08d}"
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` by temporary file, fsync and rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON line with a time stamp, by a single write so that writers do not mix.
+
+    A line torn by a crash is closed first, so it costs itself only.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                line = "\n" + line
+        os.write(file.fileno(), line.encode())
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; torn lines are left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if isinstance(record, dict):
+                yield record

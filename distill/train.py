@@ -1,0 +1,148 @@
+"""The training loop, top to bottom: it counts, logs and saves, and knows no objective."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from distill import checkpoint
+from distill.config import TrainConfig
+from distill.engine import Engine
+from distill.objectives.base import LossTerms, Objective
+from distill.rundir import RunDir, append_line
+from distill.trajectory import TrajectoryBatch
+
+
+class TrainingError(RuntimeError):
+    """The loss or its gradient is not finite. The message names the step, the term and the ids."""
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warm-up, then constant or cosine."""
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.decay == "constant":
+        return config.lr * warmup
+    return config.lr * warmup * 0.5 * (1 + math.cos(math.pi * step / config.max_steps))
+
+
+def train(
+    engine: Engine,
+    read: Callable[[int], TrajectoryBatch],
+    objective: Objective,
+    config: TrainConfig,
+    run: RunDir,
+    *,
+    seed: int,
+    wait_s: Callable[[], float],
+    should_stop: Callable[[], bool],
+) -> int:
+    """Steps done when it stopped: `config.max_steps`, or fewer when asked to stop.
+
+    Resumes from the newest checkpoint that verifies. `read(step)` gives this rank's part of global
+    batch `step`; `wait_s()` the seconds spent waiting for data so far. Collective: every rank of
+    the engine calls it; rank 0 writes the logs.
+
+    Raises:
+        TrainingError: a loss or gradient is not finite; the state before that step is saved.
+    """
+    accumulation = config.accumulation(engine.world_size)
+    start = checkpoint.load_latest(run.checkpoints, engine)
+    log = TrainLog(engine, run, start, wait_s)
+    for step in range(start, config.max_steps):
+        batch = read(step).to(engine.device)
+        results = []
+        for micro in batch.split(accumulation):
+            results.append(objective.loss(micro, engine.student, engine.target, step))
+            engine.backward(results[-1].total, last=len(results) == accumulation)
+
+        finite = all(bool(torch.isfinite(result.total)) for result in results)
+        flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
+        if flags[0]:
+            checkpoint.save(run.checkpoints, step, engine, seed, config.keep_last)
+            raise TrainingError(_describe_failure(results, batch, step))
+        lr = learning_rate(step, config)
+        grad_norm = engine.step(step, lr)
+        if not math.isfinite(grad_norm):
+            raise TrainingError(f"step {step}: the gradient norm is {grad_norm}")
+
+        done, stop = step + 1, bool(flags[1])
+        log.add(batch, results)
+        due = stop or done % config.save_every == 0 or done == config.max_steps
+        if due or done % config.log_every == 0:
+            log.write(done, lr, grad_norm)
+        if due:
+            checkpoint.save(run.checkpoints, done, engine, seed, config.keep_last)
+            log.event({"kind": "save", "step": done})
+        if stop:
+            return done
+    return max(start, config.max_steps)
+
+
+def _describe_failure(results: list[LossTerms], batch: TrajectoryBatch, step: int) -> str:
+    bad = {name for r in results for name, value in r.terms.items() if not torch.isfinite(value)}
+    where = f"terms {sorted(bad)} are not finite here" if bad else "another rank's loss is not"
+    return f"step {step}: loss is not finite; {where}; sample ids {batch.ids.tolist()}"
+
+
+class TrainLog:
+    """What rank 0 writes of a run: loss terms and speed, and proof of what was consumed."""
+
+    def __init__(
+        self, engine: Engine, run: RunDir, start: int, wait_s: Callable[[], float]
+    ) -> None:
+        self._engine, self._run, self._wait_s = engine, run, wait_s
+        self._first = start
+        self._since, self._waited = time.monotonic(), wait_s()
+        self._ids: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._names: list[str] = []
+        self.event({"kind": "resume", "step": start, "world_size": engine.world_size})
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Appends to events.jsonl, on rank 0."""
+        if self._engine.rank == 0:
+            append_line(self._run.events, record)
+
+    def add(self, batch: TrajectoryBatch, results: list[LossTerms]) -> None:
+        """Takes in one step."""
+        self._names = list(results[0].terms)
+        self._ids.append(batch.ids.cpu())
+        rows = [torch.stack([r.total.detach(), *r.terms.values()]).float() for r in results]
+        self._sums.append(torch.stack(rows).mean(dim=0))
+
+    def write(self, done: int, lr: float, grad_norm: float) -> None:
+        """Writes the steps since the last call. Collective."""
+        # Rank r holds the positions r, r + W, ..: put the global batches together again.
+        ids = self._engine.gather(torch.stack(self._ids)).permute(1, 2, 0).reshape(-1)
+        values = self._engine.gather(torch.stack(self._sums).mean(dim=0)).mean(dim=0).tolist()
+        now, waited = time.monotonic(), self._wait_s()
+        wall = now - self._since
+        self.event(
+            {
+                "kind": "steps",
+                "first": self._first,
+                "last": done - 1,
+                "ids_sha256": hashlib.sha256(ids.cpu().numpy().astype("<i8").tobytes()).hexdigest(),
+            }
+        )
+        if self._engine.rank == 0:
+            metrics = {
+                "step": done,
+                "loss": values[0],
+                "terms": dict(zip(self._names, values[1:], strict=True)),
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "samples_per_s": len(ids) / wall,
+                "step_s": wall / len(self._ids),
+                "data_wait_fraction": (waited - self._waited) / wall,
+                "world_size": self._engine.world_size,
+            }
+            append_line(self._run.metrics, metrics)
+        self._first, self._since, self._waited = done, now, waited
+        self._ids, self._sums = [], []

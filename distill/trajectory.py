@@ -1,0 +1,81 @@
+"""TrajectoryBatch: what a trainer reads. Named fields, so objectives have no words of their own."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass
+class TrajectoryBatch:
+    """Teacher trajectories of one rank's share of a global batch.
+
+    Attributes:
+        states: X [B, M, K+1, C, H, W] float32, images in [-1, 1]; M teachers on shared noise,
+            weakest first. State 0 is the noise x_0 (the same for every teacher), state K the
+            teacher's output.
+        times: the grid t_0 = 0 .. t_K = 1.
+        weights: convex weight of each teacher, sums to 1.
+        labels: class of each sample, -1 for "none".
+        ids: sample ids.
+        positions: index of each sample within the global batch. Random draws are taken per
+            position, so a loss does not depend on how the batch is split over ranks.
+        global_size: samples in the global batch.
+    """
+
+    states: Float[Tensor, "B M K1 *S"]
+    times: Float[Tensor, "K1"]
+    weights: Float[Tensor, "M"]
+    labels: Int[Tensor, "B"]
+    ids: Int[Tensor, "B"]
+    positions: Int[Tensor, "B"]
+    global_size: int
+
+    @property
+    def noise(self) -> Float[Tensor, "B *S"]:
+        """x_0."""
+        return self.states[:, 0, 0]
+
+    @property
+    def best(self) -> Float[Tensor, "B K1 *S"]:
+        """The trajectory of the last, best teacher."""
+        return self.states[:, -1]
+
+    @property
+    def outputs(self) -> Float[Tensor, "B M *S"]:
+        """The output of every teacher."""
+        return self.states[:, :, -1]
+
+    def to(self, device: torch.device) -> "TrajectoryBatch":
+        """The batch on `device`."""
+        tensors = ("states", "times", "weights", "labels", "ids", "positions")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+
+    def split(self, parts: int) -> list["TrajectoryBatch"]:
+        """`parts` micro-batches of equal size."""
+        size, rest = divmod(len(self.ids), parts)
+        if rest:
+            raise ValueError(f"{len(self.ids)} samples cannot be split into {parts} equal parts")
+        by_sample = ("states", "labels", "ids", "positions")
+        return [
+            replace(
+                self, **{name: getattr(self, name)[i * size : (i + 1) * size] for name in by_sample}
+            )
+            for i in range(parts)
+        ]
+
+    def check(self) -> None:
+        """Raises ValueError when the fields contradict each other."""
+        batch, teachers, points = self.states.shape[:3]
+        if len(self.times) != points or self.times[0] != 0 or self.times[-1] != 1:
+            raise ValueError(f"times {self.times.tolist()} must be {points} values from 0 to 1")
+        if not bool((self.times.diff() > 0).all()):
+            raise ValueError(f"times {self.times.tolist()} do not increase")
+        if len(self.weights) != teachers:
+            raise ValueError(f"{len(self.weights)} weights for {teachers} teachers")
+        for name in ("labels", "ids", "positions"):
+            if len(getattr(self, name)) != batch:
+                raise ValueError(
+                    f"{name} has {len(getattr(self, name))} entries for a batch of {batch}"
+                )
