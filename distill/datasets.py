@@ -1,0 +1,94 @@
+"""Real images by name: digits (bundled with scikit-learn) and Fashion-MNIST (Debian package, or a
+folder).
+"""
+
+import gzip
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.nn import functional as F
+
+from distill.config import ConfigError, DataConfig, check
+
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FASHION_COUNT = 60_000  # training images
+
+
+def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor, "N"]]:
+    """All training images, float32 in [-1, 1], and their classes int64 (-1 everywhere when
+    data.num_classes is 0).
+
+    Raises:
+        ConfigError: files absent, cut or of another kind; settings that do not describe the images.
+    """
+    match data.name:
+        case "digits":
+            images, labels = _digits()
+        case "fashion":
+            images, labels = _fashion(Path(data.path) if data.path else FASHION_FOLDER)
+        case _:
+            raise ConfigError(f"data.name={data.name} is not known; choose one of: digits, fashion")
+    channels, size = images.shape[1], images.shape[2]
+    check(
+        data.channels == channels, f"data.channels={data.channels}, but {data.name} has {channels}"
+    )
+    padding = data.size - size
+    check(
+        padding >= 0 and padding % 2 == 0,
+        f"data.size={data.size} must be {size}, the size of {data.name}, or an even number more",
+    )
+    images = F.pad(images, [padding // 2] * 4, value=-1.0)
+    if data.num_classes == 0:
+        return images, torch.full_like(labels, -1)
+    classes = int(labels.max()) + 1
+    check(
+        data.num_classes == classes,
+        f"data.num_classes={data.num_classes} must be 0 or {classes} for {data.name}",
+    )
+    return images, labels
+
+
+def _digits() -> tuple[Tensor, Tensor]:
+    """1,797 scans of handwritten digits, 8x8, values 0 .. 16."""
+    digits = load_digits()
+    images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
+    return images, torch.from_numpy(digits.target).long()
+
+
+def _fashion(folder: Path) -> tuple[Tensor, Tensor]:
+    """60,000 pictures of clothes, 28x28 (Xiao et al., 2017)."""
+    pixels = _read_idx(folder / "train-images-idx3-ubyte.gz", (FASHION_COUNT, 28, 28))
+    labels = _read_idx(folder / "train-labels-idx1-ubyte.gz", (FASHION_COUNT,))
+    images = torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
+    return images, torch.from_numpy(labels).long()
+
+
+def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The bytes of a gzipped idx file as uint8 of `shape`. Header: 0, 0, type 8, axes; then each
+    length, big-endian.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"{path} is not there. On Debian and Ubuntu: apt-get install dataset-fashion-mnist. "
+            "Elsewhere set data.path to a folder with the *-ubyte.gz files of Fashion-MNIST"
+        )
+    try:
+        with gzip.open(path) as file:
+            content = file.read()
+    except (EOFError, OSError, zlib.error) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); it is cut or damaged, fetch it again"
+        ) from error
+    header = bytes([0, 0, 8, len(shape)]) + np.array(shape, dtype=">u4").tobytes()
+    expected = len(header) + int(np.prod(shape))
+    if content[: len(header)] != header or len(content) != expected:
+        raise ConfigError(
+            f"{path} is not an idx file of {' x '.join(map(str, shape))} bytes "
+            f"({len(content)} bytes, expected {expected}); fetch it again"
+        )
+    return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape).copy()

@@ -1,0 +1,82 @@
+"""ODE solvers on a given time grid. dx/dt = v(x, t), from noise at t = 0 to data at t = 1.
+
+With h the step from t to t + h and k_1 = v(x, t):
+
+    euler   x + h k_1                                                                       order 1
+    heun    x + h/2 (k_1 + k_2),            k_2 = v(x + h k_1, t + h)                        order 2
+    rk4     x + h/6 (k_1 + 2 k_2 + 2 k_3 + k_4),  k_2, k_3 at t + h/2, k_4 at t + h          order 4
+
+One evaluation of v is one NFE, however many network forwards guidance makes of it.
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchdiffeq import odeint
+
+from distill.config import check_choice, check_positive
+
+# v(x [B, *S], t scalar tensor) -> dx/dt [B, *S]
+Velocity = Callable[[Float[Tensor, "B *S"], Float[Tensor, ""]], Float[Tensor, "B *S"]]
+
+# Velocity evaluations of one step.
+NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4}
+
+
+def solve(
+    velocity: Velocity,
+    x: Float[Tensor, "B *S"],
+    times: Float[Tensor, "K1"],
+    solver: str,
+    substeps: int = 1,
+) -> Float[Tensor, "K1 B *S"]:
+    """States at `times`, the first of which is `x` itself; each interval takes `substeps` equal
+    steps.
+
+    The steps are computed in float64 and rounded to the dtype of `x`, so the grid is the same for
+    every dtype.
+
+    Raises:
+        ConfigError: unknown solver, or no substeps.
+    """
+    check_choice("solver", solver, tuple(NFE_PER_STEP))
+    check_positive("solver", substeps=substeps)
+    states = [x]
+    for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        h = (end - start) / substeps
+        for index in range(substeps):
+            x = _step(velocity, x, start + index * h, h, solver)
+        states.append(x)
+    return torch.stack(states)
+
+
+def _step(velocity: Velocity, x: Tensor, t: float, h: float, solver: str) -> Tensor:
+    """The state at t + h."""
+
+    def v(x: Tensor, t: float) -> Tensor:
+        return velocity(x, torch.tensor(t, dtype=x.dtype, device=x.device))
+
+    k_1 = v(x, t)
+    if solver == "euler":
+        return x + h * k_1
+    if solver == "heun":
+        return x + h / 2 * (k_1 + v(x + h * k_1, t + h))
+    k_2 = v(x + h / 2 * k_1, t + h / 2)
+    k_3 = v(x + h / 2 * k_2, t + h / 2)
+    k_4 = v(x + h * k_3, t + h)
+    return x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+
+
+def dopri5(
+    velocity: Velocity, x: Float[Tensor, "B *S"], times: Float[Tensor, "K1"], tolerance: float
+) -> Float[Tensor, "K1 B *S"]:
+    """States at `times` by the adaptive Dormand-Prince method of torchdiffeq: the reference for the
+    others.
+
+    `tolerance` is both the relative and the absolute error allowed per step.
+    """
+    return odeint(
+        lambda t, x: velocity(x, t), x, times, rtol=tolerance, atol=tolerance, method="dopri5"
+    )
