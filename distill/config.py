@@ -26,7 +26,7 @@ def check_choice(key: str, value: str, choices: tuple[str, ...]) -> None:
     check(value in choices, f"{key}={value} is not known; choose one of: {', '.join(choices)}")
 
 
-def check_positive(prefix: str, **values: float) -> None:
+def check_positive(prefix: str, **values: float | int) -> None:
     """Raises ConfigError unless every value is above zero."""
     for name, value in values.items():
         check(value > 0, f"{prefix}.{name}={value} must be above 0")
