@@ -1,0 +1,312 @@
+"""`bowstring VERB ...`: the command line. Everything heavy is imported by the verb that needs it,
+so --help is instant.
+
+Exit codes: 0 done, 1 the work failed or an audit found something, 2 a wrong command line or
+setting, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.helptext import GENERAL, VERBS
+
+if TYPE_CHECKING:
+    from cluster.config import RunConfig
+    from distill.rundir import RunDir
+
+PIPELINE = ("run", "pretrain", "generate", "train")
+USAGE_ERROR = 2
+
+
+class _Parser(argparse.ArgumentParser):
+    """Flags of one verb; its help is ours, its errors are one sentence."""
+
+    def __init__(self, verb: str) -> None:
+        super().__init__(prog=f"bowstring {verb}", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> Any:
+        """Prints the sentence and where to read more, and ends with exit code 2."""
+        self.exit(USAGE_ERROR, f"error: {message}; see {self.prog} --help\n")
+
+
+# -----------------------------------------------------------------------------------------------
+# Settings
+
+
+def split_force_new(args: list[str]) -> list[str]:
+    """Arguments with `--force-new NAME` written as run.name=NAME."""
+    from distill.config import check
+
+    rest: list[str] = []
+    pending = iter(args)
+    for argument in pending:
+        flag, equals, value = argument.partition("=")
+        if flag != "--force-new":
+            rest.append(argument)
+            continue
+        name = value if equals else next(pending, "")
+        check(
+            bool(name) and "=" not in name,
+            "--force-new needs the name of the new run: --force-new NAME",
+        )
+        rest.append(f"run.name={name}")
+    return rest
+
+
+def read_settings(args: list[str]) -> list[RunConfig]:
+    """Configurations from `RUN key=value ...` (an existing run) or from Hydra arguments (several
+    with --multirun).
+    """
+    args = split_force_new(args)
+    if args and not args[0].startswith("-") and "=" not in args[0]:
+        from cluster.configfile import load_config
+
+        return [load_config(open_run(args[0]), args[1:])]
+    from cluster.compose import compose
+
+    return compose(args)
+
+
+def open_run(folder: str) -> RunDir:
+    """The run in an existing folder. Raises ConfigError with a sentence when there is none."""
+    from distill.config import check
+    from distill.rundir import RunDir
+
+    root = Path(folder.rstrip("/") or "/")
+    beside = sorted(path.name for path in Path("runs").glob("*/config.yaml")) and sorted(
+        str(path.parent) for path in Path("runs").glob("*/config.yaml")
+    )
+    check(
+        root.is_dir(),
+        f"there is no run at {root}" + (f"; there are: {', '.join(beside)}" if beside else ""),
+    )
+    return RunDir(root)
+
+
+# -----------------------------------------------------------------------------------------------
+# Verbs: each takes its arguments and returns an exit code
+
+
+def pipeline(verb: str, args: list[str]) -> int:
+    """run, pretrain, generate, train: hands each configuration to the supervisor."""
+    configs = read_settings(args)
+    if not configs:
+        return 0
+    from cluster import runner
+
+    stage: Callable[[RunConfig], Any] = getattr(runner, verb)
+    for config in configs:
+        config.run.command = shlex.join(["bowstring", verb, *args])
+        code = stage(config)
+        if code:
+            return int(code)
+    return 0
+
+
+def evaluate(args: list[str]) -> int:
+    """Evaluates a run and prints where the report is."""
+    parser = _Parser("evaluate")
+    parser.add_argument("run")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_args(args)
+    run = open_run(options.run)
+    from cluster.configfile import load_config
+    from cluster.runner import evaluate as evaluate_run
+
+    return int(evaluate_run(load_config(run, options.overrides)) or 0)
+
+
+def sample(args: list[str]) -> int:
+    """Draws pictures."""
+    parser = _Parser("sample")
+    parser.add_argument("run")
+    parser.add_argument("--nfe", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--labels", type=_labels, default=None)
+    parser.add_argument("--num", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=None)
+    options = parser.parse_args(_join_negative(args))
+    run = open_run(options.run)
+    from distill.sample import sample_run
+
+    written = sample_run(run, options.nfe, options.seed, options.labels, options.num, options.out)
+    for path in written if isinstance(written, tuple) else (written,):
+        print(path)
+    return 0
+
+
+def _labels(text: str) -> list[int]:
+    """Comma-separated classes."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list of classes like 0,1,2") from None
+
+
+def _join_negative(args: list[str]) -> list[str]:
+    """`--labels -1,2` as `--labels=-1,2`, which argparse does not take for a flag."""
+    joined: list[str] = []
+    for argument in args:
+        if joined and joined[-1] == "--labels":
+            joined[-1] = f"--labels={argument}"
+        else:
+            joined.append(argument)
+    return joined
+
+
+def export(args: list[str]) -> int:
+    """Writes the student as files."""
+    parser = _Parser("export")
+    parser.add_argument("run")
+    parser.add_argument("--out", type=Path, default=None)
+    parser.add_argument("--average", choices=["evaluation"], default="evaluation")
+    options = parser.parse_args(args)
+    run = open_run(options.run)
+    from distill.export import export_run
+
+    print(export_run(run, options.out or run.root / "student"))
+    return 0
+
+
+def status(args: list[str]) -> int:
+    """Shows a run's progress."""
+    parser = _Parser("status")
+    parser.add_argument("run")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--watch", type=float, nargs="?", const=2.0, default=None)
+    options = parser.parse_args(args)
+    run = open_run(options.run)
+    from cluster.status import show
+
+    show(run, as_json=options.json, every_s=options.watch)
+    return 0
+
+
+def verify(args: list[str]) -> int:
+    """Audits a run; 1 when anything is wrong."""
+    parser = _Parser("verify")
+    parser.add_argument("run")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(args)
+    run = open_run(options.run)
+    from cluster.status import show_audit
+    from cluster.verify import audit
+
+    return show_audit(audit(run), as_json=options.json)
+
+
+def estimate(args: list[str]) -> int:
+    """Prints what a configuration will cost."""
+    parser = _Parser("estimate")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--flops", type=float, default=None)
+    options, rest = parser.parse_known_args(args)
+    configs = read_settings(rest)
+    from cluster.plan import show
+
+    for config in configs:
+        show(config, options.flops, as_json=options.json)
+    return 0
+
+
+def doctor(args: list[str]) -> int:
+    """Checks this machine; 1 when a run could not work here."""
+    parser = _Parser("doctor")
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--dir", type=Path, default=Path("runs"))
+    options = parser.parse_args(args)
+    from cluster.doctor import show
+
+    return show(options.dir, as_json=options.json)
+
+
+def submit(args: list[str]) -> int:
+    """Says that Slurm jobs are not there yet."""
+    print(
+        "error: `bowstring submit` needs a Slurm cluster and is not there yet; "
+        "`bowstring run` runs on this machine",
+        file=sys.stderr,
+    )
+    return USAGE_ERROR
+
+
+def scale(args: list[str]) -> int:
+    """Says that scaling a live run is not there yet."""
+    print(
+        "error: `bowstring scale` needs a run on a Slurm cluster and is not there yet; "
+        "start the run with cluster.teachers.num_workers=N",
+        file=sys.stderr,
+    )
+    return USAGE_ERROR
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "evaluate": evaluate,
+    "sample": sample,
+    "export": export,
+    "submit": submit,
+    "scale": scale,
+    "status": status,
+    "verify": verify,
+    "estimate": estimate,
+    "doctor": doctor,
+}
+
+
+def dispatch(args: list[str]) -> int:
+    """Exit code of one command line, without the program's name."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(GENERAL, end="")
+        return 0 if args else USAGE_ERROR
+    if args[0] in ("-sc", "--shell_completion"):
+        from cluster.compose import complete
+
+        complete(args, tuple(VERBS))
+        return 0
+    if args[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"bowstring {version('bowstring')}")
+        return 0
+    verb, rest = args[0], args[1:]
+    if verb not in VERBS:
+        print(f"error: there is no verb {verb}; choose one of: {', '.join(VERBS)}", file=sys.stderr)
+        return USAGE_ERROR
+    if "-h" in rest or "--help" in rest:
+        print(VERBS[verb], end="")
+        return 0
+    return pipeline(verb, rest) if verb in PIPELINE else COMMANDS[verb](rest)
+
+
+def main() -> None:
+    """Entry point: runs the command line and ends with its exit code."""
+    from distill.config import ConfigError
+    from distill.manifest import CheckpointError
+
+    code = USAGE_ERROR
+    try:
+        code = dispatch(sys.argv[1:])
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+    except CheckpointError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except ModuleNotFoundError as error:
+        if error.name in (None, "cluster", "distill") or str(error.name).startswith(
+            ("cluster.", "distill.")
+        ):
+            raise
+        print(
+            f"error: the package {error.name} is missing; pip install 'bowstring[train]'",
+            file=sys.stderr,
+        )
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,142 @@
+"""From the command line to typed configurations, through Hydra. The only importer of hydra.
+
+`hydra.main` drives everything, so groups, key=value, --multirun, --cfg, --info, --config-dir and
+shell completion are Hydra's own. The task that Hydra runs only takes the composed tree; the verbs
+run after Hydra has returned, so a sweep is checked to its last job before the first one starts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Iterator
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from cluster.config import ClusterConfig, RunConfig
+from cluster.configfile import NETWORKS, OBJECTIVES, register_resolvers, sentence, to_config
+from distill.config import ConfigError, DataConfig, EvalConfig, TrainConfig
+
+_composed: list[DictConfig] = []
+
+
+def register() -> None:
+    """Stores one schema per variant, so that an unknown key fails while Hydra composes."""
+    register_resolvers()
+    store = ConfigStore.instance()
+    store.store(name="base_run", node=RunConfig)
+    store.store(group="data", name="base_data", node=DataConfig)
+    store.store(group="train", name="base_train", node=TrainConfig)
+    store.store(group="eval", name="base_eval", node=EvalConfig)
+    store.store(group="cluster", name="base_cluster", node=ClusterConfig)
+    for name, network in NETWORKS.items():
+        store.store(group="student", name=f"base_{name}", node=network)
+    for name, objective in OBJECTIVES.items():
+        store.store(group="objective", name=f"base_{name}", node=objective)
+
+
+@hydra.main(version_base="1.3", config_path="pkg://bowstring_configs", config_name="config")
+def _take(tree: DictConfig) -> None:
+    """Hydra's task: keeps the tree. Jobs of a sweep get the swept values into their names."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        suffix = _swept(list(HydraConfig.get().overrides.task))
+        if suffix:
+            tree.run.name = f"{tree.run.name}-{suffix}"
+    _composed.append(tree)
+
+
+def _swept(overrides: list[str]) -> str:
+    """key=value of what the sweep varies, apart from what run.name holds anyway."""
+    parsed = OverridesParser.create().parse_overrides(sys.argv[1:] and _plain(sys.argv[1:]))
+    named = {"experiment", "objective"}
+    if any(
+        override.key_or_group == "run.name" for override in parsed if override.is_sweep_override()
+    ):
+        return ""
+    keys = {override.key_or_group for override in parsed if override.is_sweep_override()} - named
+    return "-".join(override for override in overrides if override.partition("=")[0] in keys)
+
+
+def _plain(args: list[str]) -> list[str]:
+    """The overrides among the arguments."""
+    return [argument for argument in args if "=" in argument and not argument.startswith("-")]
+
+
+@contextlib.contextmanager
+def _hydra_process(args: list[str]) -> Iterator[None]:
+    """Sets what Hydra reads from the process, and puts it back: its arguments, and exceptions
+    instead of printed traces.
+    """
+    argv, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = ["bowstring", *args]
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = argv
+        os.environ.pop("HYDRA_FULL_ERROR")
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def compose(args: list[str]) -> list[RunConfig]:
+    """The configurations that Hydra arguments ask for: one, several with --multirun, none when
+    Hydra only shows something.
+
+    Raises:
+        ConfigError: one sentence that names the key or the option.
+    """
+    register()
+    _composed.clear()
+    try:
+        with _hydra_process(args):
+            _take()
+    except HydraException as error:
+        raise ConfigError(_explain(error)) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(sentence(error)) from error
+    return [to_config(tree) for tree in _composed]
+
+
+def _explain(error: HydraException) -> str:
+    """One sentence for an error of Hydra."""
+    cause = error.__cause__
+    if isinstance(cause, OmegaConfBaseException):
+        return sentence(cause)
+    text = str(error).split("See https")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    options = [
+        line
+        for line in lines[1:]
+        if not line.startswith(("base_", "Available", "Config search", "provider"))
+    ]
+    if "You must specify 'experiment'" in str(error):
+        return f"which experiment? Say experiment=NAME, with NAME one of: {', '.join(options)}"
+    listed = isinstance(error, ConfigCompositionException) and "Available options" in str(error)
+    return f"{lines[0].rstrip('.')}; options: {', '.join(options)}" if listed else " ".join(lines)
+
+
+def complete(args: list[str], verbs: tuple[str, ...]) -> None:
+    """Answers a shell's completion request (-sc query=bash): verbs first, then Hydra's groups,
+    options and keys.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+        print(" ".join(verbs))
+        return
+    rest = line.split(None, 2)[2] if len(words) > 2 else ""
+    os.environ["COMP_LINE"] = f"bowstring {rest}"
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        compose(args)
+    print(" ".join(word for word in shown.getvalue().split() if "=base_" not in word))

@@ -1,0 +1,232 @@
+"""The configuration of a run as a file: typed settings in, config.yaml out, and back. Needs neither
+torch nor hydra.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+from cluster.config import RunConfig
+from distill.config import (
+    BezierConfig,
+    ConfigError,
+    ConsistencyConfig,
+    DiTConfig,
+    EndpointConfig,
+    MeanFlowConfig,
+    NetworkConfig,
+    ObjectiveConfig,
+    ReflowConfig,
+    TraFlowConfig,
+    UNetConfig,
+    check,
+)
+from distill.rundir import RunDir, write_atomic
+
+NETWORKS: dict[str, type[NetworkConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
+OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
+    "traflow": TraFlowConfig,
+    "bezier": BezierConfig,
+    "endpoint": EndpointConfig,
+    "reflow": ReflowConfig,
+    "consistency": ConsistencyConfig,
+    "meanflow": MeanFlowConfig,
+}
+GROUPS = ("experiment", "data", "student", "teacher", "objective", "train", "eval", "cluster")
+
+
+# -----------------------------------------------------------------------------------------------
+# Words used in configs/**: ${name:arguments}
+
+
+def run_name(experiment: str, objective: str) -> str:
+    """The experiment's plain name for the default objective, "<experiment>-<objective>" for
+    another.
+    """
+    return experiment if objective == "traflow" else f"{experiment}-{objective}"
+
+
+def model_folder(run_dir: str, step: int) -> str:
+    """Folder of the model that the pre-training inside `run_dir` exports at `step`."""
+    return str(RunDir(Path(run_dir)).teacher.model(int(step)))
+
+
+def part_of(whole: int, divisor: int) -> int:
+    """A `divisor`-th of `whole`, at least 1."""
+    return max(1, int(whole) // int(divisor))
+
+
+def times(value: int, factor: int) -> int:
+    """`factor` times `value`."""
+    return int(value) * int(factor)
+
+
+def if_gpu(share: float) -> float:
+    """`share` on a machine with a GPU, 0 on one without. Looks at device files, so it needs no
+    torch.
+    """
+    found = any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+    return float(share) if found else 0.0
+
+
+def register_resolvers() -> None:
+    """Makes the words above known to OmegaConf."""
+    for word in (run_name, model_folder, part_of, times, if_gpu):
+        OmegaConf.register_new_resolver(word.__name__, word, replace=True)
+
+
+# -----------------------------------------------------------------------------------------------
+# Trees to dataclasses
+
+
+def unknown_key(key: str, known: list[str]) -> str:
+    """One sentence for a key that does not exist, with the nearest of `known`, or all of them."""
+    parent, _, name = key.rpartition(".")
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"there is no setting {key}; did you mean {parent + '.' if parent else ''}{near[0]}?"
+    return f"there is no setting {key}" + (
+        f"; {parent or 'a run'} has: {', '.join(known)}" if known else ""
+    )
+
+
+def sentence(error: OmegaConfBaseException) -> str:
+    """One sentence for the user: the key, what is wrong with it, the nearest key that exists."""
+    key = error.full_key or str(error.key or "")
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} has no value; set it on the command line, e.g. {key}=..."
+    message = str(error.msg or error).splitlines()[0].rstrip(".")
+    unknown = "not in struct" in message or "not in '" in message or "not found" in message
+    if not unknown:
+        return message if key and key in message else f"{key}: {message}" if key else message
+    known: list[str] = []
+    if dataclasses.is_dataclass(error.object_type):
+        known = [field.name for field in dataclasses.fields(error.object_type)]
+    return unknown_key(key, known)
+
+
+def check_known(tree: DictConfig, prefix: str = "") -> None:
+    """Raises ConfigError for a key that `+key=value` added beside the schema."""
+    schema = OmegaConf.get_type(tree)
+    known = (
+        [field.name for field in dataclasses.fields(schema)]
+        if dataclasses.is_dataclass(schema)
+        else None
+    )
+    for name, value in tree.items_ex(resolve=False):
+        if known is not None and name not in known:
+            raise ConfigError(unknown_key(f"{prefix}{name}", known))
+        if isinstance(value, DictConfig) and not OmegaConf.is_missing(tree, name):
+            check_known(value, f"{prefix}{name}.")
+
+
+def to_config(tree: DictConfig) -> RunConfig:
+    """The typed, checked configuration of a composed tree. Raises ConfigError with one sentence."""
+    check_known(tree)
+    try:
+        config = OmegaConf.to_object(tree)
+    except OmegaConfBaseException as error:
+        raise ConfigError(sentence(error)) from error
+    assert isinstance(config, RunConfig)
+    check(config.run.name != "", "run.name is empty; give the run a name")
+    return config
+
+
+def to_tree(config: Any) -> DictConfig:
+    """The plain values of a configuration dataclass, without types or interpolations."""
+    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+# -----------------------------------------------------------------------------------------------
+# config.yaml
+
+
+def save_config(run: RunDir, config: RunConfig) -> None:
+    """Writes config.yaml of a run, atomically."""
+    write_atomic(run.config, OmegaConf.to_yaml(to_tree(config)).encode())
+
+
+def schema_for(stored: DictConfig, path: Path) -> DictConfig:
+    """The typed tree that a stored configuration is merged into: its own network and objective
+    variants.
+    """
+    tree = OmegaConf.structured(RunConfig)
+    for key, variants in (("student", NETWORKS), ("objective", OBJECTIVES)):
+        name = str(OmegaConf.select(stored, f"{key}.name"))
+        check(
+            name in variants,
+            f"{path}: {key}.name={name} is not known; choose one of: {', '.join(variants)}",
+        )
+        tree[key] = OmegaConf.structured(variants[name])
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def read_tree(path: Path) -> DictConfig:
+    """The values in a config.yaml. Raises ConfigError for a file that is no configuration."""
+    try:
+        tree = OmegaConf.load(path)
+    except (OSError, ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
+    check(isinstance(tree, DictConfig) and len(tree) > 0, f"{path} holds no configuration")
+    assert isinstance(tree, DictConfig)
+    return tree
+
+
+def move_to(tree: DictConfig, folder: str) -> None:
+    """Points a stored configuration at `folder`: run.dir, and every path inside the old run.dir."""
+    old = str(tree.run.dir)
+    for teacher in tree.teacher.values():
+        if str(teacher.path).startswith(old + "/"):
+            teacher.path = folder + str(teacher.path)[len(old) :]
+    tree.run.dir = folder
+
+
+def dotted(overrides: list[str]) -> DictConfig:
+    """key=value overrides as a tree. Raises ConfigError for what only a new run can do."""
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        check(
+            bool(equals) and not override.startswith(("-", "+", "~")),
+            f"{override} is not understood on an existing run; use key=value",
+        )
+        check(
+            key not in GROUPS and key not in ("objective.name", "student.name"),
+            f"{override} cannot be changed on an existing run; start another one with "
+            f"experiment=... {override}",
+        )
+    try:
+        return OmegaConf.from_dotlist(overrides)
+    except (ValueError, OmegaConfBaseException) as error:
+        raise ConfigError(f"cannot read {' '.join(overrides)}: {error}") from error
+
+
+def load_config(run: RunDir, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of an existing run, with key=value overrides merged on top and checked.
+
+    A run folder that was moved or renamed is followed: run.dir is where it was found. With
+    `run.name=NAME` among the overrides the result is a new run NAME beside it.
+    """
+    check(run.root.is_dir(), f"there is no run at {run.root}")
+    check(run.config.exists(), f"{run.root} is not a run: it has no {run.config.name}")
+    stored = read_tree(run.config)
+    changes = dotted(overrides or [])
+    try:
+        tree = OmegaConf.merge(schema_for(stored, run.config), stored)
+        assert isinstance(tree, DictConfig)
+        name = OmegaConf.select(changes, "run.name")
+        folder = run.root if name is None else run.root.parent / str(name)
+        move_to(tree, str(OmegaConf.select(changes, "run.dir") or folder))
+        tree = OmegaConf.merge(tree, changes)
+    except OmegaConfBaseException as error:
+        raise ConfigError(sentence(error)) from error
+    assert isinstance(tree, DictConfig)
+    return to_config(tree)

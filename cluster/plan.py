@@ -1,0 +1,274 @@
+"""What a run will make and cost, from its settings alone. Needs no torch.
+
+Samples are read B per step, each block of `block_shards` shards `passes` times, so N steps need
+
+    blocks = ceil( N B / (block_shards samples_per_shard passes) ),  shards = blocks * block_shards.
+
+Counts and bytes are exact. FLOP follow from the network's formula (`cluster.netcost`). Hours divide
+them by an assumed speed and leave out waiting, restarts and input; they are no more than that.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import asdict, dataclass
+from math import ceil, prod
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from cluster.config import RunConfig
+from cluster.identity import is_own
+from cluster.netcost import NetworkCost, network_cost
+from distill.config import BezierConfig, ObjectiveConfig, TeacherConfig, TraFlowConfig, check
+
+NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4}  # as in distill.solvers, which needs torch
+TAR_BLOCK, TAR_RECORD = 512, 10240  # a member is padded to blocks, an archive to records
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Network forwards of one training sample: with gradient to the weights, without, with gradient
+    to the input.
+    """
+
+    weights: int = 0
+    plain: int = 0
+    inputs: int = 0
+
+    @property
+    def forwards(self) -> int:
+        """All of them."""
+        return self.weights + self.plain + self.inputs
+
+    @property
+    def in_forwards(self) -> int:
+        """Work in units of one forward: a backward pass costs one for the inputs and one for the
+        weights.
+        """
+        return 3 * self.weights + self.plain + 2 * self.inputs
+
+    def __add__(self, other: Calls) -> Calls:
+        return Calls(
+            self.weights + other.weights, self.plain + other.plain, self.inputs + other.inputs
+        )
+
+
+ONE, CONSISTENCY, EULERIAN = Calls(1), Calls(1, 2, 1), Calls(1, 2)
+
+
+def objective_calls(objective: ObjectiveConfig) -> Calls:
+    """Network forwards of the objective on one sample. A term of weight 0 is not computed."""
+    match objective:
+        case TraFlowConfig():
+            weighted = (
+                (objective.weight_output, ONE),
+                (objective.weight_velocity, Calls(2)),
+                (objective.weight_consistency, CONSISTENCY),
+                (objective.weight_flow_matching, ONE),
+            )
+        case BezierConfig():
+            weighted = (
+                (objective.weight_drift, ONE),
+                (objective.weight_map, EULERIAN),
+                (objective.weight_end, ONE),
+                (0.0, ONE),
+            )
+        case _:
+            return {"consistency": CONSISTENCY, "meanflow": EULERIAN}.get(objective.name, ONE)
+    return sum((calls for weight, calls in weighted if weight > 0), Calls())
+
+
+# -----------------------------------------------------------------------------------------------
+# Counts and bytes
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What the steps of a run read.
+
+    Attributes:
+        blocks, shards, samples: how many are made.
+        sample_bytes: bytes of one sample in its tar, headers and padding included.
+        shard_bytes: bytes of one shard.
+        num_bytes: bytes of all shards together; at most trajectory.max_bytes lie on disk at once.
+    """
+
+    blocks: int
+    shards: int
+    samples: int
+    sample_bytes: int
+    shard_bytes: int
+    num_bytes: int
+
+
+def npy_bytes(shape: tuple[int, ...], dtype: str) -> int:
+    """Size of a .npy file: its header and its values."""
+    header = io.BytesIO()
+    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, described)  # type: ignore[arg-type]
+    return len(header.getvalue()) + prod(shape) * np.dtype(dtype).itemsize
+
+
+def member_bytes(size: int) -> int:
+    """Bytes of a tar member of `size` bytes: one header block and padded content."""
+    return TAR_BLOCK + ceil(size / TAR_BLOCK) * TAR_BLOCK
+
+
+def stream_plan(config: RunConfig) -> StreamPlan:
+    """Blocks, shards, samples and bytes that the training steps of a configuration need."""
+    trajectory = config.trajectory
+    reads = config.train.max_steps * config.train.batch_size
+    blocks = ceil(reads / (trajectory.block_samples * trajectory.passes))
+    shards = blocks * trajectory.block_shards
+    points = trajectory.grid + (1 if trajectory.store_noise else 0)
+    shape = (len(config.teacher), points, *config.data.image.shape)
+    meta = len(json.dumps({"id": shards * trajectory.samples_per_shard, "label": -1}))
+    sample = member_bytes(npy_bytes(shape, trajectory.dtype)) + member_bytes(meta)
+    shard = trajectory.samples_per_shard * sample + 2 * TAR_BLOCK
+    shard = ceil(shard / TAR_RECORD) * TAR_RECORD
+    return StreamPlan(
+        blocks=blocks,
+        shards=shards,
+        samples=shards * trajectory.samples_per_shard,
+        sample_bytes=sample,
+        shard_bytes=shard,
+        num_bytes=shards * shard,
+    )
+
+
+def teacher_forwards(teacher: TeacherConfig) -> int:
+    """Network forwards of one trajectory; guidance needs two per evaluation."""
+    return teacher.steps * NFE_PER_STEP[teacher.solver] * (1 if teacher.guidance == 1 else 2)
+
+
+# -----------------------------------------------------------------------------------------------
+# The estimate
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Work of one stage: network forwards, FLOP, and what they come to at the assumed speed."""
+
+    forwards: int
+    flops: float
+    workers: int
+    device_hours: float
+    hours: float
+
+
+def _stage(forwards: int, work: float, network: NetworkCost, workers: int, speed: float) -> Stage:
+    """A stage of `forwards` forwards that cost as much as `work` plain ones."""
+    flops = work * network.flops
+    device_hours = flops / speed / 3600
+    return Stage(forwards, flops, workers, device_hours, device_hours / workers)
+
+
+def stages(config: RunConfig, speed: float) -> dict[str, Stage]:
+    """The stages of a run. Foreign teachers are taken to be as large as the student."""
+    network = network_cost(config.student, config.data.image)
+    plan = stream_plan(config)
+    teachers, ranks = config.cluster.teachers.num_workers, config.cluster.trainer.num_workers
+    found = {}
+    if any(is_own(teacher.path, config.run.dir) for teacher in config.teacher.values()):
+        seen = config.pretrain.train.max_steps * config.pretrain.train.batch_size
+        found["pretrain"] = _stage(seen, 3 * seen, network, ranks, speed)
+    forwards = plan.samples * sum(teacher_forwards(teacher) for teacher in config.teacher.values())
+    found["generate"] = _stage(forwards, forwards, network, teachers, speed)
+    calls = objective_calls(config.objective)
+    seen = config.train.max_steps * config.train.batch_size
+    found["train"] = _stage(seen * calls.forwards, seen * calls.in_forwards, network, ranks, speed)
+    best = list(config.teacher.values())[-1]
+    guided = 1 if best.guidance == 1 else 2
+    per_sample = sum(config.eval.nfe)
+    per_sample += guided * (
+        sum(config.eval.teacher_nfe) + config.eval.reference_steps * NFE_PER_STEP["heun"]
+    )
+    forwards = config.eval.num_samples * per_sample
+    found["evaluate"] = _stage(forwards, forwards, network, 1, speed)
+    return found
+
+
+def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
+    """Everything `bowstring estimate` says, ready for JSON. `speed` in FLOP/s; None takes
+    cluster.device_flops.
+    """
+    speed = speed or config.cluster.device_flops
+    check(speed > 0, f"--flops={speed} must be above 0")
+    network = network_cost(config.student, config.data.image)
+    work = stages(config, speed)
+    device_hours = sum(stage.device_hours for stage in work.values())
+    price = config.cluster.device_cost_per_hour
+    return {
+        "run": config.run.name,
+        "exact": {
+            "train_steps": config.train.max_steps,
+            "samples_read": config.train.max_steps * config.train.batch_size,
+            **asdict(stream_plan(config)),
+            "max_bytes_on_disk": min(stream_plan(config).num_bytes, config.trajectory.max_bytes),
+            "parameters": network.parameters,
+            "forwards": {name: stage.forwards for name, stage in work.items()},
+        },
+        "formula": {
+            "flops_per_forward": network.flops,
+            "flops": {name: stage.flops for name, stage in work.items()},
+        },
+        "assumed": {
+            "device_flops_per_s": speed,
+            "device_hours": {name: stage.device_hours for name, stage in work.items()},
+            "hours": {name: stage.hours for name, stage in work.items()},
+            "total_device_hours": device_hours,
+            "cost_per_device_hour": price or None,
+            "cost": device_hours * price if price else None,
+        },
+    }
+
+
+def show(config: RunConfig, speed: float | None, as_json: bool) -> None:
+    """Prints the estimate of a configuration."""
+    found = estimate(config, speed)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    console = Console()
+    exact, assumed = found["exact"], found["assumed"]
+    console.print(f"[bold]{found['run']}[/bold]")
+    counts = Table(title="exact, from the settings", title_justify="left", show_header=False)
+    for label, value in (
+        ("pairs (noise, trajectory)", f"{exact['samples']:,}"),
+        ("shards", f"{exact['shards']:,} in {exact['blocks']:,} blocks"),
+        ("bytes per pair", f"{exact['sample_bytes']:,}"),
+        ("bytes of all shards", f"{exact['num_bytes']:,}"),
+        ("bytes on disk at once, at most", f"{exact['max_bytes_on_disk']:,}"),
+        (
+            "samples read by training",
+            f"{exact['samples_read']:,} in {exact['train_steps']:,} steps",
+        ),
+        ("parameters of the student", f"{exact['parameters']:,}"),
+        ("FLOP of one forward (formula)", f"{found['formula']['flops_per_forward']:,}"),
+    ):
+        counts.add_row(label, value)
+    console.print(counts)
+    work = Table(
+        title=f"at an assumed {assumed['device_flops_per_s']:.3g} FLOP/s per device",
+        title_justify="left",
+    )
+    for column in ("stage", "forwards", "FLOP", "device-hours", "hours"):
+        work.add_column(column, justify="left" if column == "stage" else "right")
+    for name, forwards in exact["forwards"].items():
+        flops, device, wall = (found["formula"]["flops"], assumed["device_hours"], assumed["hours"])
+        work.add_row(
+            name, f"{forwards:,}", f"{flops[name]:.3g}", f"{device[name]:.3g}", f"{wall[name]:.3g}"
+        )
+    work.add_row("total", "", "", f"{assumed['total_device_hours']:.3g}", "")
+    console.print(work)
+    if assumed["cost"] is not None:
+        console.print(
+            f"cost: {assumed['cost']:.2f} at {assumed['cost_per_device_hour']} per device-hour"
+        )
+    console.print(
+        "Waiting, restarts and input are not in the hours; generate and train run at the same time."
+    )
