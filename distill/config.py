@@ -146,6 +146,7 @@ class TeacherConfig:
     steps: int = 16  # fixed solver steps from noise to data; a multiple of trajectory.grid
     guidance: float = 1.0  # scale w of v = v_null + w (v_label - v_null); 1 is off
     weight: float = 1.0  # convex weight among several teachers, before normalisation
+    num_heads: int = 0  # of a SiT checkpoint, which does not tell; 0: that of the published size
 
     def __post_init__(self) -> None:
         check_choice("teacher.kind", self.kind, ("native", "analytic", "sit", "diffusers", "edm"))

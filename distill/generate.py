@@ -1,0 +1,133 @@
+"""One shard of teacher trajectories: ids -> noise and labels -> states on the grid.
+
+The content is a pure function of seed, shard, teachers, solver, grid and guidance. The work is
+split into batches of `trajectory.batch_size` ids from the shard's first one on, the same for every
+worker, so that the same hardware gives the same bits.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig, check
+from distill.noise import sample_labels, sample_noise
+from distill.solvers import solve
+from distill.teachers.base import FrozenTeacher, Guided, guided
+
+
+@dataclass(frozen=True)
+class GeneratedShard:
+    """Trajectories of consecutive sample ids, on the CPU.
+
+    Attributes:
+        states: [N, M, K+1, C, H, W] float32; state 0 is the noise, the same for every teacher.
+        labels: class of each sample, -1 for "none".
+        ids: sample ids.
+        nfe: evaluations of the guided velocity, summed over samples and teachers.
+        forwards: samples that went through a network: guidance costs two forwards an evaluation.
+    """
+
+    states: Float[Tensor, "N M K1 *S"]
+    labels: Int[np.ndarray, "N"]
+    ids: Int[np.ndarray, "N"]
+    nfe: int
+    forwards: int
+
+
+def common_image(teachers: dict[str, FrozenTeacher]) -> ImageSpec:
+    """The shape and classes that all teachers share.
+
+    Raises:
+        ConfigError: they differ, or there is none.
+    """
+    check(len(teachers) > 0, "teacher={} needs at least one teacher")
+    (first, image), *rest = ((name, teacher.image) for name, teacher in teachers.items())
+    for name, other in rest:
+        check(
+            other == image,
+            f"teacher.{name} works on {other}, but teacher.{first} on {image}; teachers of one run "
+            "share noise and labels, so they must agree",
+        )
+    return image
+
+
+def generate_shard(
+    teachers: dict[str, FrozenTeacher],
+    configs: dict[str, TeacherConfig],
+    trajectory: TrajectoryConfig,
+    seed: int,
+    shard: int,
+    device: torch.device | str,
+    advance: Callable[[int], None] = lambda num: None,
+) -> GeneratedShard:
+    """The trajectories of ids shard n .. (shard + 1) n - 1 for n = `trajectory.samples_per_shard`.
+
+    `teachers` and `configs` have the same names in the same order, weakest first. `advance` hears
+    of each finished batch's size: a place for heartbeats and progress; what it raises ends the
+    work.
+
+    Raises:
+        ConfigError: teachers of different images, or steps that do not fit the grid.
+    """
+    assert list(teachers) == list(configs)
+    image = common_image(teachers)
+    count = trajectory.samples_per_shard
+    ids = np.arange(shard * count, (shard + 1) * count, dtype=np.int64)
+    labels = sample_labels(seed, ids, image.num_classes)
+    fields = {name: guided(teacher, configs[name].guidance) for name, teacher in teachers.items()}
+    states = torch.empty(count, len(teachers), trajectory.grid + 1, *image.shape)
+    nfe = forwards = 0
+    for first in range(0, count, trajectory.batch_size):
+        part = slice(first, min(first + trajectory.batch_size, count))
+        noise = torch.from_numpy(sample_noise(seed, ids[part], image.shape)).to(device)
+        label = torch.from_numpy(labels[part]).to(device)
+        for index, (name, field) in enumerate(fields.items()):
+            before = field.evaluations, field.forwards
+            path = integrate(field, noise, label, configs[name], trajectory.grid)
+            states[part, index] = path.transpose(0, 1).float().cpu()
+            nfe += (field.evaluations - before[0]) * len(noise)
+            forwards += (field.forwards - before[1]) * len(noise)
+        advance(len(noise))
+    check_finite(states, ids, list(teachers))
+    return GeneratedShard(states, labels, ids, nfe, forwards)
+
+
+@torch.inference_mode()
+def integrate(
+    field: Guided,
+    noise: Float[Tensor, "B *S"],
+    label: Int[Tensor, "B"],
+    config: TeacherConfig,
+    grid: int,
+) -> Float[Tensor, "K1 B *S"]:
+    """States of the teacher's ODE at t = 0, 1/K .. 1 from `noise`, K = `grid`.
+
+    Raises:
+        ConfigError: teacher.steps is not a multiple of the grid.
+    """
+    substeps, rest = divmod(config.steps, grid)
+    check(
+        rest == 0,
+        f"teacher.steps={config.steps} must be a multiple of trajectory.grid={grid}; "
+        f"try {max(1, substeps) * grid}",
+    )
+    times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
+    return solve(
+        lambda x, t: field(x, t.expand(len(x)), label), noise, times, config.solver, substeps
+    )
+
+
+def check_finite(states: Float[Tensor, "N M K1 *S"], ids: np.ndarray, names: list[str]) -> None:
+    """Raises ConfigError naming the teachers and ids whose trajectory is not finite."""
+    bad = ~states.flatten(3).isfinite().all(dim=-1).all(dim=-1)
+    if bad.any():
+        who = [name for name, column in zip(names, bad.T, strict=True) if column.any()]
+        where = ids[bad.any(dim=1).numpy()][:8].tolist()
+        raise ConfigError(
+            f"teacher {', '.join(who)} gives values that are not finite, first for sample ids "
+            f"{where}; its weights or kind are wrong, or its solver takes too few steps"
+        )

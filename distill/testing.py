@@ -1,0 +1,157 @@
+"""Helpers for tests: analytic flows, small teachers, processes, faults. Not imported by the
+product.
+"""
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distill.paths import expand_as
+from distill.teachers.analytic import MixtureTeacher
+
+# -----------------------------------------------------------------------------------------------
+# Analytic flows
+
+
+class GaussianFlow:
+    """The flow from noise N(0, I) to data N(m, c^2 I) in closed form.
+
+    With v_t = (1-t)^2 + t^2 c^2:
+
+        x_s = s m + sqrt(v_s / v_t) (x_t - t m)
+        v(x, t) = m + (t c^2 - (1-t)) / v_t (x - t m)
+    """
+
+    def __init__(self, mean: Float[Tensor, "*S"], std: float) -> None:
+        self.mean, self.std = mean, std
+
+    def _variance(self, t: Tensor) -> Tensor:
+        return (1 - t) ** 2 + t**2 * self.std**2
+
+    def _times(self, t: Tensor | float, x: Tensor) -> Tensor:
+        t = torch.as_tensor(t, dtype=x.dtype)
+        return expand_as(t, x) if t.ndim else t
+
+    def map(
+        self, x: Float[Tensor, "B *S"], t: Tensor | float, s: Tensor | float
+    ) -> Float[Tensor, "B *S"]:
+        """x_s for x_t = x; t and s are numbers or [B]."""
+        t, s = self._times(t, x), self._times(s, x)
+        scale = (self._variance(s) / self._variance(t)).sqrt()
+        return s * self.mean + scale * (x - t * self.mean)
+
+    def velocity(self, x: Float[Tensor, "B *S"], t: Tensor | float) -> Float[Tensor, "B *S"]:
+        """dx/dt at x_t = x; t is a number or [B]."""
+        t = self._times(t, x)
+        slope = (t * self.std**2 - (1 - t)) / self._variance(t)
+        return self.mean + slope * (x - t * self.mean)
+
+    def student(
+        self,
+        x: Float[Tensor, "B *S"],
+        t: Float[Tensor, "B"],
+        s: Float[Tensor, "B"],
+        label: Int[Tensor, "B"],
+    ) -> Float[Tensor, "B *S"]:
+        """u(x, t, s): the perfect student. (map - x) / (s - t), and the velocity where s = t.
+
+        sqrt(v_s) - sqrt(v_t) is written as (v_s - v_t) / (sqrt(v_s) + sqrt(v_t)), so it is smooth
+        at s = t and can be differentiated there.
+        """
+        t, s = expand_as(t, x), expand_as(s, x)
+        v_t, v_s = self._variance(t), self._variance(s)
+        # (v_s - v_t) / (s - t) for v = (1-t)^2 + t^2 c^2
+        change = (s + t) * (1 + self.std**2) - 2
+        slope = change / (v_s.sqrt() + v_t.sqrt()) / v_t.sqrt()
+        return self.mean + slope * (x - t * self.mean)
+
+
+def tiny_teacher(size: int = 4, conditional: bool = True) -> MixtureTeacher:
+    """Three Gaussians on images [1, size, size]: a bright, a dark and a grey one."""
+    levels = torch.tensor([-0.8, 0.0, 0.8], dtype=torch.float64)
+    means = levels[:, None, None, None].expand(3, 1, size, size)
+    stds = torch.tensor([0.1, 0.2, 0.1], dtype=torch.float64)
+    return MixtureTeacher(means, stds, torch.ones(3, dtype=torch.float64), conditional)
+
+
+# -----------------------------------------------------------------------------------------------
+# Several processes
+
+
+def _rank_main(
+    rank: int, world_size: int, folder: str, worker: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    try:
+        result = worker(rank, world_size, *args)
+        torch.save(result, Path(folder) / f"result_{rank}.pt")
+    except BaseException:
+        (Path(folder) / f"error_{rank}.txt").write_text(traceback.format_exc())
+        # Do not wait for the others: they may stand in a collective that this rank has left.
+        os._exit(1)
+    dist.destroy_process_group()
+
+
+def run_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
+    """Results of worker(rank, world_size, *args) in `world_size` processes joined by gloo, by rank.
+
+    `worker` is a module-level function; its result is tensors or plain values. They meet through a
+    file in `folder` (fresh per call), so no port is needed.
+
+    Raises:
+        AssertionError: a rank failed; carries its traceback.
+    """
+    folder.mkdir(parents=True)
+    context = mp.get_context("spawn")
+    processes = [
+        context.Process(target=_rank_main, args=(rank, world_size, str(folder), worker, args))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    while any(process.is_alive() for process in processes):
+        for process in processes:
+            process.join(0.1)
+        if any(process.exitcode for process in processes):
+            for process in processes:
+                process.terminate()
+    for process in processes:
+        process.join()
+    errors = [path.read_text() for path in sorted(folder.glob("error_*.txt"))]
+    if errors or any(process.exitcode for process in processes):
+        raise AssertionError("\n".join(errors) or f"exit codes {[p.exitcode for p in processes]}")
+    paths = [folder / f"result_{rank}.pt" for rank in range(world_size)]
+    return [torch.load(path, weights_only=True) for path in paths]
+
+
+# -----------------------------------------------------------------------------------------------
+# Faults
+
+
+class FaultInjector:
+    """Makes call number `at` (from 0) of a function fail once, and counts.
+
+    A test asserts both that the code recovered and that `count` is 1: that the fault did strike.
+    """
+
+    def __init__(self, function: Callable[..., Any], at: int, error: BaseException) -> None:
+        self.function, self.at, self.error = function, at, error
+        self.calls = self.count = 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function's result, or the fault."""
+        index, self.calls = self.calls, self.calls + 1
+        if index == self.at:
+            self.count += 1
+            raise self.error
+        return self.function(*args, **kwargs)

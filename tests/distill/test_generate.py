@@ -1,0 +1,101 @@
+"""Generated shards: pure functions of (seed, shard, teachers, solver, grid)."""
+
+import numpy as np
+import pytest
+import torch
+
+from distill.config import ConfigError, TeacherConfig, TrajectoryConfig
+from distill.generate import generate_shard
+from distill.noise import sample_labels, sample_noise
+from distill.testing import FaultInjector, GaussianFlow, tiny_teacher
+
+TRAJECTORY = TrajectoryConfig(grid=4, samples_per_shard=10, batch_size=4, block_shards=1)
+CONFIG = TeacherConfig(kind="analytic", path="-", solver="heun", steps=16)
+
+
+def generate(shard=2, seed=5, trajectory=TRAJECTORY, config=CONFIG, teacher=None, **options):
+    teachers = {"only": teacher or tiny_teacher()}
+    return generate_shard(teachers, {"only": config}, trajectory, seed, shard, "cpu", **options)
+
+
+def test_a_shard_is_its_ids_noise_and_labels():
+    shard = generate()
+    assert shard.ids.tolist() == list(range(20, 30))
+    assert shard.states.shape == (10, 1, 5, 1, 4, 4)
+    assert shard.states.dtype == torch.float32
+    noise = sample_noise(5, shard.ids, (1, 4, 4))
+    assert (shard.states[:, 0, 0].numpy() == noise).all()
+    assert (shard.labels == sample_labels(5, shard.ids, 3)).all()
+
+
+def test_twice_is_bit_identical_and_other_seeds_and_shards_differ():
+    first = generate()
+    assert torch.equal(first.states, generate().states)
+    assert not torch.equal(first.states, generate(seed=6).states)
+    assert not torch.equal(first.states, generate(shard=3).states)
+
+
+def test_states_do_not_depend_on_the_shard_size():
+    wide = TrajectoryConfig(grid=4, samples_per_shard=30, batch_size=4, block_shards=1)
+    whole = generate(shard=0, trajectory=wide)
+    torch.testing.assert_close(whole.states[20:], generate().states, rtol=1e-5, atol=1e-6)
+
+
+def test_states_follow_the_flow_of_the_class():
+    teacher = tiny_teacher()
+    shard = generate(config=TeacherConfig(kind="analytic", path="-", solver="rk4", steps=64))
+    for states, label in zip(shard.states[:, 0], shard.labels, strict=True):
+        flow = GaussianFlow(teacher.means[label].float(), float(teacher.stds[label]))
+        for index, t in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
+            exact = flow.map(states[:1], 0.0, t)[0]
+            torch.testing.assert_close(states[index], exact, rtol=0, atol=2e-4)
+
+
+def test_teachers_share_noise_and_labels():
+    teachers = {"weak": tiny_teacher(), "best": tiny_teacher()}
+    weak = TeacherConfig(kind="analytic", path="-", solver="euler", steps=4)
+    shard = generate_shard(teachers, {"weak": weak, "best": CONFIG}, TRAJECTORY, 5, 2, "cpu")
+    assert torch.equal(shard.states[:, 0, 0], shard.states[:, 1, 0])
+    assert torch.equal(shard.states[:, 1], generate().states[:, 0])
+    assert (shard.states[:, 0, -1] - shard.states[:, 1, -1]).abs().max() > 1e-3
+    # 10 samples x (4 Euler steps + 16 Heun steps of 2)
+    assert (shard.nfe, shard.forwards) == (10 * (4 + 32), 10 * (4 + 32))
+
+
+def test_guidance_is_counted_as_one_evaluation_and_two_forwards():
+    config = TeacherConfig(kind="analytic", path="-", solver="heun", steps=16, guidance=1.5)
+    shard = generate(config=config)
+    assert (shard.nfe, shard.forwards) == (10 * 32, 2 * 10 * 32)
+    assert not torch.equal(shard.states, generate().states)
+
+
+def test_unconditional_labels_are_none():
+    shard = generate(teacher=tiny_teacher(conditional=False))
+    assert (shard.labels == np.full(10, -1)).all()
+
+
+def test_progress_hears_every_batch_and_can_stop_the_work():
+    sizes = []
+    generate(advance=sizes.append)
+    assert sizes == [4, 4, 2]
+    stop = FaultInjector(sizes.append, at=1, error=InterruptedError("lease lost"))
+    with pytest.raises(InterruptedError, match="lease lost"):
+        generate(advance=stop)
+    assert stop.count == 1
+
+
+def test_bad_settings_get_a_sentence():
+    with pytest.raises(
+        ConfigError, match=r"steps=10 must be a multiple of trajectory.grid=4; try 8"
+    ):
+        generate(config=TeacherConfig(kind="analytic", path="-", steps=10))
+    teachers = {"a": tiny_teacher(4), "b": tiny_teacher(8)}
+    with pytest.raises(ConfigError, match=r"teacher.b works on .* they must agree"):
+        generate_shard(teachers, {"a": CONFIG, "b": CONFIG}, TRAJECTORY, 0, 0, "cpu")
+
+
+def test_values_that_are_not_finite_are_refused_with_their_ids():
+    teacher = tiny_teacher()
+    teacher.means[1] = torch.nan
+    with pytest.raises(ConfigError, match=r"teacher only gives values .* sample ids \[2"):
+        generate(teacher=teacher)

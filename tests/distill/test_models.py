@@ -1,0 +1,116 @@
+"""Model folders: whole or absent, exact, and a sentence for every way to be wrong."""
+
+import json
+
+import pytest
+import torch
+
+from distill import models
+from distill.config import ConfigError, DiTConfig, ImageSpec, UNetConfig
+from distill.models import fingerprint, load_model, load_weights, save_model
+from distill.networks import build_network
+
+IMAGE = ImageSpec(1, 8, 3)
+DIT = DiTConfig(patch_size=4, width=8, depth=1, num_heads=2)
+UNET = UNetConfig(width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[])
+
+
+@pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])
+def test_round_trip_is_exact(tmp_path, config):
+    network = build_network(config, IMAGE, seed=3)
+    save_model(tmp_path / "m", network.state_dict(), config, IMAGE, {"step": 7})
+    loaded, meta = load_model(tmp_path / "m", "cpu")
+    assert meta["step"] == 7
+    assert ImageSpec(**meta["image"]) == loaded.image == IMAGE
+    assert loaded.config == config
+    state = network.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert not loaded.training
+
+
+def test_buffers_may_be_left_out_and_the_fingerprint_is_of_the_weights(tmp_path):
+    network = build_network(DIT, IMAGE, seed=3)
+    for name in ("a", "b"):
+        save_model(tmp_path / name, dict(network.named_parameters()), DIT, IMAGE, {"name": name})
+    loaded, _ = load_model(tmp_path / "a", "cpu")
+    assert torch.equal(loaded.get_buffer("pos_embed"), network.get_buffer("pos_embed"))
+    assert fingerprint(tmp_path / "a") == fingerprint(tmp_path / "b")
+    other = build_network(DIT, IMAGE, seed=4)
+    save_model(tmp_path / "c", dict(other.named_parameters()), DIT, IMAGE, {})
+    assert fingerprint(tmp_path / "a") != fingerprint(tmp_path / "c")
+
+
+def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
+    for seed in (1, 2):
+        network = build_network(DIT, IMAGE, seed=seed)
+        save_model(tmp_path / "m", network.state_dict(), DIT, IMAGE, {"seed": seed})
+    assert load_model(tmp_path / "m", "cpu")[1]["seed"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_failed_save_shows_nothing_and_keeps_the_old_one(tmp_path, monkeypatch):
+    network = build_network(DIT, IMAGE, seed=1)
+    save_model(tmp_path / "m", network.state_dict(), DIT, IMAGE, {"seed": 1})
+
+    def full_disk(path, value):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(models, "write_json", full_disk)
+    for name in ("m", "new"):
+        with pytest.raises(OSError, match="No space left"):
+            save_model(tmp_path / name, network.state_dict(), DIT, IMAGE, {"seed": 2})
+    assert load_model(tmp_path / "m", "cpu")[1]["seed"] == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def spoil_cut(folder):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def spoil_description(folder):
+    path = folder / "model.json"
+    description = json.loads(path.read_text())
+    description["network"]["width"] = 12
+    path.write_text(json.dumps(description))
+
+
+def spoil_kind(folder):
+    path = folder / "model.json"
+    path.write_text(path.read_text().replace('"dit"', '"mlp"'))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (spoil_cut, "model.safetensors cannot be read"),
+        (spoil_description, r"blocks.0.adaLN_modulation.1.bias is \[48\], the network has \[72\]"),
+        (spoil_kind, "does not describe a network"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "model.json").unlink(), "model.json is missing"),
+        (lambda folder: (folder / "model.json").write_text("{"), "is not JSON"),
+        (lambda folder: (folder / "model.json").write_text("{}"), "is not of the format"),
+    ],
+)
+def test_bad_folders_get_a_sentence(tmp_path, spoil, match):
+    network = build_network(DIT, IMAGE)
+    save_model(tmp_path / "m", network.state_dict(), DIT, IMAGE, {})
+    spoil(tmp_path / "m")
+    with pytest.raises(ConfigError, match=match):
+        load_model(tmp_path / "m", "cpu")
+
+
+def test_everything_but_the_second_time_branch_is_required():
+    network = build_network(DIT, IMAGE)
+    state = network.state_dict()
+    without_s = {name: v for name, v in state.items() if not name.startswith("s_embedder")}
+    load_weights(network, without_s, "file")
+    with pytest.raises(ConfigError, match="file lacks 1 tensors of this network, first final"):
+        load_weights(
+            network, {k: v for k, v in state.items() if k != "final_layer.linear.bias"}, "file"
+        )
+    with pytest.raises(
+        ConfigError, match="file has unknown 1 tensors of this network, first extra"
+    ):
+        load_weights(network, state | {"extra": torch.zeros(1)}, "file")

@@ -1,0 +1,60 @@
+"""The image stream: a pure function of the seed and the step."""
+
+import torch
+
+from distill.noise import sample_noise
+from distill.pretrain import ImageStream
+
+N = 10
+
+
+def stream(rank=0, world_size=1, label_dropout=0.0, seed=1, batch_size=4):
+    images = torch.arange(N).float().reshape(N, 1, 1, 1).expand(N, 1, 2, 2).contiguous()
+    return ImageStream(images, torch.arange(N), seed, batch_size, rank, world_size, label_dropout)
+
+
+def shown(batch):
+    return batch.states[:, 0, 1, 0, 0, 0].long().tolist()
+
+
+def test_every_epoch_shows_every_image_once_in_another_order():
+    reader = stream(batch_size=5)
+    order = [image for step in range(6) for image in shown(reader.read(step))]
+    epochs = [order[first : first + N] for first in range(0, 3 * N, N)]
+    assert all(sorted(epoch) == list(range(N)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+
+
+def test_ranks_together_read_the_same_batches():
+    for step in range(6):
+        whole = stream().read(step)
+        whole.check()
+        for world_size in (2, 4):
+            for rank in range(world_size):
+                part = stream(rank, world_size).read(step)
+                index = torch.arange(rank, 4, world_size)
+                assert torch.equal(part.positions, index)
+                assert torch.equal(part.ids, whole.ids[index])
+                assert torch.equal(part.labels, whole.labels[index])
+                assert torch.equal(part.states, whole.states[index])
+
+
+def test_any_step_can_be_read_first():
+    reader = stream()
+    in_order = [reader.read(step) for step in range(8)]
+    assert torch.equal(stream().read(7).states, in_order[7].states)
+    assert torch.equal(reader.read(2).states, in_order[2].states)
+
+
+def test_noise_is_that_of_the_sample_id_and_labels_follow_the_image():
+    batch = stream().read(3)
+    assert batch.ids.tolist() == [12, 13, 14, 15]
+    assert torch.equal(batch.noise, torch.from_numpy(sample_noise(1, batch.ids.numpy(), (1, 2, 2))))
+    assert batch.labels.tolist() == shown(batch)
+
+
+def test_labels_are_dropped_at_the_asked_rate():
+    reader = stream(label_dropout=0.25, batch_size=1000)
+    dropped = torch.cat([reader.read(step).labels == -1 for step in range(10)])
+    assert abs(float(dropped.float().mean()) - 0.25) < 0.02
+    assert stream(label_dropout=0.0).read(0).labels.min() >= 0
