@@ -75,17 +75,15 @@ def read_settings(args: list[str]) -> list[RunConfig]:
 
 def open_run(folder: str) -> RunDir:
     """The run in an existing folder. Raises ConfigError with a sentence when there is none."""
-    from distill.config import check
+    from distill.config import ConfigError
     from distill.rundir import RunDir
 
     root = Path(folder.rstrip("/") or "/")
-    beside = sorted(path.name for path in Path("runs").glob("*/config.yaml")) and sorted(
-        str(path.parent) for path in Path("runs").glob("*/config.yaml")
-    )
-    check(
-        root.is_dir(),
-        f"there is no run at {root}" + (f"; there are: {', '.join(beside)}" if beside else ""),
-    )
+    if not root.is_dir():
+        others = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml")))
+        raise ConfigError(
+            f"there is no run at {root}" + (f"; there are: {others}" if others else "")
+        )
     return RunDir(root)
 
 
@@ -100,10 +98,15 @@ def pipeline(verb: str, args: list[str]) -> int:
         return 0
     from cluster import runner
 
-    stage: Callable[[RunConfig], Any] = getattr(runner, verb)
+    stages: dict[str, Callable[[RunConfig], Any]] = {
+        "run": runner.run,
+        "pretrain": runner.pretrain,
+        "generate": runner.generate,
+        "train": runner.train,
+    }
     for config in configs:
         config.run.command = shlex.join(["bowstring", verb, *args])
-        code = stage(config)
+        code = stages[verb](config)
         if code:
             return int(code)
     return 0
@@ -131,7 +134,7 @@ def sample(args: list[str]) -> int:
     parser.add_argument("--labels", type=_labels, default=None)
     parser.add_argument("--num", type=int, default=64)
     parser.add_argument("--out", type=Path, default=None)
-    options = parser.parse_args(_join_negative(args))
+    options = parser.parse_args(_join_labels(args))
     run = open_run(options.run)
     from distill.sample import sample_run
 
@@ -146,18 +149,13 @@ def _labels(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a list of classes like 0,1,2") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is not a list like 0,1,2") from None
 
 
-def _join_negative(args: list[str]) -> list[str]:
+def _join_labels(args: list[str]) -> list[str]:
     """`--labels -1,2` as `--labels=-1,2`, which argparse does not take for a flag."""
-    joined: list[str] = []
-    for argument in args:
-        if joined and joined[-1] == "--labels":
-            joined[-1] = f"--labels={argument}"
-        else:
-            joined.append(argument)
-    return joined
+    joined = "\0".join(args).replace("--labels\0-", "--labels=-")
+    return joined.split("\0") if args else []
 
 
 def export(args: list[str]) -> int:
@@ -182,7 +180,7 @@ def status(args: list[str]) -> int:
     parser.add_argument("--watch", type=float, nargs="?", const=2.0, default=None)
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from cluster.status import show
+    from cluster.status_view import show
 
     show(run, as_json=options.json, every_s=options.watch)
     return 0
@@ -195,7 +193,7 @@ def verify(args: list[str]) -> int:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from cluster.status import show_audit
+    from cluster.status_view import show_audit
     from cluster.verify import audit
 
     return show_audit(audit(run), as_json=options.json)
@@ -226,23 +224,13 @@ def doctor(args: list[str]) -> int:
     return show(options.dir, as_json=options.json)
 
 
-def submit(args: list[str]) -> int:
-    """Says that Slurm jobs are not there yet."""
-    print(
-        "error: `bowstring submit` needs a Slurm cluster and is not there yet; "
-        "`bowstring run` runs on this machine",
-        file=sys.stderr,
-    )
-    return USAGE_ERROR
-
-
-def scale(args: list[str]) -> int:
-    """Says that scaling a live run is not there yet."""
-    print(
-        "error: `bowstring scale` needs a run on a Slurm cluster and is not there yet; "
-        "start the run with cluster.teachers.num_workers=N",
-        file=sys.stderr,
-    )
+def later(verb: str) -> int:
+    """Says that a verb is not there yet."""
+    instead = {
+        "submit": "it needs a Slurm cluster; `bowstring run` runs on this machine",
+        "scale": "it needs a Slurm cluster; start with cluster.teachers.num_workers=N instead",
+    }
+    print(f"error: `bowstring {verb}` is not there yet: {instead[verb]}", file=sys.stderr)
     return USAGE_ERROR
 
 
@@ -250,8 +238,8 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "sample": sample,
     "export": export,
-    "submit": submit,
-    "scale": scale,
+    "submit": lambda args: later("submit"),
+    "scale": lambda args: later("scale"),
     "status": status,
     "verify": verify,
     "estimate": estimate,

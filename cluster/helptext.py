@@ -155,5 +155,6 @@ speed per device.
 
 What is installed, which accelerator and collective backends work, cores, memory, shared memory,
 free ports, and whether the file system below FOLDER (default runs) can rename, link, lock and sync
-as a run needs. Exit code 1 if not. """,
+as a run needs. Exit code 1 if not.
+""",
 }

@@ -1,0 +1,204 @@
+"""Where a run stands, from its files only, so it works while Ray is down. Needs no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import time
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.configfile import load_config
+from cluster.plan import stream_plan
+from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
+from distill.rundir import RunDir, read_lines
+
+FULL_CHECK_BYTES = (
+    200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
+)
+SPEED_WINDOW_S = 60.0  # pairs/s is over the commits of the last minute of production
+
+
+# -----------------------------------------------------------------------------------------------
+# Facts
+
+
+def is_live(run: RunDir) -> bool:
+    """Whether a supervisor holds the run's lock now."""
+    try:
+        with run.lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def last_record(path: Path) -> dict[str, Any]:
+    """The last whole line of a JSON-lines file; empty when there is none."""
+    return next(iter(deque(read_lines(path), maxlen=1)), {})
+
+
+def training(run: RunDir, max_steps: int) -> dict[str, Any]:
+    """Step, loss and speed of the training in a run directory, from its metrics."""
+    last = last_record(run.metrics)
+    return {
+        "step": last.get("step", 0),
+        "max_steps": max_steps,
+        "loss": last.get("loss"),
+        "terms": last.get("terms", {}),
+        "lr": last.get("lr"),
+        "samples_per_s": last.get("samples_per_s"),
+        "data_wait_fraction": last.get("data_wait_fraction"),
+        "world_size": last.get("world_size"),
+        "seconds_since": round(time.time() - last["time"], 1) if last else None,
+    }
+
+
+def open_leases(events: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
+    """Leases without an end: no commit, failure, expiry, nor a worker that left."""
+    leases: dict[int, dict[str, Any]] = {}
+    for event in events:
+        kind, shard = event.get("kind"), event.get("shard")
+        if kind == "lease":
+            leases[int(event["shard"])] = event
+        elif kind in ("commit", "fail", "expire") and shard is not None:
+            leases.pop(int(shard), None)
+        elif kind == "worker_leave":
+            leases = {s: e for s, e in leases.items() if e.get("worker") != event.get("worker")}
+    return [
+        {"shard": shard, "worker": event.get("worker"), "age_s": round(now - event["time"], 1)}
+        for shard, event in sorted(leases.items())
+    ]
+
+
+def pairs_per_s(events: list[dict[str, Any]], samples_per_shard: int) -> float | None:
+    """Speed of production over the last minute in which shards were committed."""
+    times = [event["time"] for event in events if event.get("kind") in ("commit", "worker_join")]
+    commits = [event["time"] for event in events if event.get("kind") == "commit"]
+    if not commits:
+        return None
+    end = commits[-1]
+    start = min(t for t in times if t >= end - SPEED_WINDOW_S)
+    num = sum(1 for t in commits if start < t <= end)
+    return round(num * samples_per_shard / (end - start), 2) if end > start else None
+
+
+def shards(
+    run: RunDir, config: RunConfig, step: int, events: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Committed and planned shards, backlog, leases, quarantines and bytes."""
+    plan, trajectory = stream_plan(config), config.trajectory
+    found = {}
+    for path in run.shards.glob("*.tar") if run.shards.is_dir() else ():
+        if path.stem.isdigit() and path.with_suffix(".json").exists():
+            found[int(path.stem)] = path.stat().st_size
+    block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
+    return {
+        "committed": len(found),
+        "planned": plan.shards,
+        "samples": len(found) * trajectory.samples_per_shard,
+        "pairs_per_s": pairs_per_s(events, trajectory.samples_per_shard),
+        "backlog": sum(1 for shard in found if shard >= block * trajectory.block_shards),
+        "ready_ahead": trajectory.ready_ahead,
+        "open_leases": open_leases(events, time.time()),
+        "quarantined": quarantined(run),
+        "bytes": sum(found.values()),
+        "max_bytes": trajectory.max_bytes,
+    }
+
+
+def quarantined(run: RunDir) -> list[dict[str, Any]]:
+    """Shards that were set aside, each with its reason as far as it was written down."""
+    if not run.quarantine.is_dir():
+        return []
+    found = []
+    for path in sorted(run.quarantine.rglob("*.tar")):
+        reason = None
+        for note in sorted(path.parent.glob(f"{path.name.split('.')[0]}*.json")):
+            try:
+                reason = json.loads(note.read_text()).get("reason", reason)
+            except (OSError, ValueError, AttributeError):
+                continue
+        found.append({"file": str(path.relative_to(run.root)), "reason": reason})
+    return found
+
+
+def last_verified(run: RunDir) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole, how it was checked, and the steps of newer ones that are
+    not.
+    """
+    bad = []
+    for step, folder in reversed(committed_steps(run.checkpoints).items()):
+        try:
+            files = read_manifest(folder)["files"]
+            sizes_fit = all((folder / n).stat().st_size == f["bytes"] for n, f in files.items())
+        except (CheckpointError, OSError, KeyError, TypeError):
+            bad.append(step)
+            continue
+        small = sizes_fit and sum(entry["bytes"] for entry in files.values()) <= FULL_CHECK_BYTES
+        if not sizes_fit or (small and verify(folder)):
+            bad.append(step)
+            continue
+        return {"step": step, "checked": "sha256" if small else "sizes", "newer_bad": bad}
+    return {"step": None, "checked": None, "newer_bad": bad} if bad else None
+
+
+def waiting_for(run: RunDir) -> str | None:
+    """What the trainer waits for now, in its own words; None when it does not wait."""
+    try:
+        reason = json.loads(run.cursor.read_text()).get("waiting_for")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(reason) if reason else None
+
+
+def restarts(run: RunDir, events: list[dict[str, Any]]) -> dict[str, int]:
+    """How often the trainer group started again, and how many teacher workers were lost."""
+    starts = sum(1 for event in events if event.get("kind") == "resume")
+    lost = [
+        event
+        for event in events
+        if event.get("kind") == "worker_leave" and event.get("reason") != "end of production"
+    ]
+    return {"trainer": max(0, starts - 1), "teacher_workers": len(lost)}
+
+
+def stage_of(run: RunDir, config: RunConfig, found: dict[str, Any]) -> str:
+    """pretrain, generate, train, evaluate or finished: the first that is not done."""
+    step = found["train"]["step"]
+    if step >= config.train.max_steps:
+        fresh = run.results.exists() and run.results.stat().st_mtime >= run.metrics.stat().st_mtime
+        return "finished" if fresh else "evaluate"
+    if step > 0:
+        return "train"
+    own = found["pretrain"]
+    if own is not None and own["step"] < own["max_steps"] and not found["shards"]["committed"]:
+        return "pretrain"
+    return "generate"
+
+
+def status(run: RunDir) -> dict[str, Any]:
+    """Everything `bowstring status` says, ready for JSON. Raises ConfigError when it is no run."""
+    config = load_config(run)
+    events = list(read_lines(run.events))
+    pretrains = run.teacher.root.is_dir()
+    found: dict[str, Any] = {
+        "run": config.run.name,
+        "dir": str(run.root),
+        "objective": config.objective.name,
+        "live": is_live(run),
+        "pretrain": training(run.teacher, config.pretrain.train.max_steps) if pretrains else None,
+        "train": training(run, config.train.max_steps),
+    }
+    found["shards"] = shards(run, config, found["train"]["step"], events)
+    found["waiting_for"] = waiting_for(run) if found["live"] else None
+    found["checkpoint"] = last_verified(run)
+    found["restarts"] = restarts(run, events)
+    found["disk_free_bytes"] = shutil.disk_usage(run.root).free
+    found["results"] = run.results.exists()
+    return {"stage": stage_of(run, config, found), **found}

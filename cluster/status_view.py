@@ -1,0 +1,117 @@
+"""What `bowstring status` and `bowstring verify` print."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.table import Table
+
+from cluster.status import status
+from distill.config import ConfigError
+from distill.rundir import RunDir
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "-" if value is None else f"{value:,.4g}{unit}"
+
+
+def render(found: dict[str, Any]) -> Group:
+    """The status as tables for a terminal."""
+    train, stock, checkpoint = found["train"], found["shards"], found["checkpoint"]
+    state = "running" if found["live"] else "not running"
+    head = Table(
+        title=f"{found['run']}: {found['stage']}, {state}", title_justify="left", show_header=False
+    )
+    if found["pretrain"] is not None:
+        own = found["pretrain"]
+        head.add_row(
+            "teacher", f"step {own['step']:,} of {own['max_steps']:,}, loss {_number(own['loss'])}"
+        )
+    head.add_row(
+        "student",
+        f"step {train['step']:,} of {train['max_steps']:,}, loss {_number(train['loss'])}",
+    )
+    if train["terms"]:
+        terms = train["terms"].items()
+        head.add_row("loss terms", ", ".join(f"{name} {_number(value)}" for name, value in terms))
+    wait = train["data_wait_fraction"]
+    head.add_row(
+        "training",
+        f"{_number(train['samples_per_s'])} samples/s, {_number(train['world_size'])} ranks",
+    )
+    head.add_row("waits for data", "-" if wait is None else f"{wait:.1%} of the time")
+    head.add_row(
+        "shards", f"{stock['committed']:,} of {stock['planned']:,}, {stock['bytes']:,} bytes"
+    )
+    head.add_row(
+        "production", f"{_number(stock['pairs_per_s'])} pairs/s, backlog {stock['backlog']} shards"
+    )
+    head.add_row("last checkpoint", _checkpoint(checkpoint))
+    again = found["restarts"]
+    head.add_row(
+        "restarts", f"trainer {again['trainer']}, teacher workers lost {again['teacher_workers']}"
+    )
+    head.add_row("disk free", f"{found['disk_free_bytes']:,} bytes")
+    parts: list[Table] = [head]
+    if stock["open_leases"]:
+        parts.append(_table("open leases", stock["open_leases"]))
+    if stock["quarantined"]:
+        parts.append(_table("quarantined", stock["quarantined"]))
+    return Group(*parts)
+
+
+def _checkpoint(checkpoint: dict[str, Any] | None) -> str:
+    if checkpoint is None:
+        return "none yet"
+    text = (
+        f"step {checkpoint['step']}, {checkpoint['checked']} checked"
+        if checkpoint["checked"]
+        else "none is whole"
+    )
+    return text + (f"; damaged: {checkpoint['newer_bad']}" if checkpoint["newer_bad"] else "")
+
+
+def _table(title: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(*rows[0], title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*(str(value) for value in row.values()))
+    return table
+
+
+def show(run: RunDir, as_json: bool, every_s: float | None) -> None:
+    """Prints the status once, or again every `every_s` seconds until interrupted."""
+    if every_s is None:
+        found = status(run)
+        print(json.dumps(found, indent=1)) if as_json else Console().print(render(found))
+        return
+    if every_s <= 0:
+        raise ConfigError(f"--watch {every_s} must be above 0 seconds")
+    if as_json:
+        while True:
+            print(json.dumps(status(run)), flush=True)
+            time.sleep(every_s)
+    with Live(render(status(run)), auto_refresh=False) as live:
+        while True:
+            time.sleep(every_s)
+            live.update(render(status(run)), refresh=True)
+
+
+def show_audit(found: dict[str, Any], as_json: bool) -> int:
+    """Prints the result of `cluster.verify.audit`; 1 when anything is lost, doubled or corrupt."""
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        table = Table(
+            show_header=False, title="whole" if found["ok"] else "NOT WHOLE", title_justify="left"
+        )
+        for name, value in found.items():
+            table.add_row(
+                name,
+                str(value) if not isinstance(value, list) else "\n".join(map(str, value)) or "none",
+            )
+        Console().print(table)
+    return 0 if found["ok"] else 1
