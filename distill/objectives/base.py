@@ -1,7 +1,7 @@
 """What the objectives share: protocol, result, distances, random draws, picks from the grid."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -28,6 +28,7 @@ class LossTerms:
     terms: dict[str, Tensor]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """A distillation loss on teacher trajectories."""
 

@@ -54,7 +54,7 @@ class TraFlow:
         full = draw(self.seed, "output/full", step, batch) < self.config.p_full
         a = draw_index(draw(self.seed, "output/a", step, batch), 0, last - 1)
         b = draw_index(draw(self.seed, "output/b", step, batch), a + 1, last)
-        a, b = a.where(~full, torch.zerosexpand_as(a)), b.where(~full, torch.fullexpand_as(b, last))
+        a, b = a.where(~full, torch.zeros_like(a)), b.where(~full, torch.full_like(b, last))
         x_a, x_b = pick(batch.best, a), pick(batch.best, b)
         output = jump(student, x_a, batch.times[a], batch.times[b], batch.labels)
         return distance(self.config.distance, output, x_b)
