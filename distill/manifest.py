@@ -31,8 +31,11 @@ def step_name(step: int) -> str:
 
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:  # hashlib.file_digest needs Python 3.11
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def committed_steps(checkpoints: Path) -> dict[int, Path]:

@@ -1,26 +1,31 @@
-"""The order of the trajectory stream, as arithmetic: global step -> sample ids. No torch.
+"""The order of the trajectory stream: global step -> sample ids. Pure arithmetic, no state.
 
-The samples are cut into blocks of consecutive ids. Each block is shuffled by (seed, block, pass)
-and read `passes` times, then the next block. Global batch n is the next `batch_size` entries; rank
-r of W takes those with index = r mod W. So position = global step, and nothing else is ever saved.
+Samples 0, 1, 2, .. are cut into blocks of n = `block_samples`. Block k is read `passes` times, each
+time in another order drawn from (seed, k, pass), and then comes block k + 1:
+
+    entry e:  k = e div (n passes),  pass = (e mod (n passes)) div n,  id = k n + sigma[e mod n]
+
+Global batch s takes the entries s B .. (s + 1) B - 1; it may span the border of a pass or a block.
+Rank r of W takes those whose index within the batch is r mod W. So the sequence of samples is fixed
+by (seed, n, passes, B), whatever the number of ranks or restarts.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from jaxtyping import Int64
+from numpy.typing import NDArray
 
 from distill.noise import permutation
 
 
 @dataclass(frozen=True)
 class Order:
-    """Which sample ids each global batch holds.
+    """The plan of one run's stream.
 
     Attributes:
-        seed: of the shuffles.
-        block_samples: samples shuffled together.
+        seed: the run's seed.
+        block_samples: samples of one block.
         passes: times each block is read.
         batch_size: samples of a global batch.
     """
@@ -30,41 +35,37 @@ class Order:
     passes: int
     batch_size: int
 
-    @property
-    def block_entries(self) -> int:
-        """Entries of the stream that come from one block."""
-        return self.block_samples * self.passes
+    def __post_init__(self) -> None:
+        assert min(self.block_samples, self.passes, self.batch_size) > 0
 
-    def entries(self, step: int) -> tuple[Int64[np.ndarray, "B"], Int64[np.ndarray, "B"]]:
-        """(ids, passes) of global batch `step`, in stream order; both from 0."""
-        index = np.arange(step * self.batch_size, (step + 1) * self.batch_size)
-        block, within = np.divmod(index, self.block_entries)
-        read, place = np.divmod(within, self.block_samples)
-        ids = np.empty_like(index)
-        for b, p in np.unique(np.stack([block, read]), axis=1).T.tolist():
-            here = (block == b) & (read == p)
-            order = _shuffle(self.seed, self.block_samples, self.passes, b, p)
-            ids[here] = b * self.block_samples + order[place[here]]
-        return ids, read
+    def entries(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and passes (from 0) of the entries of global batch `step` (from 0), int64 [B] each."""
+        return self.entries_between(step * self.batch_size, (step + 1) * self.batch_size)
 
-    def blocks_of(self, step: int) -> range:
-        """Blocks that global batch `step` reads."""
-        first = step * self.batch_size // self.block_entries
-        last = ((step + 1) * self.batch_size - 1) // self.block_entries
-        return range(first, last + 1)
+    def entries_between(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Ids and passes of the entries first .. end - 1 of the whole stream."""
+        ids, passes, n = [], [], self.block_samples
+        while first < end:
+            reading, place = divmod(first, n)
+            block, which = divmod(reading, self.passes)
+            taken = _shuffle(self.seed, block, which, n)[place : place + end - first]
+            ids.append(block * n + taken)
+            passes.append(np.full(len(taken), which, dtype=np.int64))
+            first += len(taken)
+        return np.concatenate(ids), np.concatenate(passes)
 
     def block_of(self, step: int) -> int:
-        """First block that global batch `step` reads."""
-        return self.blocks_of(step)[0]
+        """The block of the first entry of global batch `step`."""
+        return step * self.batch_size // (self.block_samples * self.passes)
 
     def num_blocks(self, max_steps: int) -> int:
-        """Blocks that `max_steps` global batches need."""
-        return -(-max_steps * self.batch_size // self.block_entries)
+        """Blocks that the first `max_steps` global batches touch."""
+        return -(-max_steps * self.batch_size // (self.block_samples * self.passes))
 
 
-@lru_cache(maxsize=8)
-def _shuffle(
-    seed: int, block_samples: int, passes: int, block: int, read: int
-) -> Int64[np.ndarray, "n"]:
-    """The order in which one pass reads a block."""
-    return permutation(seed, "shuffle", block * passes + read, block_samples)
+@lru_cache(maxsize=4)
+def _shuffle(seed: int, block: int, which: int, n: int) -> NDArray[np.int64]:
+    """The order in which reading `which` of a block takes its samples."""
+    order = permutation(seed, f"order/{which}", block, n)
+    order.setflags(write=False)
+    return order
