@@ -1,0 +1,263 @@
+"""The teacher pool: Ray actors that make shards, and the side that feeds them leases.
+
+An actor holds its teachers and nothing else. It takes a shard number, samples the trajectories and
+commits the file; whatever happens to it, at most the shard in its hands is made again. All that is
+decided is decided in `cluster.coordinator`; here it is carried out.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from distill.ledger import ShardSpec, committed
+from ray.exceptions import RayActorError, RayTaskError
+
+from cluster.config import RunConfig
+from cluster.coordinator import (
+    Action,
+    Asked,
+    Committed,
+    Coordinator,
+    CursorMoved,
+    Event,
+    Expired,
+    Failed,
+    GivenUp,
+    Heartbeat,
+    Joined,
+    Leased,
+    Left,
+    Limits,
+    Quarantined,
+    Tick,
+)
+from cluster.cursor import read_cursor
+from cluster.plan import StreamPlan
+from cluster.worker import TeacherWorker
+from distill.config import ConfigError, check
+from distill.rundir import RunDir, append_line
+
+SCAN_PERIOD_S = 1.0  # how often the shard directory and the trainer's cursor are read
+DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
+
+
+class PoolError(RuntimeError):
+    """The pool cannot go on. The message says why, with the worker's traceback."""
+
+
+@dataclass
+class Member:
+    """An actor as the pool sees it. `task` is its pending load or shard, None when it is idle."""
+
+    actor: Any
+    task: Any
+    name: str = ""  # known once its teachers are loaded
+    shard: int | None = None
+    ping: Any = None  # pending question for its progress
+    evaluations: int = -1
+
+
+@dataclass
+class TeacherPool:
+    """The pool of one run. `poll` does whatever can be done now and never blocks."""
+
+    config: RunConfig
+    run: RunDir
+    spec: ShardSpec
+    plan: StreamPlan
+    trainer_reads: bool  # whether a trainer moves the cursor; without one all shards are made
+    members: list[Member] = field(default_factory=list)
+    deaths: int = 0  # since the last commit
+    restarts: int = 0  # of all workers, for the record
+
+    def __post_init__(self) -> None:
+        pool, trajectory = self.config.cluster.teachers, self.config.trajectory
+        limits = Limits(
+            num_shards=self.plan.shards,
+            block_shards=trajectory.block_shards,
+            ready_ahead=trajectory.ready_ahead if self.trainer_reads else self.plan.shards,
+            max_bytes=trajectory.max_bytes,
+            shard_bytes=self.plan.shard_bytes,
+            lease_timeout_s=pool.lease_timeout_s,
+            max_attempts=pool.max_attempts,
+        )
+        self.coordinator = Coordinator(limits, committed(self.run), cursor=self._cursor())
+        self._next_scan_s = self._next_ping_s = 0.0
+        self._actor_class = ray.remote(TeacherWorker).options(
+            num_cpus=pool.cpus_per_worker,
+            num_gpus=pool.gpus_per_worker,
+            resources={"teacher": 1.0},
+            max_concurrency=2,
+            max_restarts=0,
+        )
+
+    @property
+    def is_done(self) -> bool:
+        """Whether every shard of the run stands on disk."""
+        return self.coordinator.is_done
+
+    def poll(self) -> None:
+        """One round: workers, results, the directory, heartbeats, leases.
+
+        Raises:
+            ConfigError: a worker has other teachers than the run, or cannot load them.
+            PoolError: a shard was given up, or workers keep dying.
+        """
+        now = time.monotonic()
+        if now >= self._next_scan_s:
+            self._scan()
+            self._next_scan_s = now + SCAN_PERIOD_S
+        if not self.is_done:
+            self._fill()
+        self._collect()
+        self._ping(now)
+        self._handle(Tick())
+
+    def close(self) -> None:
+        """Ends all workers. A shard in the making leaves no trace."""
+        for member in self.members:
+            ray.kill(member.actor)
+            if member.name:
+                self._event("worker_leave", worker=member.name, reason="end of production")
+        self.members.clear()
+
+    # ---------------------------------------------------------------------------------------
+    # One round
+
+    def _fill(self) -> None:
+        """Starts the workers that are missing."""
+        while len(self.members) < self.config.cluster.teachers.num_workers:
+            actor = self._actor_class.remote(self.config, self.run, self.spec)
+            self.members.append(Member(actor, actor.load.remote()))
+
+    def _scan(self) -> None:
+        """Takes over what others changed in the directory, and the trainer's position."""
+        found, known = committed(self.run), self.coordinator.committed
+        for shard in sorted(known.keys() - found.keys()):
+            self._event("quarantine", shard=shard)
+            self._handle(Quarantined(shard))
+        for shard in sorted(found.keys() - known.keys()):
+            self._handle(Committed(shard, found[shard]))
+        self._handle(CursorMoved(self._cursor()))
+
+    def _cursor(self) -> int:
+        """First shard of the block the trainer reads."""
+        return read_cursor(self.run)[0] * self.config.trajectory.block_shards
+
+    def _collect(self) -> None:
+        """Takes the results that are there."""
+        tasks = {member.task: member for member in self.members if member.task is not None}
+        if not tasks:
+            return
+        ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
+        for task in ready:
+            member = tasks[task]
+            member.task = None
+            try:
+                result = ray.get(task)
+            except RayActorError as error:
+                self._bury(member, str(error).strip().splitlines()[0])
+            except RayTaskError as error:
+                self._failed(member, error)
+            else:
+                self._finished(member, result)
+
+    def _finished(self, member: Member, result: dict[str, Any]) -> None:
+        if member.shard is None:
+            self._check_fingerprints(result)
+            member.name = result["worker"]
+            self._event("worker_join", **result)
+            self._handle(Joined(member.name))
+        else:
+            shard, member.shard = member.shard, None
+            self.deaths = 0
+            self._event("commit", shard=shard, worker=member.name, **result)
+            self._handle(Committed(shard, result["bytes"]))
+        self._handle(Asked(member.name))
+
+    def _failed(self, member: Member, error: RayTaskError) -> None:
+        if isinstance(error.cause, ConfigError):
+            raise error.cause
+        if member.shard is None:
+            raise PoolError(f"a teacher worker could not load its teachers:\n{error}")
+        shard, member.shard = member.shard, None
+        last_line = str(error).strip().splitlines()[-1]
+        self._event("fail", shard=shard, worker=member.name, error=last_line)
+        self._handle(Failed(member.name, str(error)))
+        self._handle(Asked(member.name))
+
+    def _bury(self, member: Member, reason: str) -> None:
+        """Forgets a worker that is gone; `_fill` starts another."""
+        self.members.remove(member)
+        self.deaths += 1
+        self.restarts += 1
+        name = member.name or "unknown"
+        self._event("worker_leave", worker=name, reason=reason)
+        if member.name:
+            self._handle(Left(member.name))
+        limit = DEATHS_PER_WORKER * self.config.cluster.teachers.num_workers
+        if self.deaths >= limit:
+            raise PoolError(f"{limit} teacher workers died without making a shard; last: {reason}")
+
+    def _ping(self, now: float) -> None:
+        """Asks busy workers for their progress; progress made is a heartbeat."""
+        for member in [m for m in self.members if m.ping is not None]:
+            ready, _ = ray.wait([member.ping], timeout=0)
+            if ready:
+                self._take_ping(member)
+        if now >= self._next_ping_s:
+            self._next_ping_s = now + self.config.cluster.teachers.lease_timeout_s / 4
+            for member in self.members:
+                if member.shard is not None and member.ping is None:
+                    member.ping = member.actor.progress.remote()
+
+    def _take_ping(self, member: Member) -> None:
+        ping, member.ping = member.ping, None
+        try:
+            evaluations = ray.get(ping)
+        except RayActorError:
+            return  # its task tells the same, and is dealt with there
+        if evaluations != member.evaluations:
+            member.evaluations = evaluations
+            self._handle(Heartbeat(member.name))
+
+    # ---------------------------------------------------------------------------------------
+    # The coordinator
+
+    def _handle(self, event: Event) -> None:
+        for action in self.coordinator.handle(event, time.monotonic()):
+            self._carry_out(action)
+
+    def _carry_out(self, action: Action) -> None:
+        match action:
+            case Leased(worker, shard):
+                member = self._member(worker)
+                member.shard, member.evaluations = shard, -1
+                member.task = member.actor.produce.remote(shard)
+                self._event("lease", shard=shard, worker=worker)
+            case Expired(worker, shard):
+                member = self._member(worker)
+                ray.kill(member.actor)
+                self._event("expire", shard=shard, worker=worker)
+                self._bury(member, "no progress")
+            case GivenUp(shard, error):
+                raise PoolError(f"shard {shard} failed too often and was given up:\n{error}")
+
+    def _member(self, name: str) -> Member:
+        return next(member for member in self.members if member.name == name)
+
+    def _check_fingerprints(self, hello: dict[str, Any]) -> None:
+        for teacher in self.spec.teachers:
+            theirs = hello["fingerprints"][teacher.name]
+            check(
+                theirs == teacher.fingerprint,
+                f"worker {hello['worker']} has other weights for teacher.{teacher.name} "
+                f"({theirs[:12]}) than the run ({teacher.fingerprint[:12]}); give every node the "
+                "same file",
+            )
+
+    def _event(self, kind: str, **values: Any) -> None:
+        append_line(self.run.events, {"kind": kind, **values})

@@ -1,0 +1,78 @@
+"""Progress of the long stages: bars on a terminal, elsewhere a line now and then."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+LINE_PERIOD_S = 30.0
+TAIL_BYTES = 8192  # more than the longest line of metrics.jsonl
+
+
+class StageBars:
+    """One bar per stage, on standard error. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        console = Console(stderr=True)
+        self._live = console.is_terminal
+        self._console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, int] = {}
+        self._state: dict[str, tuple[int, int, str]] = {}
+        self._next_line_s = time.monotonic() + LINE_PERIOD_S
+
+    def __enter__(self) -> StageBars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Sets a bar, made when it is first shown."""
+        self._state[stage] = (done, total, note)
+        if self._live:
+            if stage not in self._tasks:
+                self._tasks[stage] = self._progress.add_task(stage, total=total, note=note)
+            task = self._progress.tasks[self._tasks[stage]].id
+            self._progress.update(task, completed=done, total=total, note=note)
+        elif time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + LINE_PERIOD_S
+            self.say(", ".join(_line(name, *state) for name, state in self._state.items()))
+
+    def say(self, text: str) -> None:
+        """Prints a line above the bars."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _line(stage: str, done: int, total: int, note: str) -> str:
+    return f"{stage} {done}/{total}" + (f" ({note})" if note else "")
+
+
+def last_step(metrics: Path) -> int:
+    """Steps done according to the last whole line of metrics.jsonl; 0 when there is none."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+            lines = file.read().splitlines()
+    except FileNotFoundError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return 0

@@ -1,0 +1,212 @@
+"""One rank of a training: engine, stream and objective, put together around `distill.train`.
+
+The same code trains a teacher on real images ("pretrain") and the student on trajectories
+("train").
+"""
+
+from __future__ import annotations
+
+import fcntl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from distill.stream import TrajectoryStream
+from torch import nn
+
+from cluster.cursor import WithCursor
+from cluster.job import TrainJob, stream_order
+from cluster.zero import DeepSpeedEngine
+from distill.config import ConfigError, ReflowConfig
+from distill.datasets import load_images
+from distill.engine import Engine
+from distill.export import export_checkpoint
+from distill.manifest import latest_verified, step_name
+from distill.models import DESCRIPTION, load_model
+from distill.networks import build_network
+from distill.objectives import build_objective
+from distill.objectives.base import Objective
+from distill.pretrain import ImageStream
+from distill.rundir import RunDir, append_line
+from distill.train import train
+from distill.trajectory import TrajectoryBatch
+
+LOCK_TIMEOUT_S = 60.0  # ranks of a killed supervisor are gone within seconds
+
+
+def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool]) -> int:
+    """Steps done: `max_steps`, or fewer when asked to stop. The process group must be up."""
+    network, origin = initial_network(job)
+    engine = DeepSpeedEngine(network, job.train, device)
+    with _only_trainer(job.run, engine):
+        if engine.rank == 0:
+            append_line(job.run.events, {"kind": "init", "weights": origin})
+        config = job.config.objective if job.stage == "train" else ReflowConfig()
+        objective = build_objective(config, job.config.seed)
+        return train_with_exports(job, engine, open_source(job, engine), objective, should_stop)
+
+
+# -----------------------------------------------------------------------------------------------
+# Weights
+
+
+def initial_network(job: TrainJob) -> tuple[nn.Module, str]:
+    """The network before the first step, and in words where its weights come from.
+
+    A student starts as its last native teacher when that has the same architecture: the branch of
+    the jump s - t is still zero, so it begins with exactly the teacher's velocity.
+    """
+    config = job.config
+    network = build_network(config.student, config.data.image, config.seed)
+    if job.stage == "pretrain":
+        return network, "fresh"
+    name, teacher = list(config.teacher.items())[-1]
+    if teacher.kind != "native":
+        return network, f"fresh: teacher.{name} is of kind {teacher.kind}"
+    state, own = load_model(Path(teacher.path), "cpu")[0].state_dict(), network.state_dict()
+    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
+        return network, f"fresh: teacher.{name} has another architecture than the student"
+    network.load_state_dict(state)
+    return network, f"teacher.{name}"
+
+
+def export_model(job: TrainJob, step: int, done: int) -> None:
+    """Writes the model after `step` steps from the checkpoint of that step, unless it is there.
+
+    Raises:
+        ConfigError: training is beyond that step.
+    """
+    folder = job.run.model(step)
+    if (folder / DESCRIPTION).is_file():
+        return
+    if done != step:
+        raise ConfigError(
+            f"{folder} is missing, and the checkpoint of step {step} it was made from is no longer "
+            f"kept; put it back, or move {job.run.root} away to train the teacher again"
+        )
+    meta = {"kind": "teacher", "step": step, "data": job.config.data.name, "seed": job.config.seed}
+    checkpoint = job.run.checkpoints / step_name(step)
+    export_checkpoint(checkpoint, folder, job.config.student, job.config.data.image, meta)
+
+
+# -----------------------------------------------------------------------------------------------
+# Data
+
+
+class Source(Protocol):
+    """Where a rank's batches come from."""
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for data so far."""
+
+    def read(self, step: int) -> TrajectoryBatch:
+        """This rank's part of global batch `step`."""
+
+
+class Images:
+    """Real images as a source; they never make a trainer wait."""
+
+    wait_s = 0.0
+
+    def __init__(self, stream: ImageStream) -> None:
+        self._stream = stream
+
+    def read(self, step: int) -> TrajectoryBatch:
+        """This rank's part of global batch `step`."""
+        return self._stream.read(step)
+
+
+class Position:
+    """A source that remembers the step last read."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self.step = -1
+
+    def read(self, step: int) -> TrajectoryBatch:
+        """This rank's part of global batch `step`."""
+        self.step = step
+        return self._source.read(step)
+
+
+def open_source(job: TrainJob, engine: Engine) -> Source:
+    """The stream of this stage for this rank."""
+    config, rank, world_size = job.config, engine.rank, engine.world_size
+    if job.stage == "pretrain":
+        images, labels = load_images(config.data)
+        batch_size, dropout = job.train.batch_size, job.train.label_dropout
+        return Images(
+            ImageStream(images, labels, config.seed, batch_size, rank, world_size, dropout)
+        )
+    assert job.spec is not None
+    order = stream_order(config)
+    weights = [teacher.weight for teacher in config.teacher.values()]
+    stream = TrajectoryStream(
+        job.run, job.spec, config.trajectory, order, rank, world_size, weights
+    )
+    return WithCursor(stream, order, job.run, rank)
+
+
+# -----------------------------------------------------------------------------------------------
+# Training
+
+
+def train_with_exports(
+    job: TrainJob,
+    engine: Engine,
+    source: Source,
+    objective: Objective,
+    should_stop: Callable[[], bool],
+) -> int:
+    """Steps done. Stops at every export, which saves, exports, and goes on."""
+    position = Position(source)
+    done = _agreed_step(job.run, engine)
+    for end in sorted({*job.exports, job.train.max_steps}):
+        if done < end:
+            done = train(
+                engine,
+                position.read,
+                objective,
+                job.train,
+                job.run,
+                seed=job.config.seed,
+                wait_s=lambda: source.wait_s,
+                should_stop=lambda end=end: should_stop() or position.step + 1 >= end,
+            )
+        if done < end:
+            return done
+        if end in job.exports and engine.rank == 0:
+            export_model(job, end, done)
+    return done
+
+
+def _agreed_step(run: RunDir, engine: Engine) -> int:
+    """Step of the newest verified checkpoint as rank 0 sees it. Collective."""
+    found = latest_verified(run.checkpoints) if engine.rank == 0 else None
+    return int(engine.gather(torch.tensor(found[0] if found else 0))[0])
+
+
+@contextmanager
+def _only_trainer(run: RunDir, engine: Engine) -> Iterator[None]:
+    """Holds the lock that keeps ranks of a killed supervisor from writing next to ours."""
+    if engine.rank != 0:
+        engine.any(False)  # waits for rank 0 to have it
+        yield
+        return
+    run.root.mkdir(parents=True, exist_ok=True)
+    with (run.root / "trainer.lock").open("w") as file:
+        deadline = time.monotonic() + LOCK_TIMEOUT_S
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.2)
+        engine.any(False)
+        yield

@@ -1,0 +1,237 @@
+"""The supervisor: one process that starts, watches and ends everything a run needs.
+
+    (pre-training) -> [ teacher pool  ||  trainer group ] -> evaluation -> report
+
+Every stage looks at the run directory first and does what is missing, so the same command starts a
+run, resumes it after any kill, and recognises it as finished. Verbs return an exit code: 0 done, or
+saved and stopped as asked; 1 failed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+
+from cluster import stages
+from cluster.config import RunConfig
+from cluster.configfile import save_config
+from cluster.cursor import read_cursor
+from cluster.identity import check_or_write
+from cluster.job import TrainJob, stop_file
+from cluster.pool import TeacherPool
+from cluster.progress import last_step
+from cluster.session import Session, open_session
+from cluster.stages import Work, steps_done
+from cluster.trainer import final_error, fit
+from distill.config import ConfigError, TeacherConfig
+from distill.manifest import CheckpointError
+from distill.rundir import RunDir, append_line
+
+logger = logging.getLogger(__name__)
+
+POLL_PERIOD_S = 0.1
+STOP_GRACE_S = 120.0  # for the last checkpoint after a stop signal
+
+
+class RunFailed(RuntimeError):
+    """A stage ended for good. The message says why."""
+
+
+class Stopped(Exception):
+    """A signal asked for an end; the state is saved."""
+
+
+Stage = Callable[[Session], Work]
+
+# -----------------------------------------------------------------------------------------------
+# Verbs
+
+
+def run(config: RunConfig) -> int:
+    """The main job: what is missing of teacher, trajectories, training, evaluation and report."""
+    return _supervise(config, stages.pretrain, stages.distil, stages.evaluate_if_new)
+
+
+def pretrain(config: RunConfig) -> int:
+    """Trains the run's own teacher."""
+    return _supervise(config, stages.pretrain)
+
+
+def generate(config: RunConfig) -> int:
+    """Makes all shards of the run, without waiting for a trainer."""
+    return _supervise(config, stages.generate)
+
+
+def train(config: RunConfig) -> int:
+    """Trains the student on the shards that are there."""
+    return _supervise(config, stages.train)
+
+
+def evaluate(config: RunConfig) -> int:
+    """Evaluates the last verified checkpoint, and writes the report."""
+    return _supervise(config, stages.evaluate_again)
+
+
+def _supervise(config: RunConfig, *chosen: Stage) -> int:
+    """Exit code of the stages, one after the other, under the run's lock."""
+    given, config = config, with_absolute_paths(config)
+    with open_session(config, RunDir(Path(config.run.dir))) as session:
+        for note in check_or_write(config, session.run):
+            session.bars.say(note)
+        save_config(session.run, given)
+        try:
+            for stage in chosen:
+                _work(session, stage(session))
+        except Stopped:
+            session.bars.say(f"stopped; the same command goes on with {given.run.dir}")
+            return 128 + signal.SIGINT if session.stop_signal == signal.SIGINT else 0
+        except (ConfigError, CheckpointError):
+            raise
+        except Exception as error:  # the supervisor's one broad net: a failure is an exit code
+            logger.debug("the run failed", exc_info=True)
+            append_line(session.run.events, {"kind": "failed", "error": str(error)})
+            session.bars.say(f"error: {error}")
+            return 1
+    return 0
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration as workers need it, whose working directory may be another."""
+
+    def teacher(value: TeacherConfig) -> TeacherConfig:
+        is_path = value.kind != "analytic" or Path(value.path).exists()
+        return dataclasses.replace(value, path=_absolute(value.path)) if is_path else value
+
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir)),
+        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        teacher={name: teacher(value) for name, value in config.teacher.items()},
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else path
+
+
+# -----------------------------------------------------------------------------------------------
+# The loop
+
+
+def _work(session: Session, work: Work) -> None:
+    """Runs the pool and the trainer group until both are done.
+
+    Raises:
+        Stopped: a signal came, and the trainer has saved.
+        RunFailed, PoolError, ConfigError, CheckpointError: it cannot go on.
+    """
+    pool, job = work.pool, work.job
+    if pool is None and job is None:
+        return
+    session.start_ray()
+    group = TrainerGroup(session, job) if job else None
+    try:
+        with session.bars:
+            while not ((pool is None or pool.is_done) and (group is None or group.poll())):
+                if pool is not None:
+                    pool.poll()
+                _show(session, pool, job)
+                if session.stop_signal:
+                    raise Stopped
+                time.sleep(POLL_PERIOD_S)
+            _show(session, pool, job)
+    finally:
+        stop_file(session.scratch).touch()
+        if pool is not None:
+            pool.close()
+        if group is not None:
+            group.wait(STOP_GRACE_S)
+        stop_file(session.scratch).unlink()
+
+
+def _show(session: Session, pool: TeacherPool | None, job: TrainJob | None) -> None:
+    if pool is not None:
+        state = pool.coordinator
+        note = "waits for the trainer" if state.is_blocked else ""
+        session.bars.show("trajectory shards", state.num_committed, state.limits.num_shards, note)
+    if job is not None:
+        title = "teacher, steps" if job.stage == "pretrain" else "student, steps"
+        note = read_cursor(job.run)[1] if job.stage == "train" else ""
+        session.bars.show(title, last_step(job.run.metrics), job.train.max_steps, note)
+
+
+class TrainerGroup:
+    """The trainer group, started again as long as it gets further."""
+
+    def __init__(self, session: Session, job: TrainJob) -> None:
+        self._session, self._job = session, job
+        self._starts = self._failures = 0
+        self._verified = steps_done(job.run)
+        self._future = self._start()
+
+    def poll(self) -> bool:
+        """Whether training is done; starts the group again when it failed.
+
+        Raises:
+            ConfigError, CheckpointError, TrainingError: what a restart would only repeat.
+            RunFailed: it failed too often without a new verified checkpoint.
+        """
+        if not self._future.done():
+            return False
+        error = self._future.exception()
+        if error is None:
+            return self._future.result() >= self._job.train.max_steps or self._is_stopped()
+        self._restart(error)
+        return False
+
+    def wait(self, timeout_s: float) -> None:
+        """Gives the ranks time to save after the stop file was made."""
+        deadline = time.monotonic() + timeout_s
+        while not self._future.done() and time.monotonic() < deadline:
+            time.sleep(POLL_PERIOD_S)
+
+    def _is_stopped(self) -> bool:
+        """A rank took a signal of its own (Slurm sends it to all) and saved."""
+        self._session.stop_signal = self._session.stop_signal or signal.SIGTERM
+        return False
+
+    def _restart(self, error: BaseException) -> None:
+        final = final_error(self._job)
+        if final is not None:
+            raise final
+        if self._session.stop_signal:
+            return
+        verified = steps_done(self._job.run)
+        self._failures = 1 if verified > self._verified else self._failures + 1
+        self._verified = max(verified, self._verified)
+        limit = self._job.config.cluster.trainer.max_restarts
+        if self._failures > limit:
+            raise RunFailed(
+                f"training failed {self._failures} times without a new verified checkpoint "
+                f"(step {verified}); the last failure:\n{error}"
+            )
+        last_line = str(error).strip().splitlines()[-1]
+        append_line(self._job.run.events, {"kind": "restart", "step": verified, "error": last_line})
+        self._session.bars.say(f"training failed and goes on from step {verified}: {last_line}")
+        self._future = self._start()
+
+    def _start(self) -> Future[int]:
+        """Runs `fit` in a thread that does not outlive the process."""
+        future: Future[int] = Future()
+        self._starts += 1
+        name = f"{self._job.stage}-{self._starts}"
+
+        def target() -> None:
+            try:
+                future.set_result(fit(self._job, name))
+            except BaseException as error:  # handed to the main thread
+                future.set_exception(error)
+
+        threading.Thread(target=target, name=name, daemon=True).start()
+        return future

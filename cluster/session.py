@@ -1,0 +1,174 @@
+"""What a supervisor holds while it works: the run's lock, Ray, stop signals, and a scratch folder.
+
+Ray is started on this machine only when a stage needs it, and all of it ends with this process,
+however it ends: Ray's daemons are its children and die with it, and workers die with the daemons.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import ray
+
+from cluster.config import RunConfig
+from cluster.progress import StageBars
+from distill.config import ConfigError, check
+from distill.rundir import RunDir
+
+LOCK_PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
+LONGEST_TEMP = 40  # characters; Ray's socket paths below it must stay under 107
+RAY_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch from a slow shared disk
+}
+
+
+class Session:
+    """One supervisor's hold on one run."""
+
+    def __init__(self, config: RunConfig, run: RunDir) -> None:
+        self.config, self.run = config, run
+        self.bars = StageBars()
+        self.scratch = run.root / ".ray"  # Ray Train's own files; on a file system all nodes see
+        self.stop_signal = 0
+        # Short, and the same for every start of this run, so nothing piles up after kills.
+        digest = hashlib.sha256(str(run.root).encode()).hexdigest()[:8]
+        base = tempfile.gettempdir()
+        self._ray_temp = Path(base if len(base) <= LONGEST_TEMP else "/tmp") / f"bow-{digest}"
+
+    def start_ray(self) -> None:
+        """Starts Ray, or joins the cluster at `cluster.address`, unless that is done.
+
+        Raises:
+            ConfigError: the cluster has less than the run asks for.
+        """
+        if ray.is_initialized():
+            return
+        for name, value in RAY_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        address = self.config.cluster.address
+        if address:
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
+        else:
+            self._start_local_ray()
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        missing = missing_resources(self.config, ray.cluster_resources())
+        check(
+            not missing,
+            "the cluster has too little for this run: "
+            + "; ".join(missing)
+            + "; ask for less with "
+            "cluster.teachers.* and cluster.trainer.*, or add nodes",
+        )
+
+    def _start_local_ray(self) -> None:
+        cluster = self.config.cluster
+        groups = (cluster.teachers, cluster.trainer)
+        cpus = sum(group.num_workers * group.cpus_per_worker for group in groups)
+        gpus = sum(group.num_workers * group.gpus_per_worker for group in groups)
+        shutil.rmtree(self._ray_temp, ignore_errors=True)
+        ray.init(
+            num_cpus=max(1, math.ceil(cpus)),
+            num_gpus=None if gpus > 0 else 0,
+            resources={
+                "teacher": float(cluster.teachers.num_workers),
+                "trainer": float(cluster.trainer.num_workers),
+            },
+            include_dashboard=False,
+            object_store_memory=cluster.object_store_bytes,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=str(self._ray_temp),
+        )
+
+    def stop_ray(self) -> None:
+        """Ends a Ray started here; leaves a cluster."""
+        if ray.is_initialized():
+            ray.shutdown()
+        if not self.config.cluster.address:
+            shutil.rmtree(self._ray_temp, ignore_errors=True)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.stop_signal = number
+
+
+@contextmanager
+def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
+    """A session under the run's lock. A process that died does not hold the lock.
+
+    Raises:
+        ConfigError: the folder cannot be made, or another supervisor is at work on the run.
+    """
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        file = run.lock.open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to run.dir={run.root} ({error.strerror}); choose another place with "
+            "run.dir=..."
+        ) from error
+    with file:
+        _lock(file.fileno(), run)
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
+        session = Session(config, run)
+        shutil.rmtree(session.scratch, ignore_errors=True)
+        session.scratch.mkdir()
+        try:
+            yield session
+        finally:
+            session.stop_ray()
+            shutil.rmtree(session.scratch, ignore_errors=True)
+
+
+def _lock(descriptor: int, run: RunDir) -> None:
+    deadline = time.monotonic() + LOCK_PATIENCE_S
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
+                    "wait for it, or take another run with run.name=NAME"
+                ) from None
+            time.sleep(0.1)
+
+
+def missing_resources(config: RunConfig, available: dict[str, float]) -> list[str]:
+    """What a cluster lacks for the run, in words: "GPU: 4 asked for, 2 there"."""
+    trainer, teachers = config.cluster.trainer, config.cluster.teachers
+    # Teachers may come later; one of them must fit now.
+    needed = {
+        "trainer": float(trainer.num_workers),
+        "CPU": trainer.num_workers * trainer.cpus_per_worker + teachers.cpus_per_worker,
+        "GPU": trainer.num_workers * trainer.gpus_per_worker + teachers.gpus_per_worker,
+    }
+    return [
+        f"{name}: {amount:g} asked for, {available.get(name, 0.0):g} there"
+        for name, amount in needed.items()
+        if amount > available.get(name, 0.0) + 1e-9
+    ]

@@ -1,0 +1,102 @@
+"""The trainer group: Ray Train runs the ranks, each runs `cluster.rank`.
+
+The group can be started again at any time: a rank finds everything in the run directory and goes on
+from the last verified checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
+
+from cluster.job import TrainJob
+from cluster.rank import run_rank
+from distill.config import ConfigError
+from distill.manifest import CheckpointError
+from distill.rundir import write_json
+from distill.train import TrainingError
+
+_stop_signal = threading.Event()  # set in a rank's process by SIGTERM or SIGUSR1
+
+
+class _SignalBackend(_TorchBackend):
+    """Ray's process-group set-up, and a flag for stop signals.
+
+    Python takes signals in the main thread, and Ray Train runs its function in another one; this
+    hook is called in the main thread of every rank.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(_catch_stop_signals)
+
+
+@dataclass
+class _SignalConfig(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_SignalBackend]:
+        return _SignalBackend
+
+
+def _catch_stop_signals() -> None:
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: _stop_signal.set())
+
+
+def fit(job: TrainJob, name: str) -> int:
+    """Steps done by one group of ranks from its start to its end; blocks.
+
+    Ray does not start the group again by itself: the supervisor counts restarts by verified
+    checkpoints, not by failures.
+
+    Raises:
+        ray.train.TrainingFailedError: a rank raised or died.
+    """
+    workers = job.config.cluster.trainer
+    on_gpu = workers.gpus_per_worker > 0
+    resources = {"CPU": workers.cpus_per_worker, "trainer": 1.0}
+    if on_gpu:
+        resources["GPU"] = workers.gpus_per_worker
+    trainer = TorchTrainer(
+        train_rank,
+        train_loop_config={"job": job},
+        torch_config=_SignalConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=workers.num_workers, use_gpu=on_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=name, storage_path=str(job.scratch), failure_config=FailureConfig(max_failures=0)
+        ),
+    )
+    steps = trainer.fit().return_value
+    assert isinstance(steps, int)
+    return steps
+
+
+def train_rank(arguments: dict[str, Any]) -> int:
+    """Steps done when this rank stopped. Ray Train calls it in every rank."""
+    job: TrainJob = arguments["job"]
+    torch.set_num_threads(job.config.cluster.trainer.threads_per_worker)
+    try:
+        return run_rank(job, get_device(), lambda: _stop_signal.is_set() or job.stop.exists())
+    except (ConfigError, CheckpointError, TrainingError) as error:
+        write_json(job.final, {"kind": type(error).__name__, "message": str(error)})
+        raise
+
+
+def final_error(job: TrainJob) -> Exception | None:
+    """The error a rank left behind that a restart would only repeat."""
+    try:
+        found = json.loads(job.final.read_text())
+    except FileNotFoundError:
+        return None
+    kinds = {kind.__name__: kind for kind in (ConfigError, CheckpointError, TrainingError)}
+    return kinds[found["kind"]](found["message"])

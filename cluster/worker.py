@@ -1,0 +1,66 @@
+"""A teacher worker: takes a shard number, samples the trajectories, commits the file. Stateless."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from typing import Any
+
+import torch
+from distill.ledger import ShardSpec
+from distill.shards import write_shard
+
+from cluster.config import RunConfig
+from distill.generate import generate_shard
+from distill.rundir import RunDir
+from distill.teachers import build_teacher
+from distill.teachers.base import FrozenTeacher
+
+
+class TeacherWorker:
+    """Makes shards. `cluster.pool` runs each in a Ray actor.
+
+    `produce` runs in one thread of the actor while `progress` answers in another, so a worker that
+    hangs is told from one that is slow.
+    """
+
+    def __init__(self, config: RunConfig, run: RunDir, spec: ShardSpec) -> None:
+        self._config, self._run, self._spec = config, run, spec
+        self._device = "cuda" if config.cluster.teachers.gpus_per_worker > 0 else "cpu"
+        self._teachers: dict[str, FrozenTeacher] = {}
+        self._samples = 0
+        self.name = f"{socket.gethostname()}:{os.getpid()}"
+
+    def load(self) -> dict[str, Any]:
+        """Loads the teachers; name, and the fingerprint of each teacher."""
+        torch.set_num_threads(self._config.cluster.teachers.threads_per_worker)
+        self._teachers = {
+            name: build_teacher(teacher, self._device)
+            for name, teacher in self._config.teacher.items()
+        }
+        prints = {name: teacher.fingerprint for name, teacher in self._teachers.items()}
+        return {"worker": self.name, "fingerprints": prints}
+
+    def produce(self, shard: int) -> dict[str, Any]:
+        """Makes and commits one shard; its size in bytes, and seconds."""
+        started = time.monotonic()
+        generated = generate_shard(
+            self._teachers,
+            self._config.teacher,
+            self._config.trajectory,
+            self._config.seed,
+            shard,
+            self._device,
+            self._advance,
+        )
+        seconds = time.monotonic() - started
+        sidecar = write_shard(self._run, self._spec, shard, generated, seconds, self.name)
+        return {"bytes": sidecar.num_bytes, "seconds": round(seconds, 3)}
+
+    def progress(self) -> int:
+        """Samples made so far; grows while a shard is made."""
+        return self._samples
+
+    def _advance(self, num: int) -> None:
+        self._samples += num

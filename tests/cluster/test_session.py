@@ -1,0 +1,73 @@
+"""The run's lock, the cursor and the progress shown."""
+
+import subprocess
+import sys
+
+import pytest
+
+from cluster.compose import compose
+from cluster.cursor import read_cursor
+from cluster.progress import last_step
+from cluster.session import missing_resources, open_session
+from distill.config import ConfigError
+from distill.rundir import RunDir, append_line
+
+HOLD = """
+import fcntl, sys, time
+file = open(sys.argv[1], "a+")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}"])
+    return config
+
+
+def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(config, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.session.LOCK_PATIENCE_S", 0.2)
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    command = [sys.executable, "-c", HOLD, str(run.lock)]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(ConfigError, match="being worked on by another process"):
+        with open_session(config, run):
+            pass
+    holder.kill()
+    holder.wait()
+    with open_session(config, run) as session:
+        assert session.scratch.is_dir()
+    assert not session.scratch.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="choose another place with run.dir"):
+        with open_session(config, RunDir(tmp_path / "file" / "run")):
+            pass
+
+
+def test_what_a_cluster_lacks_is_said_in_numbers(config):
+    assert missing_resources(config, {"trainer": 2.0, "CPU": 8.0}) == []
+    assert missing_resources(config, {"CPU": 1.0, "trainer": 2.0}) == ["CPU: 3 asked for, 1 there"]
+
+
+def test_the_cursor_is_at_the_start_until_there_is_one(tmp_path):
+    run = RunDir(tmp_path)
+    assert read_cursor(run) == (0, "")
+    run.cursor.write_text('{"block": 3, "waiting_for": "shard 12"}')
+    assert read_cursor(run) == (3, "shard 12")
+
+
+def test_the_last_step_survives_a_torn_line(tmp_path):
+    metrics = tmp_path / "metrics.jsonl"
+    assert last_step(metrics) == 0
+    for step in (10, 20):
+        append_line(metrics, {"step": step})
+    with metrics.open("a") as file:
+        file.write('{"step": 3')
+    assert last_step(metrics) == 20
