@@ -1,0 +1,90 @@
+"""Export: a model folder from the evaluation average of a run's last verified checkpoint.
+
+model.safetensors   every weight, float32
+model.json          network, image, and where the model comes from
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distill.checkpoint import latest_verified, read_average
+from distill.config import ConfigError, ImageSpec, NetworkConfig, check
+from distill.models import DESCRIPTION, network_config, save_model
+from distill.networks import build_network
+from distill.rundir import RunDir
+
+
+def read_identity(run: RunDir) -> dict[str, Any]:
+    """run.json: what determines data and weights. Raises ConfigError when it cannot be read."""
+    try:
+        record = json.loads(run.identity.read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{run.root} is no run: it has no {run.identity.name}") from error
+    except ValueError as error:
+        raise ConfigError(f"{run.identity} is not JSON ({error})") from error
+    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
+        raise ConfigError(f"{run.identity} holds no identity of a run")
+    return record
+
+
+def export_checkpoint(
+    checkpoint: Path, out: Path, network: NetworkConfig, image: ImageSpec, meta: dict[str, Any]
+) -> Path:
+    """`out`, now a model folder with the evaluation average of a verified checkpoint.
+
+    A checkpoint holds trained parameters only; fixed ones (position tables) are made again by the
+    network.
+
+    Raises:
+        ConfigError: the checkpoint is of another network.
+    """
+    module = build_network(network, image)
+    average = read_average(checkpoint, "evaluation")
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    check(
+        set(average) == trained
+        and all(shapes[name] == tuple(average[name].shape) for name in trained),
+        f"{checkpoint} is of another network than {type(network).__name__} in the configuration",
+    )
+    module.load_state_dict(average, strict=False)
+    save_model(out, module.state_dict(), network, image, meta)
+    return out
+
+
+def export_run(run: RunDir, out: Path) -> Path:
+    """`out`, now a folder with the run's student; `distill.sample.load_student` opens it.
+
+    Raises:
+        ConfigError: the run has no checkpoint yet.
+        CheckpointError: it has some and none verifies.
+    """
+    found = latest_verified(run.checkpoints)
+    if found is None:
+        raise ConfigError(f"{run.root} has no checkpoint yet; train it first")
+    step, folder = found
+    record = read_identity(run)
+    settings = record["identity"]
+    data = settings["data"]
+    meta = {
+        "kind": "student",
+        "objective": settings["objective"]["name"],
+        "step": step,
+        "run": run.root.name,
+        "config_sha256": record.get("hash", ""),
+        "teachers": record.get("teachers", {}),
+    }
+    image = ImageSpec(data["channels"], data["size"], data["num_classes"])
+    return export_checkpoint(folder, out, network_config(settings["student"]), image, meta)
+
+
+def latest_student(run: RunDir) -> Path:
+    """Model folder of the run's last verified checkpoint, exported now unless it was before."""
+    found = latest_verified(run.checkpoints)
+    if found is None:
+        raise ConfigError(f"{run.root} has no checkpoint yet; train it first")
+    out = run.model(found[0])
+    return out if (out / DESCRIPTION).is_file() else export_run(run, out)

@@ -1,0 +1,148 @@
+"""Figures of the report: curves as inline SVG in the colours of the page, pictures as PNG."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from distill.pictures import tile
+from distill.rundir import write_atomic
+
+# Drawn in this colour, then replaced by the page's own text colour, so that dark pages work too.
+INK = "#010203"
+# Readable on white and on near-black, and told apart by people who see few colours (Okabe and Ito).
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",  # text stays text and takes the font of the page
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "font.size": 11,
+    "grid.alpha": 0.15,
+    "grid.color": INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def inline_svg(figure: Figure, title: str) -> str:
+    """The figure as an <svg> element: no links, no fixed ink colour, `title` for screen readers."""
+    buffer = io.StringIO()
+    # The salt keeps the ids of several figures on one page apart, and the file the same every time.
+    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    return text.replace(INK, "currentColor")
+
+
+def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
+    """An empty figure in the style of the report."""
+    figure = Figure(figsize=(7.2, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.grid(True)
+    return figure, axes
+
+
+def quality_figure(results: dict[str, Any], key: str, label: str, log: bool = True) -> str:
+    """`key` against NFE: the student, and the teacher's solvers. Both axes are logarithmic."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes("network evaluations per image (NFE)", label)
+        curves = {"student": [r for r in results["student"] if key in r]}
+        for row in results["teacher"]:
+            if key in row:
+                curves.setdefault(f"teacher, {row['solver']}", []).append(row)
+        for color, (name, rows) in zip(COLORS, curves.items(), strict=False):
+            style = "-" if name == "student" else "--"
+            x, y = [r["nfe"] for r in rows], [r[key] for r in rows]
+            axes.plot(x, y, style, marker="o", color=color, label=name, linewidth=2)
+        axes.set_xscale("log", base=2)
+        if log:
+            axes.set_yscale("log")
+        ticks = sorted({r["nfe"] for rows in curves.values() for r in rows})
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.legend(frameon=False)
+        return inline_svg(figure, f"{label} against NFE")
+
+
+def loss_figure(metrics: list[dict[str, Any]]) -> str:
+    """Total loss and every term over steps, on a logarithmic axis."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _axes("step", "loss")
+        steps = [record["step"] for record in metrics]
+        names = list(dict.fromkeys(name for record in metrics for name in record.get("terms", {})))
+        axes.plot(steps, [r["loss"] for r in metrics], color=INK, label="total", linewidth=2)
+        for index, name in enumerate(names):
+            values = [record.get("terms", {}).get(name, np.nan) for record in metrics]
+            color = COLORS[index % len(COLORS)]
+            axes.plot(steps, values, color=color, label=name, linewidth=1.3)
+        axes.set_yscale("log")
+        axes.legend(frameon=False, ncols=3)
+        return inline_svg(figure, "loss terms over steps")
+
+
+def speed_figure(metrics: list[dict[str, Any]]) -> str:
+    """Training throughput, and the share of time spent waiting for data, over wall time."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        minutes = [(record["time"] - metrics[0]["time"]) / 60 for record in metrics]
+        top.plot(minutes, [r["samples_per_s"] for r in metrics], color=COLORS[0], linewidth=2)
+        top.set_ylabel("samples / s")
+        top.set_ylim(bottom=0)
+        waits = [100 * record.get("data_wait_fraction", np.nan) for record in metrics]
+        bottom.plot(minutes, waits, color=COLORS[1], linewidth=2)
+        bottom.set_ylabel("waiting for data, %")
+        bottom.set_ylim(0, 100)
+        bottom.set_xlabel("minutes since the first logged step")
+        for axes in (top, bottom):
+            axes.grid(True)
+        return inline_svg(figure, "throughput and data wait over time")
+
+
+# -----------------------------------------------------------------------------------------------
+# Pictures
+
+
+def png_uri(images: np.ndarray) -> str:
+    """A data: URI of one row of uint8 pictures [N, C, H, W], small ones enlarged without
+    smoothing."""
+    buffer = io.BytesIO()
+    tile(images, columns=len(images), min_pixels=64).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def write_overview(path: Path, rows: list[tuple[str, np.ndarray]]) -> None:
+    """Writes the README's picture: one labelled row of pictures [N, C, H, W] per entry."""
+    columns = len(rows[0][1])
+    with matplotlib.rc_context({"font.size": 11}):
+        figure = Figure(figsize=(2.0 + 0.62 * columns, 0.66 * len(rows)), dpi=150)
+        for index, (label, images) in enumerate(rows):
+            picture = np.asarray(tile(images, columns=columns))
+            left = 2.0 / (2.0 + 0.62 * columns)
+            height = 1 / len(rows)
+            bottom = 1 - (index + 1) * height
+            axes = figure.add_axes((left, bottom + 0.04 * height, 1 - left, 0.92 * height))
+            axes.imshow(picture, cmap="gray", interpolation="nearest", aspect="auto")
+            axes.set_axis_off()
+            figure.text(left - 0.01, bottom + height / 2, label, ha="right", va="center")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", facecolor="white")
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,203 @@
+"""Distances to the teacher's trajectories and between image sets. Only importer of torch_fidelity.
+
+With x_0 the noise, x_1 the teacher's fine ODE end point and G^N the student's N jumps:
+
+    distance_to_teacher = sum |G^N(x_0) - x_1|^2 / sum |x_1 - x_0|^2   (ratio of sums over samples)
+    Fréchet             = |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))     (moments of features)
+    kernel distance     = unbiased MMD^2 with the kernel (f . f' / d + 1)^3     (Binkowski 2018)
+
+torch-fidelity's own cache is not used (its key knows neither weights nor sample count), and
+features are turned to float64 before any moment, whatever dtype the extractor has. Only Inception
+features make a Fréchet distance a FID.
+"""
+
+from hashlib import sha256
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float64, UInt8
+from torch import Tensor
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.metric_fid import (
+    KEY_METRIC_FID,
+    fid_features_to_statistics,
+    fid_statistics_to_metric,
+)
+from torch_fidelity.metric_kid import (
+    KEY_METRIC_KID_MEAN,
+    KEY_METRIC_KID_STD,
+    kid_features_to_metric,
+)
+from torch_fidelity.registry import register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from distill.config import ConfigError, ExtractorConfig, check, check_choice
+from distill.manifest import sha256_file
+
+INCEPTION = "inception-v3-compat"
+INCEPTION_SHA256 = "6726825d"  # start of the sha256 of weights-inception-2015-12-05-6726825d.pth
+PIXELS = "bowstring-pixels"
+PIXELS_DEFINITION = "uint8 pixels [C, H, W], flattened, divided by 255, float64"
+# Subsets of the kernel distance: the usual number for Inception, fewer and smaller where features
+# are cheap and few.
+KID_SUBSETS = {"inception": (100, 1000), "pixels": (10, 500)}
+KID_SEED = 2020
+
+
+def relative_distance(
+    x: Float[Tensor, "N *S"], reference: Float[Tensor, "N *S"], noise: Float[Tensor, "N *S"]
+) -> float:
+    """sum |x - reference|^2 / sum |reference - noise|^2 in float64. 0: the same; 1: did nothing."""
+    error = (x.double() - reference.double()).square().flatten(1).sum(dim=1)
+    transport = (reference.double() - noise.double()).square().flatten(1).sum(dim=1)
+    return float(error.sum() / transport.sum())
+
+
+class PixelExtractor(FeatureExtractorBase):
+    """Flattened pixels: for images too small for a network that looks at photographs."""
+
+    def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
+        super().__init__(name, features_list)
+
+    @staticmethod
+    def get_provided_features_list() -> tuple[str, ...]:
+        """Names of the features."""
+        return ("pixels",)
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric: str) -> str:
+        """The same features for every metric."""
+        return "pixels"
+
+    @staticmethod
+    def can_be_compiled() -> bool:
+        """There is nothing to compile."""
+        return False
+
+    def forward(self, input: UInt8[Tensor, "B C H W"]) -> tuple[Float64[Tensor, "B F"]]:
+        """One row of pixels in [0, 1] per image."""
+        return (input.flatten(1).double() / 255,)
+
+
+register_feature_extractor(PIXELS, PixelExtractor)
+
+
+def _check_inception(weights: str) -> str:
+    """sha256 of the Inception weights; raises ConfigError unless they are the published ones."""
+    wanted = f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
+    check(
+        weights != "",
+        "eval.extractor.name=inception needs eval.extractor.weights: the file "
+        f"{wanted} of torch-fidelity's release v0.2.0; or set eval.extractor.name=pixels",
+    )
+    path = Path(weights)
+    check(path.is_file(), f"eval.extractor.weights={path} is not there; it must be {wanted}")
+    digest = sha256_file(path)
+    check(
+        digest.startswith(INCEPTION_SHA256),
+        f"eval.extractor.weights={path} has sha256 {digest[:8]}.., not {INCEPTION_SHA256}..; "
+        f"only {wanted} gives comparable numbers",
+    )
+    try:  # torch-fidelity unpickles it freely; a file that torch opens safely holds tensors only
+        torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ConfigError(f"eval.extractor.weights={path} holds more than tensors") from error
+    return digest
+
+
+class FeatureDistance:
+    """Fréchet and kernel distance of image sets to one set of real images.
+
+    Attributes:
+        description: extractor name, sha256, dtype of its features and the settings of the kernel
+        distance.
+    """
+
+    def __init__(
+        self, config: ExtractorConfig, real: UInt8[Tensor, "N C H W"], device: torch.device
+    ) -> None:
+        check_choice("eval.extractor.name", config.name, tuple(KID_SUBSETS))
+        self._device = device
+        if config.name == "inception":
+            digest, registered = _check_inception(config.weights), INCEPTION
+        else:
+            digest, registered = sha256(PIXELS_DEFINITION.encode()).hexdigest(), PIXELS
+        layer = {INCEPTION: "2048", PIXELS: "pixels"}[registered]
+        self._extractor = create_feature_extractor(
+            registered,
+            [layer],
+            cuda=device.type == "cuda",
+            feature_extractor_weights_path=config.weights or None,
+            verbose=False,
+        )
+        self._subsets, self._subset_size = KID_SUBSETS[config.name]
+        self._real, dtype = self._features(real)
+        self._real_moments = fid_features_to_statistics(self._real)
+        self.description = {
+            "name": config.name,
+            "sha256": digest,
+            "features": self._real.shape[1],
+            "feature_dtype": dtype,
+            "moment_dtype": "float64",
+            "kid_subsets": self._subsets,
+            "kid_subset_size": self._subset_size,
+        }
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> tuple[Float64[Tensor, "N F"], str]:
+        """Features in float64 on the CPU, and the dtype the extractor gave them in."""
+        if self.rgb_only and images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        rows = [self._extractor(part.to(self._device))[0].cpu() for part in images.split(100)]
+        return torch.cat(rows).double(), str(rows[0].dtype).removeprefix("torch.")
+
+    @property
+    def rgb_only(self) -> bool:
+        """Whether the extractor wants three channels; grey images are then repeated."""
+        return not isinstance(self._extractor, PixelExtractor)
+
+    def compare(self, images: UInt8[Tensor, "N C H W"]) -> dict[str, float]:
+        """ "frechet", "kid" and "kid_std" between `images` and the real ones. Deterministic."""
+        features, _ = self._features(images)
+        return {
+            "frechet": frechet(fid_features_to_statistics(features), self._real_moments),
+            **kernel_distance(features, self._real, self._subsets, self._subset_size),
+        }
+
+
+def frechet(moments: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
+    """Fréchet distance of two Gaussians with moments {"mu": [F], "sigma": [F, F]}, float64."""
+    for array in (*moments.values(), *other.values()):
+        assert array.dtype == np.float64
+    return float(fid_statistics_to_metric(moments, other, verbose=False)[KEY_METRIC_FID])
+
+
+def kernel_distance(
+    features: Float64[Tensor, "N F"],
+    other: Float64[Tensor, "M F"],
+    subsets: int,
+    subset_size: int,
+) -> dict[str, float]:
+    """Mean ("kid") and spread ("kid_std") over random subsets of the unbiased MMD^2. 0 on average
+    for equal sets."""
+    size = min(subset_size, len(features), len(other))
+    result = kid_features_to_metric(
+        features,
+        other,
+        kid_subsets=subsets,
+        kid_subset_size=size,
+        rng_seed=KID_SEED,
+        verbose=False,
+    )
+    return {"kid": result[KEY_METRIC_KID_MEAN], "kid_std": result[KEY_METRIC_KID_STD]}
+
+
+def distance_name(extractor: str, num: int) -> str:
+    """What the Fréchet distance may be called: FID needs Inception features, FID-50k 50,000
+    images."""
+    if extractor != "inception":
+        return f"Fréchet distance ({extractor})"
+    return "FID-50k" if num == 50_000 else f"FID (n = {num:,})"

@@ -1,0 +1,37 @@
+"""Pictures and arrays as files: grids, PNG, npz. Needs numpy and Pillow, no torch."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from distill.rundir import write_atomic
+
+
+def tile(images: UInt8[np.ndarray, "N C H W"], columns: int, min_pixels: int = 32) -> Image.Image:
+    """A grid of pictures, row by row. Small ones are enlarged by whole factors, not smoothed."""
+    num, channels, height, width = images.shape
+    rows = -(-num // columns)
+    grid = np.zeros((rows * columns, channels, height, width), dtype=np.uint8)
+    grid[:num] = images
+    grid = grid.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
+    grid = grid.reshape(rows * height, columns * width, channels)
+    factor = max(1, -(-min_pixels // height))
+    grid = grid.repeat(factor, axis=0).repeat(factor, axis=1)
+    return Image.fromarray(grid[:, :, 0] if channels == 1 else grid)
+
+
+def write_png(path: Path, picture: Image.Image) -> None:
+    """Writes a PNG atomically."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    write_atomic(path, buffer.getvalue())
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Writes arrays as a compressed npz, atomically and without pickle."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,175 @@
+"""Few-step sampling: x <- G(x, t_n, t_{n+1}) on the grid t_n = n / N, from noise to data.
+
+    from distill.sample import load_student
+
+    student = load_student("student")
+    images = student.sample(16, nfe=2)
+
+Image i of a seed is always the same: its noise and label come from (seed, i), so it does not
+matter how many are drawn or in which batches.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from distill.config import ConfigError, ImageSpec, check
+from distill.export import latest_student
+from distill.models import load_model
+from distill.noise import sample_labels, sample_noise
+from distill.paths import MeanVelocity, jump
+from distill.pictures import tile, write_npz, write_png
+from distill.rundir import RunDir
+
+
+@torch.no_grad()
+def few_step(
+    u: MeanVelocity, noise: Float[Tensor, "B *S"], labels: Int[Tensor, "B"], nfe: int
+) -> Float[Tensor, "B *S"]:
+    """x_1 after `nfe` jumps of equal length from `noise`: `nfe` network evaluations."""
+    times = torch.linspace(0, 1, nfe + 1, dtype=noise.dtype, device=noise.device)
+    x = noise
+    for t, s in itertools.pairwise(times):
+        x = jump(u, x, t.expand(len(x)), s.expand(len(x)), labels)
+    return x
+
+
+def to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
+    """Pixels 0 .. 255 for images in [-1, 1]; values outside are clipped."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def choose_labels(
+    labels: Sequence[int] | int | None, image: ImageSpec, seed: int, ids: np.ndarray
+) -> Int[Tensor, "B"]:
+    """One label per sample id: drawn from (seed, id) when `labels` is None, else repeated in turn.
+
+    Raises:
+        ConfigError: a label outside 0 .. num_classes - 1 (-1, "none", is allowed).
+    """
+    if labels is None:
+        return torch.from_numpy(sample_labels(seed, ids, image.num_classes))
+    wanted = [labels] if isinstance(labels, int) else list(labels)
+    check(len(wanted) > 0, "labels=[] is empty; leave it out to draw labels at random")
+    classes = f"0 to {image.num_classes - 1}, or -1 for none" if image.num_classes else "-1 only"
+    for label in wanted:
+        check(
+            -1 <= label < image.num_classes,
+            f"labels={wanted}: {label} is not a class of this model; it has {classes}",
+        )
+    return torch.tensor(wanted, dtype=torch.int64)[torch.from_numpy(ids % len(wanted))]
+
+
+@dataclass(frozen=True)
+class Student:
+    """A distilled model that is ready to sample.
+
+    Attributes:
+        network: u(x, t, s, label).
+        image: shape and classes.
+        meta: what `model.json` says about the model.
+        device: where it runs.
+    """
+
+    network: nn.Module
+    image: ImageSpec
+    meta: dict[str, Any]
+    device: torch.device
+
+    def sample(
+        self,
+        num: int,
+        nfe: int = 1,
+        seed: int = 0,
+        labels: Sequence[int] | int | None = None,
+        batch_size: int = 256,
+    ) -> Tensor:
+        """Images [num, C, H, W] uint8 on the CPU, at `nfe` network evaluations each.
+
+        `labels` are repeated in turn; None draws them from the seed. A model whose channels are
+        not those of a picture (a latent space) gives float32 instead.
+
+        Raises:
+            ConfigError: num, nfe or a label out of range.
+        """
+        images, _ = self.sample_with_labels(num, nfe, seed, labels, batch_size)
+        return images
+
+    def sample_with_labels(
+        self,
+        num: int,
+        nfe: int = 1,
+        seed: int = 0,
+        labels: Sequence[int] | int | None = None,
+        batch_size: int = 256,
+    ) -> tuple[Tensor, Tensor]:
+        """The images of `sample` and the label [num] of each."""
+        check(num > 0, f"num={num} must be above 0")
+        check(nfe > 0, f"nfe={nfe} must be above 0")
+        chosen = choose_labels(labels, self.image, seed, np.arange(num))
+        parts = []
+        for first in range(0, num, batch_size):
+            ids = np.arange(first, min(first + batch_size, num))
+            noise = torch.from_numpy(sample_noise(seed, ids, self.image.shape)).to(self.device)
+            label = chosen[first : first + batch_size].to(self.device)
+            x = few_step(self.network, noise, label, nfe)
+            parts.append((to_uint8(x) if is_picture(self.image) else x).cpu())
+        return torch.cat(parts), chosen
+
+
+def is_picture(image: ImageSpec) -> bool:
+    """Whether the channels are grey or RGB, rather than a latent space."""
+    return image.channels in (1, 3)
+
+
+def load_student(path: str | Path, device: str | torch.device | None = None) -> Student:
+    """The student in a folder made by `bowstring export`; on a GPU when there is one.
+
+    Raises:
+        ConfigError: the folder holds no whole model, or one that is no student.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    network, meta = load_model(Path(path), device)
+    if meta.get("kind") != "student":
+        raise ConfigError(f"{path} holds a {meta.get('kind', 'model of unknown kind')}, no student")
+    image = ImageSpec(**meta["image"])
+    return Student(network.eval().requires_grad_(False), image, meta, device)
+
+
+def sample_run(
+    run: RunDir,
+    nfe: int = 1,
+    seed: int = 0,
+    labels: Sequence[int] | int | None = None,
+    num: int = 64,
+    out: Path | None = None,
+) -> Path:
+    """Path of an npz of `num` images of the last verified checkpoint; a PNG grid lies beside it.
+
+    The npz holds images [num, C, H, W] (uint8; float32 for a latent space, then without a PNG),
+    labels, seed and nfe. `out` is the folder, by default run/samples.
+
+    Raises:
+        ConfigError: the run has no checkpoint yet, or a setting is out of range.
+    """
+    student = load_student(latest_student(run))
+    images, chosen = student.sample_with_labels(num, nfe, seed, labels)
+    stem = (out or run.samples) / f"nfe{nfe}_seed{seed}"
+    path = stem.with_suffix(".npz")
+    arrays = {
+        "images": images.numpy(),
+        "labels": chosen.numpy(),
+        "seed": np.int64(seed),
+        "nfe": np.int64(nfe),
+    }
+    write_npz(path, arrays)
+    if is_picture(student.image):
+        write_png(stem.with_suffix(".png"), tile(images.numpy(), columns=max(1, round(num**0.5))))
+    return path

@@ -1,0 +1,53 @@
+"""A finished run in miniature: a checkpoint, its teacher, and what evaluation and report read."""
+
+from dataclasses import asdict
+
+import pytest
+import torch
+
+from distill import checkpoint
+from distill.config import DataConfig, DiTConfig, TeacherConfig, TrainConfig
+from distill.engine import TorchEngine
+from distill.models import save_model
+from distill.networks import build_network
+from distill.rundir import RunDir, append_line, write_json
+
+DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
+TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory) -> RunDir:
+    """A run whose student is its teacher: the second-time branch is still inert, so G is Euler."""
+    run = RunDir(tmp_path_factory.mktemp("runs") / "tiny")
+    network = build_network(TINY, DIGITS.image, seed=1)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():  # a fresh network has zero output; give it a curved field
+        for name, parameter in network.named_parameters():
+            if not name.startswith("s_embedder") and parameter.requires_grad:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    save_model(run.teacher.model(3), network.state_dict(), TINY, DIGITS.image, {"kind": "teacher"})
+    engine = TorchEngine(network, TrainConfig(), torch.device("cpu"))
+    checkpoint.save(run.checkpoints, 20, engine, seed=0, keep_last=2)
+    identity = {"student": asdict(TINY), "data": asdict(DIGITS), "objective": {"name": "traflow"}}
+    record = {"seed": 0, "hash": "ab" * 32, "identity": identity, "teachers": {"tiny": "cd" * 32}}
+    write_json(run.identity, record | {"versions": {"torch": "2"}})
+    write_json(run.shards / "00000000.json", {"seconds": 2.0, "nfe": 512, "bytes": 1000})
+    for step in (10, 20):
+        terms = {"output": 0.1 / step, "velocity": 0.2 / step}
+        speed = {"samples_per_s": 50.0, "step_s": 0.5, "data_wait_fraction": 0.1, "world_size": 2}
+        append_line(run.metrics, {"step": step, "loss": 0.3 / step, "terms": terms, **speed})
+    return run
+
+
+@pytest.fixture(scope="session")
+def teachers(finished_run) -> dict[str, TeacherConfig]:
+    """The teacher of `finished_run`, without guidance."""
+    path = str(finished_run.teacher.model(3))
+    return {"tiny": TeacherConfig(kind="native", path=path, solver="heun", steps=8)}
+
+
+@pytest.fixture(scope="session")
+def data() -> DataConfig:
+    """Real digits."""
+    return DIGITS

@@ -1,0 +1,110 @@
+"""Evaluation: a student that is its teacher is Euler; nothing depends on the batch."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from distill.noise import sample_noise
+
+from distill.config import ConfigError, EvalConfig
+from distill.evaluate import Samples, draw, evaluate, teacher_sampler
+from distill.metrics import relative_distance
+from distill.testing import GaussianFlow
+
+FLOW = GaussianFlow(torch.tensor([0.5, -0.5], dtype=torch.float64), 0.4)
+
+
+def gaussian_velocity(x, t, label):
+    return FLOW.velocity(x, t)
+
+
+@pytest.mark.parametrize(("solver", "order"), [("euler", 1), ("heun", 2)])
+def test_distance_of_a_solver_falls_with_twice_its_order(solver, order):
+    noise = torch.from_numpy(sample_noise(1, np.arange(200), (2,))).double()
+    labels = torch.full((200,), -1)
+    end = FLOW.map(noise, 0.0, 1.0)
+    distances = [
+        relative_distance(teacher_sampler(gaussian_velocity, solver, n)(noise, labels), end, noise)
+        for n in (64, 128)
+    ]
+    assert np.log2(distances[0] / distances[1]) == pytest.approx(2 * order, abs=0.3)
+
+
+def test_draw_is_the_same_for_every_batch_size():
+    noise = torch.from_numpy(sample_noise(1, np.arange(50), (2,)))
+    samples = Samples(noise, torch.full((50,), -1))
+    sampler = teacher_sampler(gaussian_velocity, "euler", 4)
+    whole, _ = draw(sampler, samples, 50, torch.device("cpu"))
+    parts, _ = draw(sampler, samples, 7, torch.device("cpu"))
+    assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def settings(**changes):
+    values = {"num_samples": 600, "batch_size": 300, "nfe": [1, 2], "teacher_nfe": [1, 2, 4]}
+    return EvalConfig(**(values | {"reference_steps": 8} | changes))
+
+
+@pytest.fixture(scope="module")
+def results(finished_run, data, teachers):
+    return evaluate(finished_run, data, teachers, settings(), "traflow", "cpu")
+
+
+def without_time(rows):
+    return [{k: v for k, v in row.items() if k != "seconds_per_1000"} for row in rows]
+
+
+def test_a_student_that_is_its_teacher_lies_on_the_euler_curve(results):
+    euler = {row["nfe"]: row for row in results["teacher"] if row["solver"] == "euler"}
+    for row in results["student"]:
+        twin = euler[row["nfe"]]
+        assert row["distance_to_teacher"] == pytest.approx(twin["distance_to_teacher"], rel=1e-4)
+        assert row["frechet"] == pytest.approx(twin["frechet"], rel=1e-3)
+    assert euler[4]["distance_to_teacher"] < euler[1]["distance_to_teacher"]
+
+
+def test_every_number_says_what_it_is_of(results, finished_run):
+    assert json.loads(finished_run.results.read_text()) == results
+    assert (results["n"], results["seed"]) == (600, 12345)
+    assert [(row["solver"], row["nfe"]) for row in results["teacher"]] == [
+        ("heun", 2),
+        ("heun", 4),
+        ("euler", 1),
+        ("euler", 2),
+        ("euler", 4),
+    ]
+    assert results["reference"]["n"] == 1797
+    assert len(results["extractor"]["sha256"]) == len(results["reference"]["sha256"]) == 64
+    assert "FID" not in results["frechet_name"]
+    assert results["cost"] == {
+        "teacher_device_s": 2.0,
+        "train_device_s": 20.0,
+        "teacher_nfe": 512,
+        "bytes": 1000,
+    }
+
+
+def test_evaluation_repeats_and_does_not_depend_on_the_batch(results, finished_run, data, teachers):
+    again = evaluate(finished_run, data, teachers, settings(), "traflow", "cpu")
+    for key in ("student", "teacher"):
+        assert without_time(again[key]) == without_time(results[key])
+    split = evaluate(finished_run, data, teachers, settings(batch_size=91), "traflow", "cpu")
+    for row, other in zip(split["student"], results["student"], strict=True):
+        close = pytest.approx(other["distance_to_teacher"], rel=1e-4)
+        assert row["distance_to_teacher"] == close
+        assert row["frechet"] == pytest.approx(other["frechet"], rel=1e-3)
+
+
+def test_pictures_share_noise_and_label_down_the_columns(results, finished_run):
+    with np.load(finished_run.samples / "grid.npz", allow_pickle=False) as grid:
+        rows = grid["rows"].tolist()
+        images = dict(zip(rows, grid["images"].astype(int), strict=True))
+        assert grid["labels"].tolist() == list(range(10))
+    assert rows[0] == "teacher,heun,64"
+    # this student is Euler on its teacher, so their pictures are the same
+    assert abs(images["student,jumps,2"] - images["teacher,euler,2"]).max() <= 1
+
+
+def test_the_seed_of_the_run_is_refused(finished_run, data, teachers):
+    with pytest.raises(ConfigError, match=r"eval\.seed=0"):
+        evaluate(finished_run, data, teachers, settings(seed=0), "traflow", "cpu")

@@ -1,0 +1,79 @@
+"""The report: one file that needs nothing else, whatever is missing."""
+
+import re
+
+import pytest
+from PIL import Image
+
+from distill.config import EvalConfig
+from distill.cost import train_device_s
+from distill.evaluate import evaluate
+from distill.page import duration, size
+from distill.report import SECTIONS, headline, read_facts, write_report
+from distill.rundir import RunDir, append_line, write_atomic
+
+COMMAND = "bowstring run experiment=digits run.name='<tiny>'"
+
+
+@pytest.fixture(scope="module")
+def page(finished_run, data, teachers):
+    evaluation = EvalConfig(num_samples=500, nfe=[1, 2], teacher_nfe=[1, 2, 4], reference_steps=4)
+    evaluate(finished_run, data, teachers, evaluation, "traflow", "cpu")
+    write_atomic(finished_run.config, b"seed: 0\n")
+    return write_report(finished_run, COMMAND).read_text()
+
+
+def test_the_page_needs_nothing_from_outside(page):
+    assert "http" not in page
+    sources = re.findall(r'(?:src|href|url)\s*[=(]\s*"?([^"\s)>]+)', page)
+    assert sources and all(source.startswith(("data:image/png;base64,", "#")) for source in sources)
+    assert "<script" not in page
+
+
+def test_every_section_has_its_content(page):
+    for key, title, _ in SECTIONS:
+        assert f'<section id="{key}"><h2>{title}</h2>' in page
+    assert 'class="missing"' not in page
+    assert page.count("<svg") == 4 and page.count("<img") == 7
+    assert "seed: 0" in page
+    assert "run.name=&#x27;&lt;tiny&gt;&#x27;" in page  # escaped, so still the exact command
+
+
+def test_ids_of_the_figures_do_not_collide(page):
+    clips = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(clips) == len(set(clips)) > 0
+
+
+def test_an_empty_run_gets_a_page_that_says_what_is_missing(tmp_path):
+    run = RunDir(tmp_path / "empty")
+    page = write_report(run, "").read_text()
+    assert page.count('class="missing"') == len(SECTIONS)
+    assert "Not evaluated yet" in page
+
+
+def test_the_overview_has_the_teacher_and_three_student_rows(page, finished_run):
+    with Image.open(finished_run.samples / "overview.png") as picture:
+        assert picture.width > 2 * picture.height
+
+
+def test_the_headline_names_the_evaluations_the_teacher_needs(finished_run, page):
+    facts = read_facts(finished_run, "")
+    facts.results["student"][0]["distance_to_teacher"] = 0.05
+    for row in facts.results["teacher"]:
+        row["distance_to_teacher"] = 0.16 / row["nfe"]
+    assert headline(facts).endswith("the teacher's own Euler solver needs 4 for that.")
+
+
+def test_words_for_numbers():
+    assert [duration(s) for s in (4, 200, 18360)] == ["4 s", "3 min 20 s", "5 h 06 min"]
+    assert [size(b) for b in (12, 1500, 2.5e9)] == ["12 bytes", "1.5 kB", "2.5 GB"]
+
+
+def test_repeated_steps_are_paid_for_twice(tmp_path):
+    run = RunDir(tmp_path)
+    append_line(run.events, {"time": 0.0, "kind": "resume", "step": 0})
+    append_line(run.metrics, {"time": 1.0, "step": 10, "step_s": 1.0, "world_size": 2})
+    append_line(run.metrics, {"time": 2.0, "step": 20, "step_s": 1.0, "world_size": 2})
+    append_line(run.events, {"time": 3.0, "kind": "resume", "step": 10})
+    append_line(run.metrics, {"time": 4.0, "step": 20, "step_s": 1.0, "world_size": 4})
+    assert train_device_s(run) == 20 + 20 + 40

@@ -1,0 +1,83 @@
+"""Few-step sampling: exact for an exact map, the same picture for the same id."""
+
+import numpy as np
+import pytest
+import torch
+from distill.noise import sample_noise
+
+from distill.config import ConfigError
+from distill.export import export_run
+from distill.pictures import tile
+from distill.sample import few_step, load_student, sample_run, to_uint8
+from distill.testing import GaussianFlow
+
+FLOW = GaussianFlow(torch.linspace(-1, 1, 5, dtype=torch.float64), 0.4)
+
+
+@pytest.mark.parametrize("nfe", [1, 2, 3, 8])
+def test_exact_map_reaches_the_end_point_at_any_nfe(nfe):
+    noise = torch.from_numpy(sample_noise(0, np.arange(64), (5,))).double()
+    x = few_step(FLOW.student, noise, torch.full((64,), -1), nfe)
+    assert torch.allclose(x, FLOW.map(noise, 0.0, 1.0), atol=1e-13)
+
+
+def test_few_step_calls_the_network_nfe_times_on_the_uniform_grid():
+    calls = []
+
+    def u(x, t, s, label):
+        calls.append((t[0].item(), s[0].item()))
+        return torch.zeros_like(x)
+
+    few_step(u, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 4)
+    assert calls == [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
+
+
+def test_pixels_cover_the_range_and_clip():
+    x = torch.tensor([-2.0, -1.0, 0.0, 1.0, 3.0]).reshape(5, 1, 1, 1)
+    assert to_uint8(x).flatten().tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.fixture
+def student(finished_run, tmp_path):
+    return load_student(export_run(finished_run, tmp_path / "student"), "cpu")
+
+
+def test_an_image_depends_on_seed_and_id_alone(student):
+    images = student.sample(10, nfe=2, seed=3)
+    assert images.shape == (10, 1, 8, 8) and images.dtype == torch.uint8
+    few = student.sample(7, nfe=2, seed=3, batch_size=3).int()
+    assert (few - images[:7].int()).abs().max() <= 1  # rounding of another batch split
+    assert not torch.equal(images, student.sample(10, nfe=2, seed=4))
+
+
+def test_labels_repeat_in_turn_and_matter(student):
+    _, labels = student.sample_with_labels(5, labels=[3, 7])
+    assert labels.tolist() == [3, 7, 3, 7, 3]
+    assert not torch.equal(student.sample(2, labels=3), student.sample(2, labels=8))
+
+
+@pytest.mark.parametrize("wrong", [{"labels": [10]}, {"labels": []}, {"nfe": 0}, {"num": 0}])
+def test_wrong_settings_are_refused_by_name(student, wrong):
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        student.sample(**({"num": 2} | wrong))
+
+
+def test_a_teacher_is_no_student(finished_run):
+    with pytest.raises(ConfigError, match="teacher"):
+        load_student(finished_run.teacher.model(3))
+
+
+def test_sample_run_writes_what_the_student_gives(finished_run, student, tmp_path):
+    path = sample_run(finished_run, nfe=2, seed=5, labels=[1, 2], num=6, out=tmp_path)
+    with np.load(path, allow_pickle=False) as archive:
+        assert np.array_equal(archive["images"], student.sample(6, 2, 5, [1, 2]).numpy())
+        assert archive["labels"].tolist() == [1, 2] * 3
+        assert (archive["seed"], archive["nfe"]) == (5, 2)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_tile_puts_pictures_row_by_row_and_enlarges_by_whole_factors():
+    images = np.stack([np.full((3, 8, 8), value, dtype=np.uint8) for value in (10, 20, 30)])
+    grid = np.asarray(tile(images, columns=2, min_pixels=30))
+    assert grid.shape == (64, 64, 3)
+    assert [grid[0, 0, 0], grid[0, 63, 0], grid[63, 0, 0], grid[63, 63, 0]] == [10, 20, 30, 0]
