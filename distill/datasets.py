@@ -1,6 +1,4 @@
-"""Real images by name: digits (bundled with scikit-learn) and Fashion-MNIST (Debian package, or a
-folder).
-"""
+"""Real images by name: scikit-learn's digits, and Fashion-MNIST from files."""
 
 import gzip
 import zlib
@@ -20,8 +18,7 @@ FASHION_COUNT = 60_000  # training images
 
 
 def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor, "N"]]:
-    """All training images, float32 in [-1, 1], and their classes int64 (-1 everywhere when
-    data.num_classes is 0).
+    """All training images in [-1, 1], and their classes (-1 when data.num_classes is 0).
 
     Raises:
         ConfigError: files absent, cut or of another kind; settings that do not describe the images.
@@ -69,8 +66,9 @@ def _fashion(folder: Path) -> tuple[Tensor, Tensor]:
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The bytes of a gzipped idx file as uint8 of `shape`. Header: 0, 0, type 8, axes; then each
-    length, big-endian.
+    """The bytes of a gzipped idx file as uint8 of `shape`.
+
+    An idx header is 0, 0, type 8, number of axes, then each length as big-endian uint32.
     """
     if not path.exists():
         raise ConfigError(

@@ -1,6 +1,4 @@
-"""A model on disk: `model.safetensors` (float32 weights) and `model.json` (what they are weights
-of). No pickle.
-"""
+"""A model on disk: `model.safetensors`, float32 weights, and `model.json`, of what. No pickle."""
 
 import hashlib
 import json
@@ -138,10 +136,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Copies `state` into `module` in place. Names and shapes must match exactly, with two
-    exceptions:
+    """Copies `state` into `module`. Names and shapes must match, with two exceptions.
 
-    the second-time branch `s_embedder.*` may be absent (it then keeps its inert start), and so may
+    The second-time branch `s_embedder.*` may be absent (it then keeps its inert start), and so may
     buffers, which the constructor computes.
 
     Raises:

@@ -1,8 +1,7 @@
-"""Batches of (noise, real image) pairs, so that the `reflow` objective on them is plain flow
-matching.
+"""Batches of independent (noise, real image) pairs.
 
-The pairs are independent: the noise of sample n of the stream is that of id n, whatever image meets
-it.
+The `reflow` objective on them is plain flow matching, so the loop that trains students also trains
+teachers.
 """
 
 import numpy as np
@@ -13,13 +12,16 @@ from torch import Tensor
 from distill.noise import permutation, sample_noise, uniform
 from distill.trajectory import TrajectoryBatch
 
+# Noise of the images' stream starts here, so that no trajectory of the same seed starts from noise
+# that its teacher was trained on.
+FIRST_NOISE = 1 << 40
+
 
 class ImageStream:
-    """An endless stream over real images, each epoch shuffled by (seed, epoch); position = global
-    step, nothing else.
+    """An endless stream over real images. Its position is the global step, nothing else.
 
-    Every epoch shows each image once. Rank r of W takes the entries with index = r mod W of each
-    global batch, so the sequence does not depend on W.
+    Every epoch shows each image once, shuffled by (seed, epoch). Rank r of W takes the entries with
+    index = r mod W of each global batch, so the sequence does not depend on W.
     """
 
     def __init__(
@@ -32,9 +34,7 @@ class ImageStream:
         world_size: int,
         label_dropout: float,
     ) -> None:
-        """`images` in [-1, 1]; `batch_size` is global; a label becomes -1 with chance
-        `label_dropout`.
-        """
+        """`batch_size` is global; a label becomes -1 with chance `label_dropout`."""
         assert batch_size % world_size == 0
         self._images, self._labels = images, labels
         self._seed, self._batch_size = seed, batch_size
@@ -47,11 +47,10 @@ class ImageStream:
         positions = np.arange(self._rank, self._batch_size, self._world_size)
         ids = step * self._batch_size + positions
         chosen = torch.from_numpy(self._image_of(ids))
-        noise = torch.from_numpy(sample_noise(self._seed, ids, tuple(self._images.shape[1:])))
-        dropped = (
-            uniform(self._seed, "label_dropout", step, self._batch_size)[positions]
-            < self._label_dropout
-        )
+        shape = tuple(self._images.shape[1:])
+        noise = torch.from_numpy(sample_noise(self._seed, ids + FIRST_NOISE, shape))
+        draws = uniform(self._seed, "label_dropout", step, self._batch_size)[positions]
+        dropped = draws < self._label_dropout
         labels = self._labels[chosen].masked_fill(torch.from_numpy(dropped), -1)
         return TrajectoryBatch(
             states=torch.stack([noise, self._images[chosen]], dim=1)[:, None],

@@ -32,8 +32,7 @@ def solve(
     solver: str,
     substeps: int = 1,
 ) -> Float[Tensor, "K1 B *S"]:
-    """States at `times`, the first of which is `x` itself; each interval takes `substeps` equal
-    steps.
+    """States at `times`, from `x` at the first, by `substeps` equal steps in each interval.
 
     The steps are computed in float64 and rounded to the dtype of `x`, so the grid is the same for
     every dtype.
@@ -72,8 +71,7 @@ def _step(velocity: Velocity, x: Tensor, t: float, h: float, solver: str) -> Ten
 def dopri5(
     velocity: Velocity, x: Float[Tensor, "B *S"], times: Float[Tensor, "K1"], tolerance: float
 ) -> Float[Tensor, "K1 B *S"]:
-    """States at `times` by the adaptive Dormand-Prince method of torchdiffeq: the reference for the
-    others.
+    """States at `times` by torchdiffeq's adaptive Dormand-Prince: the reference.
 
     `tolerance` is both the relative and the absolute error allowed per step.
     """

@@ -1,10 +1,9 @@
-"""Helpers for tests: analytic flows, small teachers, processes, faults. Not imported by the
-product.
-"""
+"""Helpers for tests: analytic flows, small teachers, processes, faults."""
 
-import os
-import traceback
+import inspect
+import sys
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +86,22 @@ def tiny_teacher(size: int = 4, conditional: bool = True) -> MixtureTeacher:
 
 
 def _rank_main(
-    rank: int, world_size: int, folder: str, worker: Callable[..., Any], args: tuple[Any, ...]
+    rank: int, world_size: int, folder: str, source: tuple[str, str], args: tuple[Any, ...]
 ) -> None:
+    """Runs function `source[1]` of the file `source[0]` as one rank."""
     torch.set_num_threads(1)
+    # The traceback of a failing rank goes here, for the parent to show.
+    sys.stderr = (Path(folder) / f"stderr_{rank}.txt").open("w", buffering=1)
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    try:
-        result = worker(rank, world_size, *args)
-        torch.save(result, Path(folder) / f"result_{rank}.pt")
-    except BaseException:
-        (Path(folder) / f"error_{rank}.txt").write_text(traceback.format_exc())
-        # Do not wait for the others: they may stand in a collective that this rank has left.
-        os._exit(1)
+    # By file, not by import: pytest's names of test modules mean nothing in another process.
+    spec = spec_from_file_location("ranks", source[0])
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    worker = vars(module)[source[1]]
+    torch.save(worker(rank, world_size, *args), Path(folder) / f"result_{rank}.pt")
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -112,9 +115,10 @@ def run_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: 
         AssertionError: a rank failed; carries its traceback.
     """
     folder.mkdir(parents=True)
+    source = (inspect.getfile(worker), worker.__name__)
     context = mp.get_context("spawn")
     processes = [
-        context.Process(target=_rank_main, args=(rank, world_size, str(folder), worker, args))
+        context.Process(target=_rank_main, args=(rank, world_size, str(folder), source, args))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -127,9 +131,10 @@ def run_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: 
                 process.terminate()
     for process in processes:
         process.join()
-    errors = [path.read_text() for path in sorted(folder.glob("error_*.txt"))]
-    if errors or any(process.exitcode for process in processes):
-        raise AssertionError("\n".join(errors) or f"exit codes {[p.exitcode for p in processes]}")
+    codes = [process.exitcode for process in processes]
+    if any(codes):
+        said = [path.read_text() for path in sorted(folder.glob("stderr_*.txt"))]
+        raise AssertionError("\n".join([f"exit codes {codes}", *said]))
     paths = [folder / f"result_{rank}.pt" for rank in range(world_size)]
     return [torch.load(path, weights_only=True) for path in paths]
 

@@ -1,5 +1,4 @@
-"""A diffusion transformer whose parameters carry SiT's names, plus the branch for the second time
-s.
+"""A diffusion transformer with SiT's parameter names, plus a branch for the second time s.
 
 SiT (Ma et al., 2024, arXiv 2401.08740) has t = 0 noise and t = 1 data as we do, so its weights need
 no conversion of time. Names: `x_embedder`, `pos_embed`, `t_embedder`, `y_embedder`, `blocks.N`,
@@ -28,9 +27,7 @@ def modulate(
 
 
 def grid_embedding(width: int, size: int) -> Float[Tensor, "1 T W"]:
-    """Fixed positions: sin and cos of the column in the first half of `width`, of the row in the
-    second (MAE).
-    """
+    """Fixed positions as in MAE: sin and cos of the column, then of the row."""
     omega = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
     angles = torch.arange(size, dtype=torch.float64)[:, None] * omega
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)

@@ -44,18 +44,14 @@ class AbstractNetwork(nn.Module):
 
 
 def _angles(t: Float[Tensor, "B"], highest: float, lowest: float, count: int) -> Tensor:
-    """[B, count]: t times `count` frequencies, geometric from `highest` down towards `lowest` (left
-    out).
-    """
+    """[B, count]: t times `count` frequencies, geometric from `highest` down towards `lowest`."""
     dtype = torch.promote_types(t.dtype, torch.float32)
     steps = torch.arange(count, dtype=dtype, device=t.device) / count
     return t.to(dtype)[:, None] * (highest * torch.exp(math.log(lowest / highest) * steps))
 
 
 class TimeEmbedder(nn.Module):
-    """Embeds t by cos(w t), sin(w t) with frequencies w from 1 to 1e-4 and an MLP (SiT; t in [0,
-    1], not scaled).
-    """
+    """Embeds t as SiT does: cos(w t), sin(w t) for w from 1 to 1e-4, then an MLP."""
 
     num_features = 256
 
@@ -75,8 +71,7 @@ class TimeEmbedder(nn.Module):
 
 
 class JumpEmbedder(nn.Module):
-    """Embeds the jump d = s - t so that it vanishes at d = 0 for every weight, and for every d at
-    the start.
+    """Embeds the jump d = s - t: 0 at d = 0 whatever the weights, and 0 for every d at the start.
 
     The features sin(w d), cos(w d) - 1 are 0 at d = 0 and the MLP has no bias. So training on s = t
     alone (a teacher) neither feels nor changes this branch, and a student that starts from a

@@ -1,5 +1,4 @@
-"""A U-Net in the manner of ADM (Dhariwal and Nichol, 2021) and DDPM++ (Song et al., 2021), with a
-second time s.
+"""A U-Net after ADM (Dhariwal and Nichol, 2021) and DDPM++ (Song et al., 2021).
 
 Residual blocks with group norm, SiLU and scale-shift conditioning; attention at chosen sizes; a
 skip connection from every block on the way down. t, s - t and the label enter through the same
@@ -55,8 +54,7 @@ class SelfAttention(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions on top of x, the second conditioned by scale and shift; starts as x (or its
-    projection).
+    """x plus two convolutions, the second scaled and shifted by the condition; starts as x.
 
     With `attention_heads` above 0, self-attention follows.
     """
@@ -146,9 +144,7 @@ class UNet(AbstractNetwork):
         return skips
 
     def _build_up(self, config: UNetConfig, size: int, condition: int, skips: list[int]) -> None:
-        """Fills `self.up`, the mirror of `self.down`; each residual block takes one skip
-        connection.
-        """
+        """Fills `self.up`, the mirror of `self.down`; each block takes one skip connection."""
         skips, channels = list(skips), skips[-1]
         for level, mult in reversed(list(enumerate(config.channel_mults))):
             heads = config.num_heads if size in config.attention_sizes else 0

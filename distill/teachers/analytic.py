@@ -1,5 +1,4 @@
-"""Closed-form teachers: data from a mixture of isotropic Gaussians. Exact, so all error is the
-student's.
+"""Closed-form teachers: mixtures of isotropic Gaussians. All error is the student's.
 
 With data x_1 ~ sum_k pi_k N(m_k, c_k^2 I) and x_t = (1-t) x_0 + t x_1, component k has at time t
 mean t m_k and variance v_k = (1-t)^2 + t^2 c_k^2 per axis, and

@@ -42,8 +42,7 @@ class SiTTeacher:
 
 
 def load_sit(path: Path, num_heads: int, device: torch.device | str) -> SiTTeacher:
-    """The teacher in a `.safetensors` file of weights, or a `.pt` file of weights or of SiT's
-    trainer.
+    """The teacher in a file of weights, `.safetensors` or `.pt`, or in one of SiT's trainer.
 
     Of the trainer's file the moving average is taken. Sizes are read off the weights; `num_heads`
     0 means that of the published model of this width.
@@ -76,9 +75,8 @@ def load_sit(path: Path, num_heads: int, device: torch.device | str) -> SiTTeach
 
 
 def _first_half(state: dict[str, Tensor], patch_size: int) -> dict[str, Tensor]:
-    """`state` without the outputs of the second half of the channels. Rows are (row, column,
-    channel).
-    """
+    """`state` without the outputs of the second half of the channels."""
+    # Rows are ordered (row, column, channel).
     changed = dict(state)
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         rows = state[name].unflatten(0, (patch_size * patch_size, 2, -1))

@@ -3,7 +3,7 @@
 import torch
 
 from distill.noise import sample_noise
-from distill.pretrain import ImageStream
+from distill.pretrain import FIRST_NOISE, ImageStream
 
 N = 10
 
@@ -46,10 +46,12 @@ def test_any_step_can_be_read_first():
     assert torch.equal(reader.read(2).states, in_order[2].states)
 
 
-def test_noise_is_that_of_the_sample_id_and_labels_follow_the_image():
+def test_noise_is_that_of_ids_no_trajectory_uses_and_labels_follow_the_image():
     batch = stream().read(3)
     assert batch.ids.tolist() == [12, 13, 14, 15]
-    assert torch.equal(batch.noise, torch.from_numpy(sample_noise(1, batch.ids.numpy(), (1, 2, 2))))
+    assert torch.equal(
+        batch.noise, torch.from_numpy(sample_noise(1, batch.ids.numpy() + FIRST_NOISE, (1, 2, 2)))
+    )
     assert batch.labels.tolist() == shown(batch)
 
 
