@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 PIPELINE = ("run", "pretrain", "generate", "train")
 USAGE_ERROR = 2
+INTERRUPTED = 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -277,24 +278,23 @@ def main() -> None:
     from distill.config import ConfigError
     from distill.manifest import CheckpointError
 
-    code = USAGE_ERROR
+    code, message = 1, ""
     try:
         code = dispatch(sys.argv[1:])
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 1
+        code, message = USAGE_ERROR, str(error)
+    except (CheckpointError, OSError) as error:
+        message = str(error)
     except ModuleNotFoundError as error:
-        if error.name in (None, "cluster", "distill") or str(error.name).startswith(
-            ("cluster.", "distill.")
-        ):
+        if str(error.name).partition(".")[0] in ("None", "cluster", "distill"):
             raise
-        print(
-            f"error: the package {error.name} is missing; pip install 'bowstring[train]'",
-            file=sys.stderr,
-        )
-        code = 1
+        message = f"the package {error.name} is missing; pip install 'bowstring[train]'"
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
+    if message:
+        print(f"error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,19 +56,13 @@ def _take(tree: DictConfig) -> None:
 
 def _swept(overrides: list[str]) -> str:
     """key=value of what the sweep varies, apart from what run.name holds anyway."""
-    parsed = OverridesParser.create().parse_overrides(sys.argv[1:] and _plain(sys.argv[1:]))
-    named = {"experiment", "objective"}
-    if any(
-        override.key_or_group == "run.name" for override in parsed if override.is_sweep_override()
-    ):
+    given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    parsed = OverridesParser.create().parse_overrides(given)
+    keys = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    if keys & {"run.name", "run.dir"}:
         return ""
-    keys = {override.key_or_group for override in parsed if override.is_sweep_override()} - named
+    keys -= {"experiment", "objective"}
     return "-".join(override for override in overrides if override.partition("=")[0] in keys)
-
-
-def _plain(args: list[str]) -> list[str]:
-    """The overrides among the arguments."""
-    return [argument for argument in args if "=" in argument and not argument.startswith("-")]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -174,7 +175,7 @@ def read_tree(path: Path) -> DictConfig:
     """The values in a config.yaml. Raises ConfigError for a file that is no configuration."""
     try:
         tree = OmegaConf.load(path)
-    except (OSError, ValueError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     check(isinstance(tree, DictConfig) and len(tree) > 0, f"{path} holds no configuration")
     assert isinstance(tree, DictConfig)
@@ -205,7 +206,7 @@ def dotted(overrides: list[str]) -> DictConfig:
         )
     try:
         return OmegaConf.from_dotlist(overrides)
-    except (ValueError, OmegaConfBaseException) as error:
+    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {' '.join(overrides)}: {error}") from error
 
 

@@ -150,9 +150,11 @@ def read_identity(run: RunDir) -> dict[str, Any] | None:
     path = run.identity
     try:
         record = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
         raise _corrupt(path, str(error)) from error
     parts = ("identity", "stream", "teachers")
     if not isinstance(record, dict) or not all(

@@ -1,0 +1,160 @@
+"""Command line: instant help without torch, exit codes, a sentence per mistake, completion."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import cli
+from cluster.compose import compose
+from cluster.configfile import save_config
+from cluster.helptext import VERBS
+from distill.config import ConfigError
+from distill.rundir import RunDir
+
+HEAVY = ("torch", "ray", "deepspeed", "numpy", "hydra")
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bowstring(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "cluster.cli", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level modules that are loaded after `code`."""
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}\nimport sys; print(*{{m.split('.')[0] for m in sys.modules}})",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_help_of_every_verb_loads_nothing_heavy():
+    loaded = modules_after(
+        "from cluster.cli import dispatch\n"
+        "from cluster.helptext import VERBS\n"
+        "assert dispatch(['--help']) == 0\n"
+        "assert all(dispatch([verb, '--help']) == 0 for verb in VERBS)"
+    )
+    assert loaded.isdisjoint(HEAVY)
+
+
+def test_help_takes_less_than_a_second():
+    times = []
+    for _ in range(3):  # the best of three, on a machine that may be busy
+        start = time.monotonic()
+        result = bowstring("run", "--help")
+        times.append(time.monotonic() - start)
+        assert result.returncode == 0
+        assert "bowstring run experiment=digits" in result.stdout
+    assert min(times) < 1.0
+
+
+def test_estimate_and_status_need_no_torch():
+    save_config(RunDir(Path("runs/tiny")), compose(["experiment=tiny"])[0])
+    loaded = modules_after(
+        "from cluster.cli import dispatch\n"
+        "assert dispatch(['estimate', 'experiment=fashion']) == 0\n"
+        "assert dispatch(['estimate', 'runs/tiny', 'train.max_steps=9', '--json']) == 0\n"
+        "assert dispatch(['status', 'runs/tiny', '--json']) == 0"
+    )
+    assert loaded.isdisjoint({"torch", "ray", "deepspeed"})
+
+
+def test_every_verb_of_the_help_exists():
+    assert set(VERBS) == set(cli.PIPELINE) | set(cli.COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["frobnicate"], "there is no verb frobnicate; choose one of: run, pretrain"),
+        (["run"], "which experiment"),
+        (["run", "experiment=tiny", "train.max_step=3"], "did you mean train.max_steps"),
+        (["run", "experiment=tiny", "--force-new"], "--force-new NAME"),
+        (["run", "runs/none"], "there is no run at runs/none"),
+        (["status", "runs/none"], "there is no run at runs/none"),
+        (["status"], "see bowstring status --help"),
+        (["sample", "runs/none", "--labels", "one"], "'one' is not a list"),
+        (["submit", "experiment=tiny"], "needs a Slurm cluster"),
+        (["scale", "runs/tiny", "3"], "needs a Slurm cluster"),
+    ],
+)
+def test_a_wrong_command_is_one_sentence_and_exit_code_2(args, message):
+    result = bowstring(*args)
+    assert result.returncode == cli.USAGE_ERROR
+    assert message in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stdout == ""
+
+
+def test_a_missing_run_lists_those_that_exist():
+    save_config(RunDir(Path("runs/tiny")), compose(["experiment=tiny"])[0])
+    with pytest.raises(ConfigError, match="there are: runs/tiny"):
+        cli.open_run("runs/tini")
+
+
+def test_force_new_names_another_run():
+    (config,) = cli.read_settings(["experiment=tiny", "--force-new", "second"])
+    assert config.run.dir == "runs/second"
+    save_config(RunDir(Path("runs/second")), config)
+    (config,) = cli.read_settings(["runs/second", "seed=4", "--force-new=third"])
+    assert (config.run.dir, config.seed) == ("runs/third", 4)
+
+
+def test_composed_settings_are_shown_not_run():
+    result = bowstring("run", "experiment=tiny", "--cfg", "job", "--package", "train")
+    assert result.returncode == 0
+    assert "max_steps: 6" in result.stdout
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "some"),
+    [
+        ("bowstring ", {"run", "status", "doctor"}),
+        ("bowstring run experiment=", {"experiment=digits", "experiment=tiny"}),
+        ("bowstring run experiment=tiny objective=", {"objective=bezier", "objective=traflow"}),
+        ("bowstring train experiment=tiny train.max", {"train.max_steps="}),
+    ],
+)
+def test_completion(line, some):
+    result = bowstring("-sc", "query=bash", COMP_LINE=line)
+    offered = set(result.stdout.split())
+    assert some <= offered
+    assert not any("base_" in word for word in offered)
+
+
+def test_completion_installs_for_bash():
+    assert "hydra_bash_completion" in bowstring("run", "-sc", "install=bash").stdout
+
+
+def test_labels_may_begin_with_none():
+    assert cli._join_labels(["r", "--labels", "-1,2", "--nfe", "2"]) == [
+        "r",
+        "--labels=-1,2",
+        "--nfe",
+        "2",
+    ]

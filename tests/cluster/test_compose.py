@@ -1,0 +1,142 @@
+"""Every YAML composes into typed settings, and every mistake is one sentence that names its key."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.compose import compose
+from cluster.config import RunConfig
+from distill.config import BezierConfig, ConfigError, TraFlowConfig, UNetConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+OPTIONS = [
+    (path.parent.name, path.stem)
+    for path in sorted(CONFIGS.glob("*/*.yaml"))
+    if path.parent.name != "experiment"
+]
+EXPERIMENTS = sorted(path.stem for path in (CONFIGS / "experiment").glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one(*args: str) -> RunConfig:
+    (config,) = compose(list(args))
+    return config
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_hydra_leaves_no_trace(experiment, in_empty_folder):
+    config = one(f"experiment={experiment}")
+    assert config.run.name == experiment
+    assert config.run.dir == f"runs/{experiment}"
+    assert isinstance(config.objective, TraFlowConfig)
+    assert list(in_empty_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option):
+    assert isinstance(one("experiment=digits", f"{group}={option}"), RunConfig)
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_names_its_schema_first(group, option):
+    defaults = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()).get("defaults")
+    if group != "teacher":  # a dictionary of teachers: the root's schema types its values
+        assert str(defaults[0]).startswith("base_")
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_starts_with_its_command(experiment):
+    lines = (CONFIGS / "experiment" / f"{experiment}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"
+    assert lines[1] == f"# bowstring run experiment={experiment}"
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_bezier_takes_an_early_and_a_late_teacher_of_one_pre_training(experiment):
+    config = one(f"experiment={experiment}", "objective=bezier")
+    assert isinstance(config.objective, BezierConfig)
+    assert config.run.dir == f"runs/{experiment}-bezier"
+    assert list(config.teacher) == ["early", "late"]
+    (early,) = config.pretrain.export_steps
+    last = config.pretrain.train.max_steps
+    assert early < last
+    models = f"runs/{experiment}-bezier/teacher/models"
+    assert config.teacher["early"].path == f"{models}/step_{early:08d}"
+    assert config.teacher["late"].path == f"{models}/step_{last:08d}"
+
+
+def test_the_command_line_chooses_the_teacher_over_bezier():
+    config = one("experiment=digits", "objective=bezier", "teacher=pretrained")
+    assert list(config.teacher) == ["pretrained"]
+
+
+def test_a_chosen_name_moves_the_run_and_its_own_teacher():
+    config = one("experiment=digits", "run.name=other")
+    assert config.run.dir == "runs/other"
+    assert config.teacher["pretrained"].path == "runs/other/teacher/models/step_00001200"
+
+
+def test_one_override_scales_the_whole_fashion_run():
+    config = one("experiment=fashion", "train.max_steps=10", "student=unet")
+    assert config.pretrain.train.max_steps == 20
+    assert config.pretrain.export_steps == [5]
+    assert isinstance(config.student, UNetConfig)
+
+
+def test_a_sweep_gives_every_job_its_own_folder(in_empty_folder):
+    configs = compose(["--multirun", "experiment=tiny", "seed=0,1", "objective=traflow,endpoint"])
+    assert [config.run.dir for config in configs] == [
+        "runs/tiny-seed=0",
+        "runs/tiny-endpoint-seed=0",
+        "runs/tiny-seed=1",
+        "runs/tiny-endpoint-seed=1",
+    ]
+    assert [config.seed for config in configs] == [0, 0, 1, 1]
+
+
+def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
+    (in_empty_folder / "experiment").mkdir()
+    (in_empty_folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nrun: {name: mine}\ntrain: {max_steps: 3}\n"
+    )
+    config = one("--config-dir", str(in_empty_folder), "experiment=mine")
+    assert (config.run.name, config.train.max_steps) == ("mine", 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ([], "experiment=NAME, with NAME one of: digits, fashion, tiny"),
+        (["experiment=nope"], "experiment/nope.*digits, fashion, tiny"),
+        (["objective=nope", "experiment=tiny"], "objective/nope.*options: bezier, consistency"),
+        (["experiment=tiny", "train.max_step=3"], "no setting train.max_step; .*train.max_steps"),
+        (["experiment=tiny", "trian.lr=3"], "no setting trian; did you mean train"),
+        (["experiment=tiny", "+train.foo=3"], "no setting train.foo; train has: max_steps"),
+        (["experiment=tiny", "teacher.pretrained.step=4"], "teacher.pretrained.steps"),
+        (["experiment=tiny", "objective.degree=2"], "no setting objective.degree"),
+        (["experiment=tiny", "train.max_steps=many"], "train.max_steps: Value 'many'"),
+        (["experiment=tiny", "train.lr=-1"], "train.lr=-1.0 must be above 0"),
+        (["experiment=tiny", "teacher.pretrained.steps=7"], "teacher.pretrained.steps=7 must be"),
+        (["experiment=tiny", "train.batch_size=15"], "train.batch_size=15 must be a multiple of"),
+        (["experiment=tiny", "foo"], "'foo'"),
+    ],
+)
+def test_a_mistake_is_one_sentence(args, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        compose(args)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistyped_key_in_a_file_fails_at_composition(in_empty_folder):
+    (in_empty_folder / "experiment").mkdir()
+    (in_empty_folder / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nrun: {name: mine}\ntrain: {max_stepz: 3}\n"
+    )
+    with pytest.raises(ConfigError, match="max_stepz"):
+        compose(["--config-dir", str(in_empty_folder), "experiment=mine"])

@@ -1,0 +1,33 @@
+"""File system checks pass on a good folder, fail on an impossible one, and leave nothing."""
+
+from pathlib import Path
+
+from cluster.doctor import BAD, OK, cores, file_system, memory_bytes, packages, ports
+
+
+def test_a_good_folder_passes_and_is_left_as_it_was(tmp_path: Path):
+    found = {finding.name: finding.state for finding in file_system(tmp_path / "runs")}
+    assert {name: found[name] for name in ("rename", "lock", "fsync")} == {
+        "rename": OK,
+        "lock": OK,
+        "fsync": OK,
+    }
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_bad(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    (finding,) = file_system(tmp_path / "file" / "runs")
+    assert finding.state == BAD
+    assert "run.dir=" in finding.detail
+
+
+def test_packages_and_ports_of_this_environment_are_fine():
+    names = {finding.name for finding in packages()}
+    assert {"python", "hydra-core", "torch", "ray", "deepspeed"} <= names
+    assert all(finding.state == OK for finding in [*packages(), *ports()])
+
+
+def test_cores_and_memory_are_counted():
+    assert cores() >= 1
+    assert memory_bytes() > 2**20

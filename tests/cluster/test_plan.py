@@ -1,0 +1,136 @@
+"""The estimate equals what torch counts, what the objectives call, and what lies on disk."""
+
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cluster.compose import compose
+from cluster.netcost import network_cost
+from cluster.plan import NFE_PER_STEP, estimate, objective_calls, stream_plan, teacher_forwards
+from distill import solvers
+from distill.config import (
+    BezierConfig,
+    ConsistencyConfig,
+    DiTConfig,
+    EndpointConfig,
+    ImageSpec,
+    MeanFlowConfig,
+    ReflowConfig,
+    TeacherConfig,
+    TraFlowConfig,
+    UNetConfig,
+)
+from distill.networks import build_network
+from distill.objectives import build_objective
+from distill.trajectory import TrajectoryBatch
+
+
+@pytest.mark.parametrize(
+    ("config", "image"),
+    [
+        (DiTConfig(patch_size=2, width=64, depth=4, num_heads=4), ImageSpec(1, 8, 10)),
+        (
+            DiTConfig(patch_size=4, width=32, depth=2, num_heads=2, mlp_ratio=2.5),
+            ImageSpec(3, 16, 0),
+        ),
+        (UNetConfig(width=32), ImageSpec(3, 32, 10)),
+        (
+            UNetConfig(
+                width=16, channel_mults=[1, 2, 3, 4], blocks_per_level=1, attention_sizes=[8, 4]
+            ),
+            ImageSpec(1, 32, 0),
+        ),
+    ],
+)
+def test_parameters_and_flops_equal_those_that_torch_counts(config, image):
+    network, cost = build_network(config, image), network_cost(config, image)
+    assert cost.parameters == sum(parameter.numel() for parameter in network.parameters())
+    x, t = torch.zeros(2, *image.shape), torch.zeros(2)
+    with FlopCounterMode(display=False) as counter:
+        network(x, t, t, torch.zeros(2, dtype=torch.int64))
+    assert 2 * cost.flops == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TraFlowConfig(),
+        TraFlowConfig(weight_consistency=0.0, weight_flow_matching=1.0),
+        BezierConfig(),
+        BezierConfig(weight_map=0.0, weight_drift=1.0),
+        EndpointConfig(),
+        ReflowConfig(),
+        ConsistencyConfig(),
+        MeanFlowConfig(),
+    ],
+)
+def test_objective_calls_are_those_that_the_objective_makes(config):
+    calls = {"student": 0, "target": 0}
+
+    def network(name):
+        def u(x, t, s, label):
+            calls[name] += 1
+            return x * 0.5
+
+        return u
+
+    batch = TrajectoryBatch(
+        states=torch.randn(4, 2, 5, 1, 2, 2),
+        times=torch.linspace(0, 1, 5),
+        weights=torch.tensor([0.5, 0.5]),
+        labels=torch.zeros(4, dtype=torch.int64),
+        ids=torch.arange(4),
+        positions=torch.arange(4),
+        global_size=4,
+    )
+    build_objective(config, seed=0).loss(batch, network("student"), network("target"), 0)
+    assert objective_calls(config).forwards == sum(calls.values())
+
+
+def test_solver_table_equals_the_solvers():
+    assert NFE_PER_STEP == solvers.NFE_PER_STEP
+    assert teacher_forwards(TeacherConfig(solver="heun", steps=16, guidance=1.5)) == 64
+    assert teacher_forwards(TeacherConfig(solver="euler", steps=8, guidance=1.0)) == 8
+
+
+def test_blocks_cover_the_reads_and_no_more():
+    # 6 steps of 16 read 96 samples; a block of 2 shards of 16, twice, gives 64.
+    (config,) = compose(["experiment=tiny"])
+    plan = stream_plan(config)
+    assert (plan.blocks, plan.shards, plan.samples) == (2, 4, 64)
+    config.train.max_steps = 8  # 128 = 2 blocks exactly
+    assert stream_plan(config).blocks == 2
+    config.train.max_steps = 9
+    assert stream_plan(config).blocks == 3
+
+
+@pytest.mark.parametrize(("store_noise", "points"), [(True, 5), (False, 4)])
+def test_shard_bytes_equal_a_tar_of_that_shape(store_noise, points):
+    (config,) = compose(["experiment=tiny", f"trajectory.store_noise={store_noise}"])
+    archive = io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for index in range(config.trajectory.samples_per_shard):
+            states = io.BytesIO()
+            np.save(states, np.zeros((1, points, 1, 8, 8), dtype=np.float16))
+            for name, content in (
+                (f"{index:08d}.states.npy", states.getvalue()),
+                (f"{index:08d}.meta.json", json.dumps({"id": index, "label": 3}).encode()),
+            ):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    assert stream_plan(config).shard_bytes == len(archive.getvalue())
+
+
+def test_cost_is_hours_times_price():
+    (config,) = compose(["experiment=fashion", "cluster.device_cost_per_hour=3"])
+    found = estimate(config, speed=1e12)
+    hours = sum(found["formula"]["flops"].values()) / 1e12 / 3600
+    assert found["assumed"]["total_device_hours"] == pytest.approx(hours)
+    assert found["assumed"]["cost"] == pytest.approx(3 * hours)
+    assert estimate(config, speed=2e12)["assumed"]["total_device_hours"] == pytest.approx(hours / 2)

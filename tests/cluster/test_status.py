@@ -1,0 +1,116 @@
+"""Status from files: progress, open leases, speed, quarantines, the last whole checkpoint."""
+
+import fcntl
+import json
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from cluster.compose import compose
+from cluster.configfile import save_config
+from cluster.status import is_live, last_verified, open_leases, pairs_per_s, status
+from cluster.status_view import render, show_audit
+from distill.manifest import sha256_file, step_name
+from distill.rundir import RunDir, append_line, write_json
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    monkeypatch.chdir(tmp_path)
+    (config,) = compose(["experiment=tiny"])
+    run = RunDir(Path(config.run.dir))
+    save_config(run, config)
+    return run
+
+
+def write_checkpoint(run: RunDir, step: int) -> Path:
+    folder = run.checkpoints / step_name(step)
+    folder.mkdir(parents=True)
+    (folder / "data").write_bytes(b"weights" * step)
+    entry = {"bytes": 7 * step, "sha256": sha256_file(folder / "data")}
+    write_json(folder / "MANIFEST.json", {"step": step, "files": {"data": entry}})
+    return folder
+
+
+def test_a_fresh_run_has_done_nothing(run):
+    found = status(run)
+    assert (found["stage"], found["live"], found["train"]["step"]) == ("generate", False, 0)
+    assert (found["shards"]["committed"], found["shards"]["planned"]) == (0, 4)
+    assert found["checkpoint"] is None
+    assert found["shards"]["pairs_per_s"] is None
+
+
+def test_a_run_in_the_middle(run):
+    for shard in range(3):
+        run.shards.mkdir(exist_ok=True)
+        (run.shards / f"{shard:08d}.tar").write_bytes(bytes(1000))
+        (run.shards / f"{shard:08d}.json").write_text("{}")
+    (run.shards / "00000003.tar").write_bytes(bytes(10))  # no sidecar: not committed
+    append_line(run.metrics, {"step": 2, "loss": 0.5, "terms": {"output": 0.5}})
+    append_line(run.metrics, {"step": 4, "loss": 0.25, "terms": {"output": 0.25}})
+    found = status(run)
+    assert (found["stage"], found["train"]["step"], found["train"]["loss"]) == ("train", 4, 0.25)
+    assert (found["shards"]["committed"], found["shards"]["bytes"]) == (3, 3000)
+    # Step 4 of batch 16 has read 64 = one block of 2 shards of 16, twice: shard 2 is left.
+    assert found["shards"]["backlog"] == 1
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(render(found))
+    assert "step 4 of 6" in capture.get()
+    json.dumps(found)
+
+
+def test_open_leases_are_those_without_an_end():
+    events = [
+        {"time": 0, "kind": "lease", "shard": 0, "worker": "a"},
+        {"time": 1, "kind": "lease", "shard": 1, "worker": "b"},
+        {"time": 2, "kind": "lease", "shard": 2, "worker": "c"},
+        {"time": 3, "kind": "lease", "shard": 3, "worker": "d"},
+        {"time": 4, "kind": "commit", "shard": 0, "worker": "a"},
+        {"time": 5, "kind": "worker_leave", "worker": "b"},
+        {"time": 6, "kind": "expire", "shard": 2, "worker": "c"},
+    ]
+    assert open_leases(events, now=10.0) == [{"shard": 3, "worker": "d", "age_s": 7.0}]
+
+
+def test_speed_counts_commits_over_the_last_minute():
+    events = [{"time": 0.0, "kind": "worker_join"}]
+    events += [{"time": 10.0 * n, "kind": "commit", "shard": n} for n in range(1, 21)]
+    assert pairs_per_s(events, samples_per_shard=50) == 5.0
+    assert pairs_per_s(events[:3], samples_per_shard=50) == 5.0
+    assert pairs_per_s(events[:1], samples_per_shard=50) is None
+
+
+def test_a_damaged_checkpoint_is_passed_over(run):
+    write_checkpoint(run, 2)
+    assert last_verified(run) == {"step": 2, "checked": "sha256", "newer_bad": []}
+    folder = write_checkpoint(run, 4)
+    assert last_verified(run) == {"step": 4, "checked": "sha256", "newer_bad": []}
+    (folder / "data").write_bytes(b"Weights" * 4)
+    assert last_verified(run) == {"step": 2, "checked": "sha256", "newer_bad": [4]}
+
+
+def test_live_is_a_held_lock(run):
+    assert not is_live(run)
+    with run.lock.open("w") as file:
+        assert not is_live(run)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert is_live(run)
+    assert not is_live(run)
+
+
+def test_finished_needs_results_newer_than_the_training(run):
+    append_line(run.metrics, {"step": 6, "loss": 0.1})
+    assert status(run)["stage"] == "evaluate"
+    time.sleep(0.02)
+    write_json(run.results, {})
+    assert status(run)["stage"] == "finished"
+
+
+def test_audit_exit_code(capsys):
+    assert show_audit({"ok": True, "missing": []}, as_json=True) == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "missing": []}
+    assert show_audit({"ok": False, "missing": [3]}, as_json=False) == 1
+    assert "NOT WHOLE" in capsys.readouterr().out
