@@ -120,7 +120,8 @@ def check_known(tree: DictConfig, prefix: str = "") -> None:
         if dataclasses.is_dataclass(schema)
         else None
     )
-    for name, value in tree.items_ex(resolve=False):
+    for key, value in tree.items_ex(resolve=False):
+        name = str(key)
         if known is not None and name not in known:
             raise ConfigError(unknown_key(f"{prefix}{name}", known))
         if isinstance(value, DictConfig) and not OmegaConf.is_missing(tree, name):

@@ -24,6 +24,7 @@ from cluster.config import RunConfig
 from cluster.identity import is_own
 from cluster.netcost import NetworkCost, network_cost
 from distill.config import BezierConfig, ObjectiveConfig, TeacherConfig, TraFlowConfig, check
+from distill.order import Order
 
 NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4}  # as in distill.solvers, which needs torch
 TAR_BLOCK, TAR_RECORD = 512, 10240  # a member is padded to blocks, an archive to records
@@ -109,7 +110,7 @@ def npy_bytes(shape: tuple[int, ...], dtype: str) -> int:
     """Size of a .npy file: its header and its values."""
     header = io.BytesIO()
     described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)  # type: ignore[arg-type]
+    np.lib.format.write_array_header_1_0(header, described)
     return len(header.getvalue()) + prod(shape) * np.dtype(dtype).itemsize
 
 
@@ -121,8 +122,8 @@ def member_bytes(size: int) -> int:
 def stream_plan(config: RunConfig) -> StreamPlan:
     """Blocks, shards, samples and bytes that the training steps of a configuration need."""
     trajectory = config.trajectory
-    reads = config.train.max_steps * config.train.batch_size
-    blocks = ceil(reads / (trajectory.block_samples * trajectory.passes))
+    order = Order(config.seed, trajectory.block_samples, trajectory.passes, config.train.batch_size)
+    blocks = order.num_blocks(config.train.max_steps)
     shards = blocks * trajectory.block_shards
     points = trajectory.grid + (1 if trajectory.store_noise else 0)
     shape = (len(config.teacher), points, *config.data.image.shape)

@@ -13,6 +13,7 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.configfile import load_config
 from cluster.plan import stream_plan
+from distill.ledger import committed
 from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.rundir import RunDir, read_lines
 
@@ -93,10 +94,7 @@ def shards(
 ) -> dict[str, Any]:
     """Committed and planned shards, backlog, leases, quarantines and bytes."""
     plan, trajectory = stream_plan(config), config.trajectory
-    found = {}
-    for path in run.shards.glob("*.tar") if run.shards.is_dir() else ():
-        if path.stem.isdigit() and path.with_suffix(".json").exists():
-            found[int(path.stem)] = path.stat().st_size
+    found = committed(run)
     block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
     return {
         "committed": len(found),
