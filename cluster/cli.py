@@ -139,9 +139,9 @@ def sample(args: list[str]) -> int:
     run = open_run(options.run)
     from distill.sample import sample_run
 
-    written = sample_run(run, options.nfe, options.seed, options.labels, options.num, options.out)
-    for path in written if isinstance(written, tuple) else (written,):
-        print(path)
+    path = sample_run(run, options.nfe, options.seed, options.labels, options.num, options.out)
+    picture = path.with_suffix(".png")
+    print(path, *([picture] if picture.exists() else []), sep="\n")
     return 0
 
 
