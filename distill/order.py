@@ -39,7 +39,7 @@ class Order:
         assert min(self.block_samples, self.passes, self.batch_size) > 0
 
     def entries(self, step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Ids and passes (from 0) of the entries of global batch `step` (from 0), int64 [B] each."""
+        """Ids and passes of the entries of global batch `step`, int64 [B] each, all from 0."""
         return self.entries_between(step * self.batch_size, (step + 1) * self.batch_size)
 
     def entries_between(self, first: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -54,13 +54,24 @@ class Order:
             first += len(taken)
         return np.concatenate(ids), np.concatenate(passes)
 
+    @property
+    def block_entries(self) -> int:
+        """Entries of the stream that come from one block."""
+        return self.block_samples * self.passes
+
+    def blocks_of(self, step: int) -> range:
+        """The blocks that global batch `step` reads."""
+        first = step * self.batch_size // self.block_entries
+        last = ((step + 1) * self.batch_size - 1) // self.block_entries
+        return range(first, last + 1)
+
     def block_of(self, step: int) -> int:
-        """The block of the first entry of global batch `step`."""
-        return step * self.batch_size // (self.block_samples * self.passes)
+        """The first block that global batch `step` reads."""
+        return self.blocks_of(step)[0]
 
     def num_blocks(self, max_steps: int) -> int:
-        """Blocks that the first `max_steps` global batches touch."""
-        return -(-max_steps * self.batch_size // (self.block_samples * self.passes))
+        """Blocks that the first `max_steps` global batches read."""
+        return -(-max_steps * self.batch_size // self.block_entries)
 
 
 @lru_cache(maxsize=4)

@@ -1,19 +1,25 @@
-"""Helpers for tests: analytic flows, small teachers, processes, faults."""
+"""Helpers for tests: analytic flows, small teachers, processes, faults, tiny shards."""
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distill.generate import GeneratedShard
+from distill.ledger import ShardSpec, TeacherSpec
+from distill.noise import sample_labels, sample_noise
 from distill.paths import expand_as
+from distill.rundir import RunDir
+from distill.shards import write_shard
 from distill.teachers.analytic import MixtureTeacher
 
 # -----------------------------------------------------------------------------------------------
@@ -160,3 +166,47 @@ class FaultInjector:
             self.count += 1
             raise self.error
         return self.function(*args, **kwargs)
+
+
+# -----------------------------------------------------------------------------------------------
+# Shards
+
+
+def tiny_spec(
+    samples_per_shard: int = 4,
+    grid: int = 2,
+    teachers: int = 2,
+    dtype: str = "float16",
+    store_noise: bool = True,
+    seed: int = 3,
+) -> ShardSpec:
+    """What shards of images [1, 2, 2] share; teacher k is called "teacher<k>"."""
+    return ShardSpec(
+        seed=seed,
+        times=tuple(k / grid for k in range(grid + 1)),
+        dtype=dtype,
+        store_noise=store_noise,
+        image=(1, 2, 2),
+        samples_per_shard=samples_per_shard,
+        teachers=tuple(
+            TeacherSpec(f"teacher{k}", 64 * str(k), "euler", grid, 1.0) for k in range(teachers)
+        ),
+    )
+
+
+def tiny_shard(spec: ShardSpec, shard: int) -> GeneratedShard:
+    """Straight lines from the noise of each id to the constant image (label + teacher) / 10."""
+    ids = np.array(spec.ids(shard), dtype=np.int64)
+    labels = sample_labels(spec.seed, ids, 10)
+    noise = torch.from_numpy(sample_noise(spec.seed, ids, spec.image))
+    times = torch.tensor(spec.times)[:, None, None, None]
+    teacher = torch.arange(len(spec.teachers))
+    ends = ((torch.from_numpy(labels)[:, None] + teacher) / 10)[:, :, None, None, None, None]
+    states = (1 - times) * noise[:, None, None] + times * ends
+    return GeneratedShard(states, labels, ids, nfe=len(ids), forwards=2 * len(ids))
+
+
+def write_tiny_shards(run: RunDir, spec: ShardSpec, shards: Iterable[int]) -> None:
+    """Commits `tiny_shard`s to a run."""
+    for shard in shards:
+        write_shard(run, spec, shard, tiny_shard(spec, shard), 1.5, "test")

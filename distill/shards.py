@@ -1,0 +1,252 @@
+"""One shard of trajectories as a WebDataset tar: write, read whole, read one sample.
+
+Members of sample i, key `<id, 12 digits>`: `meta.json` {"id", "label"} and `states.npy`
+[M, K+1, C, H, W] in the stored dtype, without state 0 when noise is not stored. No pickle. Equal
+states give equal bytes: names, order, times and headers are fixed.
+"""
+
+import errno
+import hashlib
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from webdataset.writer import TarWriter
+
+from distill.ledger import (
+    CorruptShard,
+    ShardSpec,
+    Sidecar,
+    check_size,
+    check_spec,
+    read_sidecar,
+    tar_path,
+)
+from distill.publish import publish, temporary_path
+from distill.rundir import RunDir
+
+TAR_BLOCK = 512  # a member's content is padded to a multiple of this
+
+
+@runtime_checkable
+class Trajectories(Protocol):
+    """What is stored; `distill.generate.GeneratedShard` is one."""
+
+    @property
+    def states(self) -> Tensor:
+        """[N, M, K+1, C, H, W] float32 on the CPU."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """[N]."""
+
+    @property
+    def ids(self) -> NDArray[np.int64]:
+        """[N]."""
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of the guided velocity."""
+
+    @property
+    def forwards(self) -> int:
+        """Samples that went through a network."""
+
+
+# -----------------------------------------------------------------------------------------------
+# Write
+
+
+def write_shard(
+    run: RunDir,
+    spec: ShardSpec,
+    shard: int,
+    generated: Trajectories,
+    seconds: float,
+    producer: str,
+) -> Sidecar:
+    """The sidecar of the committed shard: ours, or that of a producer who was faster.
+
+    Raises:
+        ValueError: a state is too large for the stored dtype.
+        OSError: it could not be written (disk full, no permission). Nothing of it stays.
+        ForeignShard: the place is taken by a shard of another run.
+    """
+    assert generated.ids.tolist() == list(spec.ids(shard))
+    states = _to_stored(spec, generated)
+    temporary = temporary_path(tar_path(run, shard))
+    try:
+        run.shards.mkdir(parents=True, exist_ok=True)
+        num_bytes, sha256, offsets = _write_tar(temporary, spec, generated, states)
+        sidecar = Sidecar(
+            shard=shard,
+            spec=spec,
+            num_bytes=num_bytes,
+            sha256=sha256,
+            labels=tuple(generated.labels.tolist()),
+            offsets=tuple(offsets),
+            member_bytes=len(npy_header(spec)) + states[0].nbytes,
+            nfe=generated.nfe,
+            forwards=generated.forwards,
+            seconds=round(seconds, 3),
+            producer=producer,
+        )
+        return publish(run, sidecar, temporary)
+    except OSError as error:
+        raise OSError(error.errno, _write_failure(run, shard, states.nbytes, error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[np.floating]:
+    """[N, M, stored points, C, H, W] in the stored dtype."""
+    states = generated.states if spec.store_noise else generated.states[:, :, 1:]
+    assert states.shape == (spec.samples_per_shard, *spec.sample_shape), states.shape
+    stored = states.to(getattr(torch, spec.dtype)).contiguous()
+    if not bool(stored.isfinite().all()):
+        largest = float(states.abs().max())
+        raise ValueError(
+            f"states of {generated.ids[0]}..{generated.ids[-1]} reach {largest:.3g}, which "
+            f"trajectory.dtype={spec.dtype} cannot hold; set trajectory.dtype=float32"
+        )
+    return stored.numpy()
+
+
+def _write_failure(run: RunDir, shard: int, num_bytes: int, error: OSError) -> str:
+    advice = {
+        errno.ENOSPC: "; free some space, or lower trajectory.max_bytes",
+        errno.EDQUOT: "; the quota is used up: free some space, or lower trajectory.max_bytes",
+        errno.EFBIG: "; lower trajectory.samples_per_shard, or raise the limit (ulimit -f)",
+    }.get(error.errno or 0, "")
+    return (
+        f"shard {shard} ({num_bytes:,} bytes) could not be written to {run.shards}: "
+        f"{error.strerror}{advice}"
+    )
+
+
+def npy_header(spec: ShardSpec) -> bytes:
+    """The header of a sample's states.npy: NPY format 1.0, padded to a multiple of 64 bytes.
+
+    Written here, not by NumPy, whose padding differs between versions.
+    """
+    descr = np.dtype(spec.dtype).newbyteorder("<").str
+    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {spec.sample_shape}, }}"
+    size = -(-(10 + len(text) + 1) // 64) * 64
+    text = text.ljust(size - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
+
+
+class _Sink:
+    """A file that hashes what it is given, and swallows writes after one has failed: the tar stream
+    tries again when it is collected.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._failed = False
+        self.digest = hashlib.sha256()
+        self.size = 0
+
+    def write(self, data: bytes) -> int:
+        """Number of bytes taken."""
+        if not self._failed:
+            self._failed = True
+            self._file.write(data)
+            self._failed = False
+            self.digest.update(data)
+            self.size += len(data)
+        return len(data)
+
+
+def _write_tar(
+    path: Path, spec: ShardSpec, generated: Trajectories, states: NDArray[np.floating]
+) -> tuple[int, str, list[int]]:
+    """Size and sha256 of the tar, flushed to disk, and where each states.npy starts in it."""
+    header, offsets = npy_header(spec), []
+    little = np.dtype(spec.dtype).newbyteorder("<")
+    with path.open("xb") as file:
+        sink = _Sink(file)
+        writer = TarWriter(sink, encoder=False, compress=False, mtime=0, user="bowstring")
+        for index, label, state in zip(
+            generated.ids.tolist(), generated.labels.tolist(), states, strict=True
+        ):
+            content = header + state.astype(little, copy=False).tobytes()
+            meta = json.dumps({"id": index, "label": label}).encode()
+            writer.write(
+                {"__key__": f"{index:012d}", "meta.json": meta, "states.npy": content}
+            )  # members in the order of their names, so states.npy ends here
+            padded = -(-len(content) // TAR_BLOCK) * TAR_BLOCK
+            offsets.append(writer.tarstream.offset - padded)
+        writer.close()
+        file.flush()
+        os.fsync(file.fileno())
+    return sink.size, sink.digest.hexdigest(), offsets
+
+
+# -----------------------------------------------------------------------------------------------
+# Read
+
+
+def read_shard(
+    run: RunDir,
+    spec: ShardSpec,
+    shard: int,
+    states: NDArray[np.floating],
+    labels: NDArray[np.int64],
+) -> Sidecar:
+    """The sidecar, after filling `states` [N, *spec.sample_shape] (stored dtype) and `labels` [N].
+
+    The whole tar is read in one go and its sha256 checked.
+
+    Raises:
+        FileNotFoundError: the shard is not there.
+        CorruptShard: a byte is not as it was written.
+        ForeignShard: it was made for another run.
+    """
+    sidecar = read_sidecar(run, shard)
+    check_spec(run, sidecar, spec)
+    content = tar_path(run, shard).read_bytes()
+    check_size(run, sidecar, len(content))
+    if hashlib.sha256(content).hexdigest() != sidecar.sha256:
+        raise CorruptShard(f"{tar_path(run, shard)}: sha256 differs from the sidecar")
+    view = memoryview(content)
+    for index, offset in enumerate(sidecar.offsets):
+        states[index] = _decode(run, sidecar, index, view[offset : offset + sidecar.member_bytes])
+    labels[:] = sidecar.labels
+    return sidecar
+
+
+def read_sample(run: RunDir, sidecar: Sidecar, sample_id: int) -> NDArray[np.floating]:
+    """Stored states [M, points, C, H, W] of one sample, by one positioned read.
+
+    Size and member header are checked, the sha256 is not.
+
+    Raises:
+        FileNotFoundError: the shard is not there.
+        CorruptShard: another size or header than was committed.
+    """
+    index = sidecar.ids.index(sample_id)
+    with tar_path(run, sidecar.shard).open("rb", buffering=0) as file:
+        check_size(run, sidecar, os.fstat(file.fileno()).st_size)
+        content = os.pread(file.fileno(), sidecar.member_bytes, sidecar.offsets[index])
+    return _decode(run, sidecar, index, memoryview(content)).copy()
+
+
+def _decode(run: RunDir, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[np.floating]:
+    """The array in a states.npy, a view of `content`."""
+    header, spec = npy_header(sidecar.spec), sidecar.spec
+    size = int(np.prod(spec.sample_shape)) * np.dtype(spec.dtype).itemsize
+    if bytes(content[: len(header)]) != header or len(content) != len(header) + size:
+        raise CorruptShard(
+            f"{tar_path(run, sidecar.shard)}: sample {sidecar.ids[index]} is not the array that "
+            "its sidecar promises"
+        )
+    dtype = np.dtype(spec.dtype).newbyteorder("<")
+    return np.frombuffer(content[len(header) :], dtype=dtype).reshape(spec.sample_shape)

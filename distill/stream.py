@@ -1,0 +1,242 @@
+"""The trajectory stream: committed shards -> this rank's part of each global batch.
+
+Position is the global step and nothing else (`distill.order`). A block of shards is decoded into
+one array in memory; the next one is loaded by a thread meanwhile. A shard that is not there yet is
+waited for, in words that others can see; a bad one is set aside, so that it is made again, and
+waited for too.
+"""
+
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distill.config import ConfigError, TrajectoryConfig, check
+from distill.ledger import CorruptShard, ShardSpec, is_committed
+from distill.noise import sample_noise
+from distill.order import Order
+from distill.publish import mark, quarantine
+from distill.rundir import RunDir
+from distill.shards import read_shard
+from distill.trajectory import TrajectoryBatch
+
+POLL_S = 0.1  # how often a missing shard is looked for
+
+
+class StreamError(RuntimeError):
+    """The stream cannot go on. The message says what it waited for."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block in memory.
+
+    Attributes:
+        first_id: id of the first sample.
+        states: [n, M, points, C, H, W] in the stored dtype.
+        labels: [n].
+        noise: [n, C, H, W] float32 when the shards do not hold it.
+    """
+
+    first_id: int
+    states: Float[Tensor, "n M P *S"]
+    labels: Int[Tensor, "n"]
+    noise: Float[Tensor, "n *S"] | None
+
+    def trajectories(self, ids: Int[Tensor, "B"]) -> Float[Tensor, "B M K1 *S"]:
+        """States 0 .. K of some samples, float32."""
+        rows = ids - self.first_id
+        states = self.states[rows].float()
+        if self.noise is None:
+            return states
+        noise = self.noise[rows][:, None, None]
+        return torch.cat([noise.expand(-1, states.shape[1], *noise.shape[2:]), states], dim=2)
+
+
+class TrajectoryStream:
+    """One rank's view of the stream. `read` may be called for any step; rising steps are fast."""
+
+    def __init__(
+        self,
+        run: RunDir,
+        spec: ShardSpec,
+        trajectory: TrajectoryConfig,
+        order: Order,
+        rank: int,
+        world_size: int,
+        weights: list[float],
+    ) -> None:
+        """`weights` has one weight per teacher, before normalisation.
+
+        Raises:
+            ConfigError: the batch cannot be divided among the ranks.
+        """
+        check(
+            order.batch_size % world_size == 0,
+            f"train.batch_size={order.batch_size} must be a multiple of the {world_size} ranks",
+        )
+        assert (
+            len(weights) == len(spec.teachers) and order.block_samples % spec.samples_per_shard == 0
+        )
+        self._run, self._spec, self._order = run, spec, order
+        self._timeout_s = trajectory.wait_timeout_s
+        self._positions = np.arange(rank, order.batch_size, world_size)
+        self._weights = torch.tensor(weights) / sum(weights)
+        self._times = torch.tensor(spec.times)
+        self._loading: dict[int, _Loading] = {}
+        self._block = 0
+        self._wait_s = 0.0
+        self._waiting_for = ""
+
+    @property
+    def block(self) -> int:
+        """The block being read."""
+        return self._block
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that `read` has spent waiting for shards so far."""
+        return self._wait_s
+
+    @property
+    def waiting_for(self) -> str:
+        """What `read` waits for at this moment; "" when it does not wait."""
+        return self._waiting_for
+
+    def read(self, step: int) -> TrajectoryBatch:
+        """This rank's part of global batch `step`.
+
+        Raises:
+            ForeignShard: a shard was made for another run.
+            StreamError: no shard came for `trajectory.wait_timeout_s`.
+        """
+        ids = torch.from_numpy(self._order.entries(step)[0][self._positions])
+        needed = self._order.blocks_of(step)
+        self._block = needed[0]
+        self._load(range(needed[0], needed[-1] + 2))
+        of_sample = ids // self._order.block_samples
+        states = torch.empty(
+            len(ids), len(self._weights), len(self._times), *self._spec.image, dtype=torch.float32
+        )
+        labels = torch.empty(len(ids), dtype=torch.int64)
+        for number in needed:
+            block, here = self._wait(number), of_sample == number
+            states[here] = block.trajectories(ids[here])
+            labels[here] = block.labels[ids[here] - block.first_id]
+        return TrajectoryBatch(
+            states=states,
+            times=self._times,
+            weights=self._weights,
+            labels=labels,
+            ids=ids,
+            positions=torch.from_numpy(self._positions),
+            global_size=self._order.batch_size,
+        )
+
+    def close(self) -> None:
+        """Ends the loading."""
+        self._load(range(0))
+
+    def _load(self, wanted: range) -> None:
+        """Starts to load the blocks that are wanted and forgets all others."""
+        for number in [number for number in self._loading if number not in wanted]:
+            self._loading.pop(number).cancelled = True
+        for number in wanted:
+            if number not in self._loading:
+                self._loading[number] = _Loading(self._run, self._spec, self._order, number)
+
+    def _wait(self, number: int) -> Block:
+        """The block, once it is in memory."""
+        loading = self._loading[number]
+        now = time.monotonic()
+        ready, deadline = loading.num_ready, now + self._timeout_s
+        while loading.is_alive():
+            self._waiting_for = f"block {number}: {loading.doing}"
+            loading.join(POLL_S)
+            before, now = now, time.monotonic()
+            self._wait_s += now - before
+            if loading.num_ready > ready:
+                ready, deadline = loading.num_ready, now + self._timeout_s
+            if now > deadline and loading.is_alive():
+                raise StreamError(
+                    f"no shard came for {self._timeout_s:.0f} s; waited for {self._waiting_for}. "
+                    "See `bowstring status` for the teacher workers; to wait longer set "
+                    "trajectory.wait_timeout_s"
+                )
+        self._waiting_for = ""
+        return loading.result()
+
+
+class _Loading(threading.Thread):
+    """A block on its way into memory."""
+
+    def __init__(self, run: RunDir, spec: ShardSpec, order: Order, block: int) -> None:
+        super().__init__(name=f"block-{block}", daemon=True)
+        self._run, self._spec = run, spec
+        per_block = order.block_samples // spec.samples_per_shard
+        self._shards = range(block * per_block, (block + 1) * per_block)
+        self._block: Block | None = None
+        self._error: ConfigError | OSError | None = None
+        self.num_ready = 0
+        self.doing = "about to be read"
+        self.cancelled = False
+        self.start()
+
+    def result(self) -> Block:
+        """The block; raises what ended the loading."""
+        if self._error is not None:
+            raise self._error
+        if self._block is None:
+            raise StreamError(f"{self.name} could not be loaded; the traceback is printed above")
+        return self._block
+
+    def run(self) -> None:
+        """Fills the block, shard by shard, as they come."""
+        try:
+            self._fill()
+        except (ConfigError, OSError) as error:
+            self._error = error
+
+    def _fill(self) -> None:
+        spec, count = self._spec, self._spec.samples_per_shard
+        states = np.empty((len(self._shards) * count, *spec.sample_shape), dtype=spec.dtype)
+        labels = np.empty(len(states), dtype=np.int64)
+        missing = list(self._shards)
+        while missing and not self.cancelled:
+            for shard in list(missing):
+                first = (shard - self._shards[0]) * count
+                part = slice(first, first + count)
+                if self._read(shard, states[part], labels[part]):
+                    missing.remove(shard)
+                    self.num_ready += 1
+            if missing:
+                self.doing = f"shard {missing[0]} is not there yet"
+                time.sleep(POLL_S)
+        if self.cancelled:
+            return
+        ids = np.arange(spec.ids(self._shards[0])[0], spec.ids(self._shards[-1])[-1] + 1)
+        noise = None if spec.store_noise else sample_noise(spec.seed, ids, spec.image)
+        self._block = Block(
+            first_id=int(ids[0]),
+            states=torch.from_numpy(states),
+            labels=torch.from_numpy(labels),
+            noise=None if noise is None else torch.from_numpy(noise),
+        )
+
+    def _read(self, shard: int, states: np.ndarray, labels: np.ndarray) -> bool:
+        """Whether the shard was there and good."""
+        if not is_committed(self._run, shard):
+            return False
+        try:
+            seen = mark(self._run, shard)
+            read_shard(self._run, self._spec, shard, states, labels)
+        except FileNotFoundError:  # another rank has set it aside meanwhile
+            return False
+        except CorruptShard as error:
+            quarantine(self._run, shard, str(error), seen)
+            return False
+        return True
