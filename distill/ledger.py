@@ -30,6 +30,14 @@ class CorruptShard(RuntimeError):
     """A shard whose bytes are not those that were committed. The message says which and how."""
 
 
+class MisplacedShard(CorruptShard):
+    """A sound sidecar under the name of another shard."""
+
+    def __init__(self, message: str, sidecar: Sidecar) -> None:
+        super().__init__(message)
+        self.sidecar = sidecar
+
+
 class ForeignShard(ConfigError):
     """A sound shard of another grid, teacher or seed. It is refused, not set aside."""
 
@@ -249,7 +257,7 @@ def read_sidecar(run: RunDir, shard: int) -> Sidecar:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CorruptShard(f"{path}: {error}") from error
     if sidecar.shard != shard:
-        raise CorruptShard(f"{path}: it is the sidecar of shard {sidecar.shard}")
+        raise MisplacedShard(f"{path}: it is the sidecar of shard {sidecar.shard}", sidecar)
     return sidecar
 
 

@@ -1,0 +1,267 @@
+"""The audit of a run: is anything lost, doubled or corrupt? From files only, read-only, no torch.
+
+Three things are proven:
+- every shard on disk is byte for byte what was committed, and of this run;
+- every checkpoint is byte for byte what its manifest says;
+- the trainer consumed exactly the planned sequence. Each window of steps in events.jsonl carries a
+  hash of its sample ids; it must equal the hash of what `distill.order` plans for those steps, and
+  the windows must follow each other without a gap from step 0. Windows that a restart fell back
+  behind are checked too and then replaced by their repetition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from cluster.identity import read_identity
+from distill.config import ConfigError
+from distill.ledger import (
+    SHARD_NAME,
+    CorruptShard,
+    MisplacedShard,
+    ShardSpec,
+    Sidecar,
+    committed,
+    verify_shard,
+)
+from distill.manifest import committed_steps, verify
+from distill.order import Order
+from distill.rundir import RunDir, read_lines
+
+HASH_STEPS = 4096  # steps whose ids are in memory at once
+
+
+def audit(run: RunDir) -> dict[str, Any]:
+    """The proof as plain values, ready for JSON.
+
+    ok: nothing is missing, duplicate, corrupt, consumed otherwise than planned, or torn.
+    shards, samples: those on disk that are sound.
+    missing: shards that the consumed steps needed and that are not on disk.
+    duplicate: sample ids that stand in two shards.
+    corrupt: shards whose bytes or index differ, or that are of another run.
+    consumed_steps: steps done, as events.jsonl tells.
+    consumed_sha256: of the planned ids of those steps, little-endian int64; equal for two runs that
+        read the same samples in the same order.
+    consumption: what is wrong with the windows.
+    checkpoints: steps that verify, and the problems of those that do not.
+    quarantined, orphans, produced_again: for information.
+
+    Raises:
+        ConfigError: there is no run, or run.json is corrupt.
+    """
+    record = read_identity(run)
+    if record is None:
+        raise ConfigError(f"{run.identity} does not exist, so there is nothing to compare with")
+    stream = record["stream"]
+    shards = _audit_shards(run)
+    order = Order(
+        seed=stream["seed"],
+        block_samples=stream["samples_per_shard"] * stream["block_shards"],
+        passes=stream["passes"],
+        batch_size=stream["batch_size"],
+    )
+    consumed = _audit_consumption(run, order)
+    needed = order.num_blocks(consumed.steps) * stream["block_shards"]
+    per_shard = stream["samples_per_shard"]
+    for shard, sidecar in shards.misplaced.items():
+        problem = f"holds the samples of shard {sidecar.shard}"
+        shards.corrupt.append({"shard": shard, "problem": problem})
+    bad = {entry["shard"] for entry in shards.corrupt}
+    missing = [
+        {"shard": n, "first_id": n * per_shard, "last_id": (n + 1) * per_shard - 1}
+        for n in range(needed)
+        if n not in shards.sidecars and n not in bad
+    ]
+    foreign = _of_another_run(shards.sidecars, stream, record["teachers"])
+    checkpoints = _audit_checkpoints(run)
+    found: dict[str, Any] = {
+        "ok": True,
+        "shards": len(shards.sidecars),
+        "samples": sum(len(sidecar.ids) for sidecar in shards.sidecars.values()),
+        "missing": missing,
+        "duplicate": _duplicates(shards),
+        "corrupt": shards.corrupt + foreign,
+        "consumed_steps": consumed.steps,
+        "consumed_sha256": _planned_sha256(order, 0, consumed.steps),
+        "consumption": consumed.problems,
+        "checkpoints": checkpoints,
+        "quarantined": _quarantined(run),
+        "orphans": shards.orphans,
+        "produced_again": _produced_again(run),
+    }
+    wrong = ("missing", "duplicate", "corrupt", "consumption")
+    found["ok"] = not any(found[name] for name in wrong) and not checkpoints["bad"]
+    return found
+
+
+# -----------------------------------------------------------------------------------------------
+# Shards
+
+
+@dataclass
+class _Shards:
+    """What lies in `shards/`."""
+
+    sidecars: dict[int, Sidecar] = field(default_factory=dict)  # of the sound ones
+    misplaced: dict[int, Sidecar] = field(default_factory=dict)  # under another shard's name
+    corrupt: list[dict[str, Any]] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)  # a tar that is not committed
+
+
+def _audit_shards(run: RunDir) -> _Shards:
+    """Checks every byte. Several threads, since hashing releases the interpreter."""
+    found, whole = _Shards(), committed(run)
+    names = {path.name for path in run.shards.iterdir()} if run.shards.is_dir() else set()
+    for name in sorted(names):
+        stem, _, kind = name.partition(".")
+        if SHARD_NAME.fullmatch(stem) and int(stem) not in whole:
+            if kind == "tar":
+                found.orphans.append(name)
+            elif kind == "json":
+                found.corrupt.append({"shard": int(stem), "problem": f"{name} has no tar"})
+
+    def check(shard: int) -> Sidecar | CorruptShard | OSError:
+        try:
+            return verify_shard(run, shard)
+        except (CorruptShard, OSError) as error:
+            return error
+
+    console = Console(stderr=True)
+    with (
+        Progress(console=console, disable=not console.is_terminal) as progress,
+        ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
+    ):
+        results = progress.track(pool.map(check, whole), len(whole), description="shards")
+        for shard, result in zip(whole, results, strict=True):
+            if isinstance(result, Sidecar):
+                found.sidecars[shard] = result
+            elif isinstance(result, MisplacedShard):
+                found.misplaced[shard] = result.sidecar
+            else:
+                found.corrupt.append({"shard": shard, "problem": str(result)})
+    return found
+
+
+def _of_another_run(
+    sidecars: dict[int, Sidecar], stream: dict[str, Any], fingerprints: dict[str, str]
+) -> list[dict[str, Any]]:
+    """Sound shards that were not made for this run: other seed, size, teachers or grid."""
+    specs = Counter(sidecar.spec for sidecar in sidecars.values())
+    usual = max(
+        specs, key=lambda spec: (_fits(spec, stream, fingerprints), specs[spec]), default=None
+    )
+    found = []
+    for shard, sidecar in sidecars.items():
+        spec = sidecar.spec
+        if usual is not None and (spec != usual or not _fits(spec, stream, fingerprints)):
+            differs = usual.difference(spec) or "seed, samples_per_shard or teachers of run.json"
+            found.append({"shard": shard, "problem": f"made for another run: {differs}"})
+    return found
+
+
+def _fits(spec: ShardSpec, stream: dict[str, Any], fingerprints: dict[str, str]) -> bool:
+    """Whether a spec agrees with run.json. Fingerprints stand there once teachers are known."""
+    teachers = {teacher.name: teacher.fingerprint for teacher in spec.teachers}
+    return (
+        spec.seed == stream["seed"]
+        and spec.samples_per_shard == stream["samples_per_shard"]
+        and (not fingerprints or teachers == fingerprints)
+    )
+
+
+def _duplicates(shards: _Shards) -> list[dict[str, Any]]:
+    """Sample ids that stand in two shards, as ranges."""
+    found = []
+    named = [*shards.sidecars.items(), *shards.misplaced.items()]
+    by_first = sorted(named, key=lambda item: (item[1].ids[0], item[0]))
+    for (one, left), (other, right) in pairwise(by_first):
+        if right.ids[0] <= left.ids[-1]:
+            last = min(left.ids[-1], right.ids[-1])
+            found.append({"shards": [one, other], "first_id": right.ids[0], "last_id": last})
+    return found
+
+
+def _produced_again(run: RunDir) -> list[int]:
+    """Shards with two commits and no quarantine between: at-least-once work, kept once."""
+    standing: set[int] = set()
+    again: set[int] = set()
+    for event in read_lines(run.events):
+        if event.get("kind") == "commit":
+            (again if event["shard"] in standing else standing).add(event["shard"])
+        elif event.get("kind") == "quarantine":
+            standing.discard(event["shard"])
+    return sorted(again)
+
+
+def _quarantined(run: RunDir) -> list[str]:
+    if not run.quarantine.is_dir():
+        return []
+    return sorted(path.name for path in run.quarantine.iterdir())
+
+
+# -----------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+def _audit_checkpoints(run: RunDir) -> dict[str, Any]:
+    verified, bad = [], []
+    for step, folder in committed_steps(run.checkpoints).items():
+        problems = verify(folder)
+        if problems:
+            bad.append({"step": step, "problems": problems})
+        else:
+            verified.append(step)
+    return {"verified": verified, "bad": bad}
+
+
+# -----------------------------------------------------------------------------------------------
+# Consumption
+
+
+@dataclass
+class _Consumption:
+    """Steps that stand, and what is wrong with how they came."""
+
+    steps: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def _audit_consumption(run: RunDir, order: Order) -> _Consumption:
+    """Replays events.jsonl: windows of steps, and restarts that fell back."""
+    found = _Consumption()
+    checked: dict[tuple[int, int], str] = {}
+    for event in read_lines(run.events):
+        if event.get("kind") == "resume":
+            step = event["step"]
+            if step > found.steps:
+                found.problems.append(f"resumed at step {step} after only {found.steps} steps")
+            found.steps = step
+        elif event.get("kind") == "steps":
+            first, last = event["first"], event["last"]
+            if first != found.steps:
+                found.problems.append(f"steps {first}-{last} came after {found.steps} steps")
+            if (first, last) not in checked:
+                checked[first, last] = _planned_sha256(order, first, last + 1)
+            if event["ids_sha256"] != checked[first, last]:
+                found.problems.append(f"steps {first}-{last} read other samples than planned")
+            found.steps = last + 1
+    return found
+
+
+def _planned_sha256(order: Order, first: int, end: int) -> str:
+    """Hexadecimal sha256 of the planned ids of steps first .. end - 1, little-endian int64."""
+    digest = hashlib.sha256()
+    for start in range(first, end, HASH_STEPS):
+        stop = min(end, start + HASH_STEPS)
+        ids, _ = order.entries_between(start * order.batch_size, stop * order.batch_size)
+        digest.update(ids.astype("<i8").tobytes())
+    return digest.hexdigest()
