@@ -10,7 +10,6 @@ them by an assumed speed and leave out waiting, restarts and input; they are no 
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass
 from math import ceil, prod
@@ -107,11 +106,10 @@ class StreamPlan:
 
 
 def npy_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of a .npy file: its header and its values."""
-    header = io.BytesIO()
-    described = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, described)
-    return len(header.getvalue()) + prod(shape) * np.dtype(dtype).itemsize
+    """Size of a .npy file as `distill.shards` writes it: header in multiples of 64, then values."""
+    described = np.dtype(dtype).newbyteorder("<")
+    text = f"{{'descr': '{described.str}', 'fortran_order': False, 'shape': {shape}, }}"
+    return ceil((10 + len(text) + 1) / 64) * 64 + prod(shape) * described.itemsize
 
 
 def member_bytes(size: int) -> int:

@@ -96,12 +96,13 @@ def shards(
     plan, trajectory = stream_plan(config), config.trajectory
     found = committed(run)
     block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
+    unread = [shard for shard in found if shard >= block * trajectory.block_shards]
     return {
         "committed": len(found),
         "planned": plan.shards,
         "samples": len(found) * trajectory.samples_per_shard,
         "pairs_per_s": pairs_per_s(events, trajectory.samples_per_shard),
-        "backlog": sum(1 for shard in found if shard >= block * trajectory.block_shards),
+        "backlog": len(unread) if step < config.train.max_steps else 0,
         "ready_ahead": trajectory.ready_ahead,
         "open_leases": open_leases(events, time.time()),
         "quarantined": quarantined(run),
@@ -111,18 +112,14 @@ def shards(
 
 
 def quarantined(run: RunDir) -> list[dict[str, Any]]:
-    """Shards that were set aside, each with its reason as far as it was written down."""
-    if not run.quarantine.is_dir():
-        return []
+    """Shards that were set aside, each with its reason."""
     found = []
-    for path in sorted(run.quarantine.rglob("*.tar")):
-        reason = None
-        for note in sorted(path.parent.glob(f"{path.name.split('.')[0]}*.json")):
-            try:
-                reason = json.loads(note.read_text()).get("reason", reason)
-            except (OSError, ValueError, AttributeError):
-                continue
-        found.append({"file": str(path.relative_to(run.root)), "reason": reason})
+    for path in sorted(run.quarantine.glob("*/*.reason.json")):
+        try:
+            note = json.loads(path.read_text())
+            found.append({"shard": note["shard"], "reason": note["reason"]})
+        except (OSError, ValueError, KeyError, TypeError):
+            found.append({"shard": path.name.partition(".")[0], "reason": f"unreadable: {path}"})
     return found
 
 

@@ -1,9 +1,5 @@
 """The estimate equals what torch counts, what the objectives call, and what lies on disk."""
 
-import io
-import json
-import tarfile
-
 import numpy as np
 import pytest
 import torch
@@ -25,8 +21,12 @@ from distill.config import (
     TraFlowConfig,
     UNetConfig,
 )
+from distill.generate import GeneratedShard
+from distill.ledger import shard_spec
 from distill.networks import build_network
 from distill.objectives import build_objective
+from distill.rundir import RunDir
+from distill.shards import write_shard
 from distill.trajectory import TrajectoryBatch
 
 
@@ -109,22 +109,29 @@ def test_blocks_cover_the_reads_and_no_more():
     assert stream_plan(config).blocks == 3
 
 
-@pytest.mark.parametrize(("store_noise", "points"), [(True, 5), (False, 4)])
-def test_shard_bytes_equal_a_tar_of_that_shape(store_noise, points):
-    (config,) = compose(["experiment=tiny", f"trajectory.store_noise={store_noise}"])
-    archive = io.BytesIO()
-    with tarfile.open(fileobj=archive, mode="w") as tar:
-        for index in range(config.trajectory.samples_per_shard):
-            states = io.BytesIO()
-            np.save(states, np.zeros((1, points, 1, 8, 8), dtype=np.float16))
-            for name, content in (
-                (f"{index:08d}.states.npy", states.getvalue()),
-                (f"{index:08d}.meta.json", json.dumps({"id": index, "label": 3}).encode()),
-            ):
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    assert stream_plan(config).shard_bytes == len(archive.getvalue())
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["trajectory.store_noise=false", "trajectory.dtype=float32"],
+        ["objective=bezier", "trajectory.samples_per_shard=40", "trajectory.grid=16"],
+    ],
+)
+def test_shard_bytes_are_those_of_a_real_shard(overrides, tmp_path):
+    (config,) = compose(["experiment=tiny", *overrides])
+    trajectory, image = config.trajectory, config.data.image
+    fingerprints = {name: "0" * 64 for name in config.teacher}
+    spec = shard_spec(config.seed, image, trajectory, config.teacher, fingerprints)
+    num, points = trajectory.samples_per_shard, trajectory.grid + 1
+    generated = GeneratedShard(
+        states=torch.zeros(num, len(config.teacher), points, *image.shape),
+        labels=np.full(num, 7, dtype=np.int64),
+        ids=np.arange(num, dtype=np.int64),
+        nfe=0,
+        forwards=0,
+    )
+    written = write_shard(RunDir(tmp_path), spec, 0, generated, seconds=0.0, producer="test")
+    assert stream_plan(config).shard_bytes == written.num_bytes
 
 
 def test_cost_is_hours_times_price():

@@ -92,6 +92,12 @@ def test_a_damaged_checkpoint_is_passed_over(run):
     assert last_verified(run) == {"step": 2, "checked": "sha256", "newer_bad": [4]}
 
 
+def test_a_quarantined_shard_is_shown_with_its_reason(run):
+    folder = run.quarantine / "00000002-abc"
+    write_json(folder / "00000002.reason.json", {"shard": 2, "reason": "sha256 differs"})
+    assert status(run)["shards"]["quarantined"] == [{"shard": 2, "reason": "sha256 differs"}]
+
+
 def test_live_is_a_held_lock(run):
     assert not is_live(run)
     with run.lock.open("w") as file:
