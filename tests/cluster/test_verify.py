@@ -1,0 +1,190 @@
+"""The audit finds every loss, duplicate and corruption, and only those."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from cluster.identity import hash_of
+from cluster.verify import audit
+from distill.config import ConfigError
+from distill.ledger import sidecar_path, tar_path
+from distill.order import Order
+from distill.publish import mark, quarantine
+from distill.rundir import RunDir, append_line, write_json
+from distill.testing import tiny_spec, write_tiny_shards
+
+# Blocks of 2 shards of 4 samples, read twice: 16 entries a block, 8 a step, so 2 steps a block.
+STREAM = {
+    "seed": 3,
+    "samples_per_shard": 4,
+    "block_shards": 2,
+    "passes": 2,
+    "batch_size": 8,
+}
+ORDER = Order(seed=3, block_samples=8, passes=2, batch_size=8)
+
+
+def window(first: int, last: int) -> dict:
+    """The event of steps first..last, hashed by hand."""
+    ids = np.concatenate([ORDER.entries(step)[0] for step in range(first, last + 1)])
+    digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
+    return {"kind": "steps", "first": first, "last": last, "ids_sha256": digest}
+
+
+def write_checkpoint(run, step: int) -> None:
+    folder = run.checkpoints / f"step_{step:08d}"
+    folder.mkdir(parents=True)
+    (folder / "rank_00000.safetensors").write_bytes(b"weights")
+    entry = {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
+    write_json(folder / "MANIFEST.json", {"step": step, "files": {"rank_00000.safetensors": entry}})
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    """Six shards, five steps in three windows, two checkpoints, a restart that fell back."""
+    run = RunDir(tmp_path / "run")
+    record = {"identity": {}, "hash": hash_of({}), "stream": STREAM, "teachers": {}}
+    write_json(run.identity, record)
+    write_tiny_shards(run, tiny_spec(), range(6))
+    events = [
+        {"kind": "resume", "step": 0},
+        window(0, 1),
+        {"kind": "save", "step": 2},
+        window(2, 3),
+        {"kind": "resume", "step": 2},
+        window(2, 2),
+        window(3, 4),
+    ]
+    for event in events:
+        append_line(run.events, event)
+    write_checkpoint(run, 2)
+    write_checkpoint(run, 5)
+    return run
+
+
+def test_a_whole_run(run):
+    found = audit(run)
+    assert found["ok"] is True
+    assert (found["shards"], found["samples"], found["consumed_steps"]) == (6, 24, 5)
+    assert found["missing"] == found["duplicate"] == found["corrupt"] == []
+    assert found["checkpoints"] == {"verified": [2, 5], "bad": []}
+    assert found["consumed_sha256"] == window(0, 4)["ids_sha256"]
+    json.dumps(found)
+
+
+def test_a_run_that_has_not_begun(tmp_path):
+    run = RunDir(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.json does not exist"):
+        audit(run)
+    record = {"identity": {}, "hash": hash_of({}), "stream": STREAM, "teachers": {}}
+    write_json(run.identity, record)
+    found = audit(run)
+    assert found["ok"] and found["shards"] == found["consumed_steps"] == 0
+
+
+def test_missing_shard(run):
+    """Five steps need three blocks, that is shards 0-5."""
+    for path in (tar_path(run, 4), sidecar_path(run, 4)):
+        path.unlink()
+    found = audit(run)
+    assert not found["ok"] and found["missing"] == [{"shard": 4, "first_id": 16, "last_id": 19}]
+
+
+def test_a_shard_that_was_not_needed_yet_is_not_missing(run):
+    write_tiny_shards(run, tiny_spec(), [7])  # 6 is in the making
+    assert audit(run)["ok"]
+
+
+def test_quarantine_is_a_loss_only_until_it_is_made_good(run):
+    quarantine(run, 1, "a flipped byte", mark(run, 1))
+    found = audit(run)
+    assert [entry["shard"] for entry in found["missing"]] == [1]
+    write_tiny_shards(run, tiny_spec(), [1])
+    found = audit(run)
+    assert found["ok"] and len(found["quarantined"]) == 1
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "sidecar", "no tar"])
+def test_corrupt_shard(run, damage):
+    path = sidecar_path(run, 2) if damage == "sidecar" else tar_path(run, 2)
+    content = bytearray(path.read_bytes())
+    content[300] ^= 1
+    if damage == "no tar":
+        path.unlink()
+    else:
+        path.write_bytes(content[:2048] if damage == "cut" else content)
+    found = audit(run)
+    assert not found["ok"] and found["shards"] == 5 and found["missing"] == []
+    assert [entry["shard"] for entry in found["corrupt"]] == [2]
+
+
+def test_copied_shard_is_a_duplicate(run):
+    for path in (tar_path, sidecar_path):
+        shutil.copy(path(run, 2), path(run, 8))
+    found = audit(run)
+    assert not found["ok"]
+    assert found["duplicate"] == [{"shards": [2, 8], "first_id": 8, "last_id": 11}]
+
+
+@pytest.mark.parametrize("other", [{"grid": 4}, {"seed": 4}])
+def test_shard_of_another_run(run, other):
+    for path in (tar_path(run, 3), sidecar_path(run, 3)):
+        path.unlink()
+    write_tiny_shards(run, tiny_spec(**other), [3])
+    found = audit(run)
+    assert not found["ok"] and [entry["shard"] for entry in found["corrupt"]] == [3]
+    assert next(iter(other)).replace("grid", "times") in found["corrupt"][0]["problem"]
+
+
+def test_teachers_of_run_json_count(run):
+    record = json.loads(run.identity.read_text())
+    right = {"teacher0": 64 * "0", "teacher1": 64 * "1"}
+    write_json(run.identity, {**record, "teachers": right})
+    assert audit(run)["ok"]
+    write_json(run.identity, {**record, "teachers": {**right, "teacher1": 64 * "2"}})
+    assert len(audit(run)["corrupt"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("event", "sentence"),
+    [
+        (window(6, 7), "steps 6-7 came after 5 steps"),
+        (window(4, 5), "steps 4-5 came after 5 steps"),
+        ({"kind": "resume", "step": 6}, "resumed at step 6 after only 5 steps"),
+        ({**window(5, 6), "ids_sha256": "0"}, "steps 5-6 read other samples than planned"),
+    ],
+)
+def test_consumption_that_differs_from_the_plan(run, event, sentence):
+    append_line(run.events, event)
+    found = audit(run)
+    assert not found["ok"] and found["consumption"] == [sentence]
+
+
+def test_bad_checkpoint(run):
+    os.truncate(run.checkpoints / "step_00000005" / "rank_00000.safetensors", 3)
+    found = audit(run)
+    assert not found["ok"] and found["checkpoints"]["verified"] == [2]
+    assert found["checkpoints"]["bad"][0]["step"] == 5
+
+
+def test_what_is_only_told(run):
+    append_line(run.events, {"kind": "commit", "shard": 1})
+    append_line(run.events, {"kind": "quarantine", "shard": 1})
+    append_line(run.events, {"kind": "commit", "shard": 1})
+    assert audit(run)["produced_again"] == []
+    append_line(run.events, {"kind": "commit", "shard": 1})
+    (run.shards / "00000009.tar").write_bytes(b"killed before the sidecar")
+    (run.shards / ".00000010.tar.tmp-host-1-00000000").write_bytes(b"killed while writing")
+    found = audit(run)
+    assert found["ok"] and found["produced_again"] == [1] and found["orphans"] == ["00000009.tar"]
+
+
+def test_audit_needs_no_torch():
+    code = "import sys, cluster.verify; sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,178 @@
+"""The stream is a function of the step: not of ranks, restarts, or when shards come."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from distill import stream as stream_module
+from distill.config import ConfigError, TrajectoryConfig
+from distill.ledger import ForeignShard, ShardSpec, committed, tar_path
+from distill.noise import sample_noise
+from distill.order import Order
+from distill.rundir import RunDir
+from distill.stream import StreamError, TrajectoryStream
+from distill.testing import tiny_shard, tiny_spec, write_tiny_shards
+
+BLOCK_SHARDS, PASSES, BATCH = 3, 2, 12
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    monkeypatch.setattr(stream_module, "POLL_S", 0.01)
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDir:
+    return RunDir(tmp_path / "run")
+
+
+def order_of(spec: ShardSpec, batch_size: int = BATCH) -> Order:
+    return Order(spec.seed, BLOCK_SHARDS * spec.samples_per_shard, PASSES, batch_size)
+
+
+def open_stream(run, spec, rank=0, world_size=1, batch_size=BATCH, timeout_s=30.0):
+    trajectory = TrajectoryConfig(wait_timeout_s=timeout_s)
+    order = order_of(spec, batch_size)
+    weights = [1.0] * len(spec.teachers)
+    return TrajectoryStream(run, spec, trajectory, order, rank, world_size, weights)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("batch_size", [12, 60])
+def test_global_batches_do_not_depend_on_the_ranks(run, world_size, batch_size):
+    """Interleaving the ranks' parts gives the planned sequence with the right content."""
+    spec = tiny_spec()  # blocks of 12 samples: a batch of 60 spans several passes and blocks
+    write_tiny_shards(run, spec, range(12))
+    order = order_of(spec, batch_size)
+    made = [tiny_shard(spec, shard) for shard in range(12)]
+    states = torch.cat([shard.states for shard in made]).half().float()
+    labels = torch.from_numpy(np.concatenate([shard.labels for shard in made]))
+    streams = [open_stream(run, spec, r, world_size, batch_size) for r in range(world_size)]
+    for step in range(96 // batch_size):
+        parts = [stream.read(step) for stream in streams]
+        ids = torch.stack([part.ids for part in parts], dim=1).reshape(-1)
+        positions = torch.stack([part.positions for part in parts], dim=1).reshape(-1)
+        assert np.array_equal(ids.numpy(), order.entries(step)[0])
+        assert positions.tolist() == list(range(batch_size))
+        for part in parts:
+            part.check()
+            assert part.global_size == batch_size and part.states.dtype == torch.float32
+            assert torch.equal(part.states, states[part.ids])
+            assert torch.equal(part.labels, labels[part.ids])
+            assert part.times.tolist() == [0.0, 0.5, 1.0] and part.weights.sum() == 1
+
+
+def test_a_new_stream_at_any_step_continues_exactly(run):
+    spec = tiny_spec()
+    write_tiny_shards(run, spec, range(12))
+    uninterrupted = open_stream(run, spec)
+    for step in range(8):
+        expected, resumed = uninterrupted.read(step), open_stream(run, spec).read(step)
+        assert torch.equal(expected.ids, resumed.ids)
+        assert torch.equal(expected.states, resumed.states)
+    again = uninterrupted.read(1)  # also back in time, as after a fall-back to an older checkpoint
+    assert torch.equal(again.states, open_stream(run, spec).read(1).states)
+
+
+def test_noise_that_is_not_stored_is_made_again_in_float32(run):
+    spec = tiny_spec(store_noise=False)
+    write_tiny_shards(run, spec, range(3))
+    batch = open_stream(run, spec).read(0)
+    noise = torch.from_numpy(sample_noise(spec.seed, batch.ids.numpy(), spec.image))
+    for teacher in range(2):
+        assert torch.equal(batch.states[:, teacher, 0], noise)
+    made = torch.cat([tiny_shard(spec, shard).states for shard in range(3)])
+    assert torch.equal(batch.states[:, :, 1:], made[batch.ids][:, :, 1:].half().float())
+
+
+def test_reader_waits_for_missing_shards_and_says_so(run):
+    spec = tiny_spec()
+    write_tiny_shards(run, spec, [0, 2])
+    stream, read = open_stream(run, spec), []
+    thread = threading.Thread(target=lambda: read.append(stream.read(0)))
+    thread.start()
+    deadline = time.monotonic() + 10
+    while stream.waiting_for != "block 0: shard 1 is not there yet":
+        assert time.monotonic() < deadline, stream.waiting_for
+        time.sleep(0.01)
+    assert not read
+    write_tiny_shards(run, spec, [1])
+    thread.join(10)
+    assert len(read) == 1 and stream.waiting_for == "" and 0 < stream.wait_s < 10
+
+
+def test_the_next_block_is_loaded_while_this_one_is_read(run):
+    spec = tiny_spec()
+    write_tiny_shards(run, spec, range(6))
+    stream = open_stream(run, spec)
+    stream.read(0)
+    stream._loading[1].join(10)
+    for shard in range(6):
+        tar_path(run, shard).unlink()
+    waited = stream.wait_s
+    for step in range(4):
+        stream.read(step)
+    assert stream.wait_s == waited and stream.block == 1
+    stream.close()
+
+
+def test_a_wait_without_an_end_fails_loudly(run):
+    spec = tiny_spec()
+    write_tiny_shards(run, spec, [0])
+    with pytest.raises(StreamError, match=r"no shard came for 0 s; waited for block 0: shard 1"):
+        open_stream(run, spec, timeout_s=0.2).read(0)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_bad_shard_is_set_aside_made_again_and_then_read(run, damage):
+    spec = tiny_spec()
+    write_tiny_shards(run, spec, range(3))
+    content = bytearray(tar_path(run, 1).read_bytes())
+    content[2000] ^= 1
+    tar_path(run, 1).write_bytes(content if damage == "flip" else content[:3072])
+    expected = open_stream(RunDir(run.root.parent / "good"), spec)
+    write_tiny_shards(RunDir(run.root.parent / "good"), spec, range(3))
+
+    streams, read = [open_stream(run, spec, rank, 2) for rank in range(2)], {}
+    threads = [
+        threading.Thread(target=lambda r=r: read.update({r: streams[r].read(0)})) for r in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 10
+    while 1 in committed(run):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    write_tiny_shards(run, spec, [1])  # the coordinator sees it missing and leases it again
+    for thread in threads:
+        thread.join(10)
+    states = torch.stack([read[0].states, read[1].states], dim=1).flatten(0, 1)
+    assert torch.equal(states, expected.read(0).states)
+    assert len(list(run.quarantine.iterdir())) == 1 and 1 in committed(run)
+
+
+def test_shards_of_another_grid_are_refused_not_set_aside(run):
+    write_tiny_shards(run, tiny_spec(grid=4), range(3))
+    with pytest.raises(ForeignShard, match="times"):
+        open_stream(run, tiny_spec(grid=2)).read(0)
+    assert committed(run).keys() == {0, 1, 2} and not run.quarantine.exists()
+
+
+def test_ranks_must_divide_the_batch(run):
+    with pytest.raises(ConfigError, match="12 must be a multiple of the 5 ranks"):
+        open_stream(run, tiny_spec(), 0, 5)
+
+
+def test_a_loader_that_dies_does_not_hang_the_reader(run, monkeypatch):
+    write_tiny_shards(run, tiny_spec(), range(3))
+
+    def broken(*_):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr(stream_module, "read_shard", broken)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with pytest.raises(StreamError, match="block-0 could not be loaded"):
+        open_stream(run, tiny_spec()).read(0)
