@@ -39,6 +39,7 @@ from distill.rundir import RunDir, sync_directory, write_json
 TEMPORARY = re.compile(r"\.\d{8,}\.(?:tar|json)\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
 STALE_S = 3600.0  # a temporary file that rests this long has no live producer
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 
 def temporary_path(final: Path) -> Path:
@@ -61,7 +62,7 @@ def publish(run: RunDir, sidecar: Sidecar, written: Path) -> Sidecar:
             return standing
         tar, record = tar_path(run, sidecar.shard), sidecar_path(run, sidecar.shard)
         try:
-            os.link(written, tar)
+            _claim(written, tar)
         except FileExistsError:
             if sha256_file(tar) != sidecar.sha256:
                 written.replace(tar)
@@ -72,11 +73,28 @@ def publish(run: RunDir, sidecar: Sidecar, written: Path) -> Sidecar:
                 file.write(sidecar.to_bytes())
                 file.flush()
                 os.fsync(file.fileno())
-            os.link(temporary, record)
+            _claim(temporary, record)
+        except FileExistsError:  # only where the file system has no locks
+            return read_sidecar(run, sidecar.shard)
         finally:
             temporary.unlink(missing_ok=True)
         sync_directory(run.shards)
     return sidecar
+
+
+def _claim(source: Path, name: Path) -> None:
+    """Gives `source` a name that must be free; FileExistsError when it is not.
+
+    A link decides that in one step. Without hard links the lock of `publish` has to do.
+    """
+    try:
+        os.link(source, name)
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        if name.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), name) from error
+        source.rename(name)
 
 
 def _standing(run: RunDir, sidecar: Sidecar) -> Sidecar | None:

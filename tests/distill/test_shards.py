@@ -141,6 +141,20 @@ def test_orphan_tar_is_kept_if_equal_and_replaced_if_not(run, damage):
     assert (tar_path(run, 0).stat().st_ino == inode) == (damage == "same")
 
 
+def test_works_without_hard_links(run, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    spec = tiny_spec()
+    first = write_shard(run, spec, 0, tiny_shard(spec, 0), 1.0, "first")
+    assert write_shard(run, spec, 0, tiny_shard(spec, 0), 2.0, "second") == first
+    sidecar_path(run, 0).unlink()
+    write_tiny_shards(run, spec, [0])
+    verify_shard(run, 0)
+    assert names(run) == ["00000000.json", "00000000.tar"]
+
+
 @pytest.mark.parametrize("damage", ["tar missing", "tar short", "sidecar torn"])
 def test_a_commit_that_cannot_be_right_does_not_block_its_place(run, damage):
     spec = tiny_spec()
