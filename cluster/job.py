@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.ledger import ShardSpec
-from distill.order import Order
-
 from cluster.config import RunConfig
 from distill.config import TrainConfig
+from distill.ledger import ShardSpec
+from distill.order import Order
 from distill.rundir import RunDir
 
 

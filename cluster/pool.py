@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from distill.ledger import ShardSpec, committed
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.config import RunConfig
@@ -38,6 +37,7 @@ from cluster.cursor import read_cursor
 from cluster.plan import StreamPlan
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError, check
+from distill.ledger import ShardSpec, committed
 from distill.rundir import RunDir, append_line
 
 SCAN_PERIOD_S = 1.0  # how often the shard directory and the trainer's cursor are read
@@ -110,7 +110,9 @@ class TeacherPool:
         if now >= self._next_scan_s:
             self._scan()
             self._next_scan_s = now + SCAN_PERIOD_S
-        if not self.is_done:
+        if self.is_done:
+            self.close()  # a shard that is quarantined later brings new workers
+        else:
             self._fill()
         self._collect()
         self._ping(now)

@@ -8,33 +8,44 @@ import time
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 LINE_PERIOD_S = 30.0
 TAIL_BYTES = 8192  # more than the longest line of metrics.jsonl
 
 
 class StageBars:
-    """One bar per stage, on standard error. Use it as a context manager."""
+    """One bar per stage, on standard error. Entering it starts afresh."""
 
     def __init__(self) -> None:
-        console = Console(stderr=True)
-        self._live = console.is_terminal
-        self._console = console
-        self._progress = Progress(
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._progress = self._new()
+        self._tasks: dict[str, TaskID] = {}
+        self._state: dict[str, tuple[int, int, str]] = {}
+        self._next_line_s = time.monotonic() + LINE_PERIOD_S
+
+    def _new(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[note]}"),
-            console=console,
+            console=self._console,
             disable=not self._live,
         )
-        self._tasks: dict[str, int] = {}
-        self._state: dict[str, tuple[int, int, str]] = {}
-        self._next_line_s = time.monotonic() + LINE_PERIOD_S
 
     def __enter__(self) -> StageBars:
+        self._progress = self._new()
+        self._tasks, self._state = {}, {}
         self._progress.start()
         return self
 
@@ -47,8 +58,7 @@ class StageBars:
         if self._live:
             if stage not in self._tasks:
                 self._tasks[stage] = self._progress.add_task(stage, total=total, note=note)
-            task = self._progress.tasks[self._tasks[stage]].id
-            self._progress.update(task, completed=done, total=total, note=note)
+            self._progress.update(self._tasks[stage], completed=done, total=total, note=note)
         elif time.monotonic() >= self._next_line_s:
             self._next_line_s = time.monotonic() + LINE_PERIOD_S
             self.say(", ".join(_line(name, *state) for name, state in self._state.items()))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from distill.stream import TrajectoryStream
 from torch import nn
 
 from cluster.cursor import WithCursor
@@ -31,6 +30,7 @@ from distill.objectives import build_objective
 from distill.objectives.base import Objective
 from distill.pretrain import ImageStream
 from distill.rundir import RunDir, append_line
+from distill.stream import TrajectoryStream
 from distill.train import train
 from distill.trajectory import TrajectoryBatch
 
@@ -166,6 +166,10 @@ def train_with_exports(
     position = Position(source)
     done = _agreed_step(job.run, engine)
     for end in sorted({*job.exports, job.train.max_steps}):
+
+        def is_enough(end: int = end) -> bool:
+            return should_stop() or position.step + 1 >= end
+
         if done < end:
             done = train(
                 engine,
@@ -175,7 +179,7 @@ def train_with_exports(
                 job.run,
                 seed=job.config.seed,
                 wait_s=lambda: source.wait_s,
-                should_stop=lambda end=end: should_stop() or position.step + 1 >= end,
+                should_stop=is_enough,
             )
         if done < end:
             return done

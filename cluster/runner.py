@@ -9,7 +9,6 @@ saved and stopped as asked; 1 failed; 130 interrupted.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import signal
 import threading
@@ -22,14 +21,15 @@ from cluster import stages
 from cluster.config import RunConfig
 from cluster.configfile import save_config
 from cluster.cursor import read_cursor
+from cluster.facts import steps_done, with_absolute_paths
 from cluster.identity import check_or_write
 from cluster.job import TrainJob, stop_file
 from cluster.pool import TeacherPool
 from cluster.progress import last_step
 from cluster.session import Session, open_session
-from cluster.stages import Work, steps_done
+from cluster.stages import Work
 from cluster.trainer import final_error, fit
-from distill.config import ConfigError, TeacherConfig
+from distill.config import ConfigError
 from distill.manifest import CheckpointError
 from distill.rundir import RunDir, append_line
 
@@ -55,30 +55,30 @@ Stage = Callable[[Session], Work]
 
 def run(config: RunConfig) -> int:
     """The main job: what is missing of teacher, trajectories, training, evaluation and report."""
-    return _supervise(config, stages.pretrain, stages.distil, stages.evaluate_if_new)
+    return supervise(config, stages.pretrain, stages.distil, stages.evaluate_if_new)
 
 
 def pretrain(config: RunConfig) -> int:
     """Trains the run's own teacher."""
-    return _supervise(config, stages.pretrain)
+    return supervise(config, stages.pretrain)
 
 
 def generate(config: RunConfig) -> int:
     """Makes all shards of the run, without waiting for a trainer."""
-    return _supervise(config, stages.generate)
+    return supervise(config, stages.generate)
 
 
 def train(config: RunConfig) -> int:
     """Trains the student on the shards that are there."""
-    return _supervise(config, stages.train)
+    return supervise(config, stages.train)
 
 
 def evaluate(config: RunConfig) -> int:
     """Evaluates the last verified checkpoint, and writes the report."""
-    return _supervise(config, stages.evaluate_again)
+    return supervise(config, stages.evaluate_again)
 
 
-def _supervise(config: RunConfig, *chosen: Stage) -> int:
+def supervise(config: RunConfig, *chosen: Stage) -> int:
     """Exit code of the stages, one after the other, under the run's lock."""
     given, config = config, with_absolute_paths(config)
     with open_session(config, RunDir(Path(config.run.dir))) as session:
@@ -99,25 +99,6 @@ def _supervise(config: RunConfig, *chosen: Stage) -> int:
             session.bars.say(f"error: {error}")
             return 1
     return 0
-
-
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The configuration as workers need it, whose working directory may be another."""
-
-    def teacher(value: TeacherConfig) -> TeacherConfig:
-        is_path = value.kind != "analytic" or Path(value.path).exists()
-        return dataclasses.replace(value, path=_absolute(value.path)) if is_path else value
-
-    return dataclasses.replace(
-        config,
-        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir)),
-        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
-        teacher={name: teacher(value) for name, value in config.teacher.items()},
-    )
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else path
 
 
 # -----------------------------------------------------------------------------------------------

@@ -1,25 +1,28 @@
-"""What each stage of a run has to do, seen from the run directory. Empty-handed when it is done."""
+"""What each stage of a run still has to do, seen from the run directory."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.ledger import ShardSpec, committed
-
-from cluster.config import RunConfig
-from cluster.identity import is_own, record_teachers
+from cluster.facts import (
+    has_all_shards,
+    is_distilled,
+    own_teachers,
+    results_are_current,
+    steps_done,
+)
+from cluster.identity import record_teachers
 from cluster.job import TrainJob, stream_order
 from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
-from distill.config import check
+from distill.config import ImageSpec, check
 from distill.evaluate import evaluate
-from distill.manifest import latest_verified
+from distill.ledger import ShardSpec, shard_spec
 from distill.models import DESCRIPTION
+from distill.publish import clean_temporaries
 from distill.report import write_report
-from distill.rundir import RunDir
 from distill.teachers import build_teacher
 
 
@@ -31,48 +34,9 @@ class Work:
     job: TrainJob | None = None
 
 
-# -----------------------------------------------------------------------------------------------
-# What there is
-
-
-def own_teachers(config: RunConfig) -> dict[str, Path]:
-    """Model folders of the teachers that this run pre-trains itself, by teacher name."""
-    return {
-        name: Path(teacher.path)
-        for name, teacher in config.teacher.items()
-        if teacher.kind == "native" and is_own(teacher.path, config.run.dir)
-    }
-
-
 def has_model(folder: Path) -> bool:
     """Whether a model was exported there; it appears by rename, so it is whole."""
     return (folder / DESCRIPTION).is_file()
-
-
-def steps_done(run: RunDir) -> int:
-    """Step of the newest verified checkpoint.
-
-    Raises:
-        CheckpointError: checkpoints exist and none verifies.
-    """
-    found = latest_verified(run.checkpoints)
-    return found[0] if found else 0
-
-
-def num_committed(session: Session, plan: StreamPlan) -> int:
-    """Shards of the run on disk."""
-    return sum(shard < plan.shards for shard in committed(session.run))
-
-
-def results_are_current(session: Session) -> bool:
-    """Whether results.json is of the last checkpoint and the evaluation asked for."""
-    try:
-        results = json.loads(session.run.results.read_text())
-    except (FileNotFoundError, ValueError):
-        return False
-    asked = session.config.eval
-    found = (results.get("step"), results.get("n"), results.get("seed"))
-    return found == (steps_done(session.run), asked.num_samples, asked.seed)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -98,10 +62,10 @@ def pretrain(session: Session) -> Work:
 def distil(session: Session) -> Work:
     """Shards, and the training on them at the same time."""
     config, plan = session.config, stream_plan(session.config)
-    is_trained = steps_done(session.run) >= config.train.max_steps
-    if is_trained and num_committed(session, plan) == plan.shards:
+    if is_distilled(config, session.run):
         return Work()
-    spec = shard_spec(session)
+    is_trained = steps_done(session.run) >= config.train.max_steps
+    spec = run_spec(session)
     return Work(
         pool=_pool(session, spec, plan, trainer_reads=not is_trained),
         job=None if is_trained else TrainJob("train", config, spec, session.scratch),
@@ -110,22 +74,22 @@ def distil(session: Session) -> Work:
 
 def generate(session: Session) -> Work:
     """Shards alone."""
-    plan = stream_plan(session.config)
-    if num_committed(session, plan) == plan.shards:
+    if has_all_shards(session.config, session.run):
         return Work()
-    return Work(pool=_pool(session, shard_spec(session), plan, trainer_reads=False))
+    plan = stream_plan(session.config)
+    return Work(pool=_pool(session, run_spec(session), plan, trainer_reads=False))
 
 
 def train(session: Session) -> Work:
     """Training alone, on shards that are there."""
     if steps_done(session.run) >= session.config.train.max_steps:
         return Work()
-    return Work(job=TrainJob("train", session.config, shard_spec(session), session.scratch))
+    return Work(job=TrainJob("train", session.config, run_spec(session), session.scratch))
 
 
 def evaluate_if_new(session: Session) -> Work:
     """Evaluates and reports, unless the results are those of the last checkpoint."""
-    if not results_are_current(session):
+    if not results_are_current(session.config, session.run):
         return evaluate_again(session)
     if not session.run.report.exists():
         write_report(session.run, session.config.run.command)
@@ -146,7 +110,7 @@ def evaluate_again(session: Session) -> Work:
 # Parts
 
 
-def shard_spec(session: Session) -> ShardSpec:
+def run_spec(session: Session) -> ShardSpec:
     """What every shard of the run shares. The fingerprints of its teachers enter run.json.
 
     Raises:
@@ -158,13 +122,27 @@ def shard_spec(session: Session) -> ShardSpec:
             has_model(folder),
             f"teacher.{name} is missing at {folder}; train it first with `bowstring pretrain`",
         )
-    prints = {n: build_teacher(t, "cpu").fingerprint for n, t in config.teacher.items()}
+    prints = {}
+    for name, settings in config.teacher.items():
+        teacher = build_teacher(settings, "cpu")
+        check_image(name, teacher.image, config.data.image)
+        prints[name] = teacher.fingerprint
     record_teachers(session.run, prints)
-    return ShardSpec.of(config, prints)
+    return shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
+
+
+def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
+    """Raises ConfigError unless the teacher makes images that the student can learn."""
+    check(
+        teacher.shape == data.shape and teacher.num_classes in (0, data.num_classes),
+        f"teacher.{name} makes {teacher.shape} images of {teacher.num_classes} classes, but "
+        f"data={{channels: {data.channels}, size: {data.size}, num_classes: {data.num_classes}}}",
+    )
 
 
 def _pool(session: Session, spec: ShardSpec, plan: StreamPlan, trainer_reads: bool) -> TeacherPool:
     trajectory = session.config.trajectory
+    clean_temporaries(session.run)
     assert plan.blocks == stream_order(session.config).num_blocks(session.config.train.max_steps)
     check(
         plan.num_bytes <= trajectory.max_bytes,

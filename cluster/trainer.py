@@ -22,8 +22,15 @@ from cluster.rank import run_rank
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
 from distill.rundir import write_json
+from distill.stream import StreamError
 from distill.train import TrainingError
 
+FINAL = (
+    ConfigError,
+    CheckpointError,
+    TrainingError,
+    StreamError,
+)  # a restart would only repeat these
 _stop_signal = threading.Event()  # set in a rank's process by SIGTERM or SIGUSR1
 
 
@@ -87,8 +94,9 @@ def train_rank(arguments: dict[str, Any]) -> int:
     torch.set_num_threads(job.config.cluster.trainer.threads_per_worker)
     try:
         return run_rank(job, get_device(), lambda: _stop_signal.is_set() or job.stop.exists())
-    except (ConfigError, CheckpointError, TrainingError) as error:
-        write_json(job.final, {"kind": type(error).__name__, "message": str(error)})
+    except FINAL as error:
+        kind = next(kind.__name__ for kind in FINAL if isinstance(error, kind))
+        write_json(job.final, {"kind": kind, "message": str(error)})
         raise
 
 
@@ -98,5 +106,4 @@ def final_error(job: TrainJob) -> Exception | None:
         found = json.loads(job.final.read_text())
     except FileNotFoundError:
         return None
-    kinds = {kind.__name__: kind for kind in (ConfigError, CheckpointError, TrainingError)}
-    return kinds[found["kind"]](found["message"])
+    return {kind.__name__: kind for kind in FINAL}[found["kind"]](found["message"])

@@ -34,9 +34,9 @@ def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(config, tmp_path,
     command = [sys.executable, "-c", HOLD, str(run.lock)]
     holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
-    with pytest.raises(ConfigError, match="being worked on by another process"):
-        with open_session(config, run):
-            pass
+    busy = pytest.raises(ConfigError, match="being worked on by another process")
+    with busy, open_session(config, run):
+        pass
     holder.kill()
     holder.wait()
     with open_session(config, run) as session:
@@ -46,9 +46,9 @@ def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(config, tmp_path,
 
 def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="choose another place with run.dir"):
-        with open_session(config, RunDir(tmp_path / "file" / "run")):
-            pass
+    refused = pytest.raises(ConfigError, match=r"choose another place with run\.dir")
+    with refused, open_session(config, RunDir(tmp_path / "file" / "run")):
+        pass
 
 
 def test_what_a_cluster_lacks_is_said_in_numbers(config):

@@ -1,0 +1,88 @@
+"""What a run has already got, from its files. Needs no torch, so a finished run is seen at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from cluster.config import RunConfig
+from cluster.identity import check_or_write, is_own
+from cluster.plan import stream_plan
+from distill.config import TeacherConfig
+from distill.ledger import committed
+from distill.manifest import latest_verified
+from distill.rundir import RunDir
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration as workers need it, whose working directory may be another."""
+
+    def teacher(value: TeacherConfig) -> TeacherConfig:
+        is_path = value.kind != "analytic" or Path(value.path).exists()
+        return dataclasses.replace(value, path=_absolute(value.path)) if is_path else value
+
+    return dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir)),
+        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        teacher={name: teacher(value) for name, value in config.teacher.items()},
+    )
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else path
+
+
+def own_teachers(config: RunConfig) -> dict[str, Path]:
+    """Model folders of the teachers that this run pre-trains itself, by teacher name."""
+    return {
+        name: Path(teacher.path)
+        for name, teacher in config.teacher.items()
+        if teacher.kind == "native" and is_own(teacher.path, config.run.dir)
+    }
+
+
+def steps_done(run: RunDir) -> int:
+    """Step of the newest verified checkpoint.
+
+    Raises:
+        CheckpointError: checkpoints exist and none verifies.
+    """
+    found = latest_verified(run.checkpoints)
+    return found[0] if found else 0
+
+
+def has_all_shards(config: RunConfig, run: RunDir) -> bool:
+    """Whether every shard that the run's steps need is on disk."""
+    planned = stream_plan(config).shards
+    return sum(shard < planned for shard in committed(run)) == planned
+
+
+def is_distilled(config: RunConfig, run: RunDir) -> bool:
+    """Whether the student is trained and its shards are all there."""
+    return steps_done(run) >= config.train.max_steps and has_all_shards(config, run)
+
+
+def results_are_current(config: RunConfig, run: RunDir) -> bool:
+    """Whether results.json is of the last checkpoint and of the evaluation asked for."""
+    try:
+        results = json.loads(run.results.read_text())
+    except (FileNotFoundError, ValueError):
+        return False
+    found = (results.get("step"), results.get("n"), results.get("seed"))
+    return found == (steps_done(run), config.eval.num_samples, config.eval.seed)
+
+
+def finished_report(config: RunConfig) -> Path | None:
+    """The report of a run that has nothing left to do; None for any other.
+
+    Raises:
+        ConfigError: the run is there with other settings.
+    """
+    config = with_absolute_paths(config)
+    run = RunDir(Path(config.run.dir))
+    if not run.report.exists() or not is_distilled(config, run):
+        return None
+    check_or_write(config, run)
+    return run.report if results_are_current(config, run) else None

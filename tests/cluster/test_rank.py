@@ -1,0 +1,99 @@
+"""Exports in the middle of a training, and where the first weights come from."""
+
+import shutil
+
+import pytest
+import torch
+
+from cluster.compose import compose
+from cluster.job import TrainJob
+from cluster.rank import Images, initial_network, train_with_exports
+from distill.config import ConfigError, ReflowConfig
+from distill.datasets import load_images
+from distill.engine import TorchEngine
+from distill.models import load_model
+from distill.objectives import build_objective
+from distill.pretrain import ImageStream
+
+
+def job_in(folder, *overrides):
+    (config,) = compose(["experiment=tiny", f"run.dir={folder}", *overrides])
+    return TrainJob("pretrain", config, None, folder / "scratch")
+
+
+def run(job, stop_at=None):
+    """One process trains the tiny teacher; its engine."""
+    network, _ = initial_network(job)
+    engine = TorchEngine(network, job.train, torch.device("cpu"))
+    images, labels = load_images(job.config.data)
+    stream = ImageStream(images, labels, job.config.seed, job.train.batch_size, 0, 1, 0.1)
+    seen = []
+    read = stream.read
+    stream.read = lambda step: seen.append(step) or read(step)
+    done = train_with_exports(
+        job,
+        engine,
+        Images(stream),
+        build_objective(ReflowConfig(), job.config.seed),
+        lambda: stop_at is not None and seen[-1] + 1 >= stop_at,
+    )
+    return engine, done, seen
+
+
+def weights(engine):
+    return torch.cat([f.data for f in engine.fragments() if f.kind == "master"])
+
+
+def test_an_export_on_the_way_changes_nothing(tmp_path):
+    with_export = job_in(tmp_path / "a", "pretrain.export_steps=[2]")
+    plain = job_in(tmp_path / "b", "pretrain.export_steps=[]")
+    assert (with_export.exports, plain.exports) == ([2, 4], [4])
+    first, done, seen = run(with_export)
+    second, _, _ = run(plain)
+    assert (done, seen) == (4, [0, 1, 2, 3])
+    assert torch.equal(weights(first), weights(second))
+    late = [load_model(job.run.model(4), "cpu")[0].state_dict() for job in (with_export, plain)]
+    early = load_model(with_export.run.model(2), "cpu")[0].state_dict()
+    assert all(torch.equal(late[0][name], late[1][name]) for name in early)
+    assert any(not torch.equal(late[0][name], early[name]) for name in early)
+
+
+def test_a_stop_saves_and_the_next_start_goes_on(tmp_path):
+    job = job_in(tmp_path, "pretrain.export_steps=[2]")
+    assert run(job, stop_at=1)[1:] == (1, [0])
+    assert run(job)[1:] == (4, [1, 2, 3])
+
+
+def test_a_kill_between_save_and_export_costs_no_training(tmp_path):
+    job = job_in(tmp_path)
+    run(job)
+    shutil.rmtree(job.run.model(4))
+    assert run(job)[1:] == (4, [])
+    assert job.run.model(4).is_dir()
+
+
+def test_an_early_model_that_is_gone_is_named(tmp_path):
+    job = job_in(tmp_path, "pretrain.export_steps=[2]")
+    run(job)
+    shutil.rmtree(job.run.model(2))
+    with pytest.raises(ConfigError, match="step_00000002 is missing"):
+        run(job)
+
+
+def test_a_student_starts_as_its_teacher(tmp_path):
+    job = job_in(tmp_path)
+    run(job)
+    student, origin = initial_network(TrainJob("train", job.config, None, tmp_path))
+    teacher, _ = load_model(job.run.model(4), "cpu")
+    x, t = torch.randn(3, 1, 8, 8), torch.rand(3)
+    label = torch.tensor([0, 4, -1])
+    assert origin == "teacher.pretrained"
+    assert torch.equal(student(x, t, t, label), teacher(x, t, t, label))
+
+
+def test_a_student_of_another_shape_starts_fresh_and_says_so(tmp_path):
+    job = job_in(tmp_path)
+    run(job)
+    job.config.student.depth = 2
+    _, origin = initial_network(TrainJob("train", job.config, None, tmp_path))
+    assert origin == "fresh: teacher.pretrained has another architecture than the student"
