@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(prog=f"bowstring {verb}", add_help=False, allow_abbrev=False)
 
     def error(self, message: str) -> Any:
-        """Prints the sentence and where to read more, and ends with exit code 2."""
+        """Ends with one sentence and exit code 2."""
         self.exit(USAGE_ERROR, f"error: {message}; see {self.prog} --help\n")
 
 
@@ -95,21 +95,22 @@ def open_run(folder: str) -> RunDir:
 def pipeline(verb: str, args: list[str]) -> int:
     """run, pretrain, generate, train: hands each configuration to the supervisor."""
     configs = read_settings(args)
+    from cluster.identity import check_identity
+    from distill.rundir import RunDir
+
+    for config in configs:  # refused here, before anything heavy is loaded
+        check_identity(config, RunDir(Path(config.run.dir)))
     if not configs:
         return 0
     from cluster import runner
 
-    stages: dict[str, Callable[[RunConfig], Any]] = {
-        "run": runner.run,
-        "pretrain": runner.pretrain,
-        "generate": runner.generate,
-        "train": runner.train,
-    }
+    verbs = (runner.run, runner.pretrain, runner.generate, runner.train)
+    stage = dict(zip(PIPELINE, verbs, strict=True))[verb]
     for config in configs:
         config.run.command = shlex.join(["bowstring", verb, *args])
-        code = stages[verb](config)
+        code = stage(config)
         if code:
-            return int(code)
+            return code
     return 0
 
 
@@ -123,7 +124,7 @@ def evaluate(args: list[str]) -> int:
     from cluster.configfile import load_config
     from cluster.runner import evaluate as evaluate_run
 
-    return int(evaluate_run(load_config(run, options.overrides)) or 0)
+    return evaluate_run(load_config(run, options.overrides))
 
 
 def sample(args: list[str]) -> int:
@@ -155,8 +156,7 @@ def _labels(text: str) -> list[int]:
 
 def _join_labels(args: list[str]) -> list[str]:
     """`--labels -1,2` as `--labels=-1,2`, which argparse does not take for a flag."""
-    joined = "\0".join(args).replace("--labels\0-", "--labels=-")
-    return joined.split("\0") if args else []
+    return "\0".join(args).replace("--labels\0-", "--labels=-").split("\0") if args else []
 
 
 def export(args: list[str]) -> int:

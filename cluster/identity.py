@@ -173,27 +173,34 @@ def _corrupt(path: Path, reason: str) -> ConfigError:
     )
 
 
-def check_or_write(config: RunConfig, run: RunDir) -> list[str]:
-    """Notes for the user, after writing run.json for a new run or comparing it with an existing
-    one.
+def check_identity(config: RunConfig, run: RunDir) -> dict[str, Any] | None:
+    """run.json, or None for a new run. Writes nothing.
 
     Raises:
-        ConfigError: the configuration is another run's (with a diff), run.json is corrupt, or it
-        cannot be written.
+        ConfigError: the configuration is another run's (with a diff), or run.json is corrupt.
     """
     record = read_identity(run)
-    if record is None:
-        _write(run, record_of(config))
-        return []
-    lines = difference(record["identity"], identity_of(config))
+    lines = difference(record["identity"], identity_of(config)) if record else []
     if lines:
         raise ConfigError(
             f"{run.root} was started with other settings:\n  "
             + "\n  ".join(lines)
-            + "\nResume it with its own "
-            "settings, or start a new run beside it with --force-new NAME"
+            + "\nResume it with its own settings, or start a new run with --force-new NAME"
         )
-    return _note_schedule(config, run, record)
+    return record
+
+
+def check_or_write(config: RunConfig, run: RunDir) -> list[str]:
+    """Notes for the user, after run.json was written for a new run or compared with an old one.
+
+    Raises:
+        ConfigError: as `check_identity`, or run.json cannot be written.
+    """
+    record = check_identity(config, run)
+    if record is not None:
+        return _note_schedule(config, run, record)
+    _write(run, record_of(config))
+    return []
 
 
 def _note_schedule(config: RunConfig, run: RunDir, record: dict[str, Any]) -> list[str]:
