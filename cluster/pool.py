@@ -120,11 +120,13 @@ class TeacherPool:
 
     def close(self) -> None:
         """Ends all workers. A shard in the making leaves no trace."""
-        for member in self.members:
+        members, self.members = self.members, []
+        for member in members:
             ray.kill(member.actor)
             if member.name:
+                # What it frees would go to the others, and they end too: no action is carried out.
+                self.coordinator.handle(Left(member.name), time.monotonic())
                 self._event("worker_leave", worker=member.name, reason="end of production")
-        self.members.clear()
 
     # ---------------------------------------------------------------------------------------
     # One round
@@ -246,7 +248,10 @@ class TeacherPool:
                 self._event("expire", shard=shard, worker=worker)
                 self._bury(member, "no progress")
             case GivenUp(shard, error):
-                raise PoolError(f"shard {shard} failed too often and was given up:\n{error}")
+                raise PoolError(
+                    f"shard {shard} was given up after {self.coordinator.limits.max_attempts} "
+                    f"failures; the last:\n{error}"
+                )
 
     def _member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)

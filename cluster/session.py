@@ -83,6 +83,8 @@ class Session:
     def _start_local_ray(self) -> None:
         cluster = self.config.cluster
         groups = (cluster.teachers, cluster.trainer)
+        # No node of this machine alone is taken away with notice; saves a process.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         cpus = sum(group.num_workers * group.cpus_per_worker for group in groups)
         gpus = sum(group.num_workers * group.gpus_per_worker for group in groups)
         shutil.rmtree(self._ray_temp, ignore_errors=True)

@@ -7,18 +7,15 @@ from the last verified checkpoint.
 from __future__ import annotations
 
 import json
-import signal
-import threading
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch import TorchTrainer, get_device
 
 from cluster.job import TrainJob
 from cluster.rank import run_rank
+from cluster.signals import SignalConfig, stop_signal
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
 from distill.rundir import write_json
@@ -31,31 +28,6 @@ FINAL = (
     TrainingError,
     StreamError,
 )  # a restart would only repeat these
-_stop_signal = threading.Event()  # set in a rank's process by SIGTERM or SIGUSR1
-
-
-class _SignalBackend(_TorchBackend):
-    """Ray's process-group set-up, and a flag for stop signals.
-
-    Python takes signals in the main thread, and Ray Train runs its function in another one; this
-    hook is called in the main thread of every rank.
-    """
-
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        super().on_start(worker_group, backend_config)
-        worker_group.execute(_catch_stop_signals)
-
-
-@dataclass
-class _SignalConfig(TorchConfig):
-    @property
-    def backend_cls(self) -> type[_SignalBackend]:
-        return _SignalBackend
-
-
-def _catch_stop_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: _stop_signal.set())
 
 
 def fit(job: TrainJob, name: str) -> int:
@@ -75,7 +47,7 @@ def fit(job: TrainJob, name: str) -> int:
     trainer = TorchTrainer(
         train_rank,
         train_loop_config={"job": job},
-        torch_config=_SignalConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=SignalConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=workers.num_workers, use_gpu=on_gpu, resources_per_worker=resources
         ),
@@ -93,7 +65,7 @@ def train_rank(arguments: dict[str, Any]) -> int:
     job: TrainJob = arguments["job"]
     torch.set_num_threads(job.config.cluster.trainer.threads_per_worker)
     try:
-        return run_rank(job, get_device(), lambda: _stop_signal.is_set() or job.stop.exists())
+        return run_rank(job, get_device(), lambda: stop_signal.is_set() or job.stop.exists())
     except FINAL as error:
         kind = next(kind.__name__ for kind in FINAL if isinstance(error, kind))
         write_json(job.final, {"kind": kind, "message": str(error)})

@@ -1,0 +1,170 @@
+"""The pool against a Ray of one process: workers that die, hang, fail or hold other weights."""
+
+from dataclasses import dataclass
+
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+
+from cluster import pool as pool_module
+from cluster.compose import compose
+from cluster.coordinator import Quarantined
+from cluster.plan import stream_plan
+from cluster.pool import PoolError, TeacherPool
+from distill.config import ConfigError
+from distill.ledger import shard_spec
+from distill.rundir import RunDir, read_lines
+
+
+@dataclass(eq=False)
+class Task:
+    """A call of an actor: its value, its error, or "never"."""
+
+    value: object
+
+
+class Method:
+    def __init__(self, call):
+        self.remote = lambda *args: Task(call(*args))
+
+
+class Actor:
+    """A worker that answers at once. `behaviour(shard)` is its answer to a shard."""
+
+    def __init__(self, ray):
+        ray.actors.append(self)
+        name, self.made = f"w{len(ray.actors)}", 0
+        self.load = Method(lambda: {"worker": name, "fingerprints": dict(ray.fingerprints)})
+        self.produce = Method(lambda shard: ray.behaviour(name, shard))
+        self.progress = Method(lambda: 0)
+
+
+class OneProcessRay:
+    """The few functions of ray that the pool uses."""
+
+    def __init__(self):
+        self.actors, self.killed = [], []
+        self.fingerprints = {"only": "f" * 64}
+        self.behaviour = lambda name, shard: {"bytes": 100, "seconds": 0.0}
+
+    def remote(self, cls):
+        return self
+
+    def options(self, **_):
+        actor_class = type("ActorClass", (), {})()
+        actor_class.remote = lambda *args: Actor(self)
+        return actor_class
+
+    def wait(self, tasks, num_returns=1, timeout=0):
+        ready = [task for task in tasks if task.value != "never"]
+        return ready, [task for task in tasks if task not in ready]
+
+    def get(self, task):
+        if isinstance(task.value, Exception):
+            raise task.value
+        return task.value
+
+    def kill(self, actor):
+        self.killed.append(actor)
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    fake = OneProcessRay()
+    monkeypatch.setattr(pool_module, "ray", fake)
+    monkeypatch.setattr(pool_module, "SCAN_PERIOD_S", 1e9)  # no shard is really written here
+    return fake
+
+
+def make_pool(folder, **cluster):
+    (config,) = compose(
+        [
+            "experiment=tiny",
+            f"run.dir={folder}",
+            "~teacher",
+            "+teacher={only: {kind: analytic, path: ring8, steps: 4}}",
+            *(f"cluster.teachers.{key}={value}" for key, value in cluster.items()),
+        ]
+    )
+    spec = shard_spec(
+        config.seed, config.data.image, config.trajectory, config.teacher, {"only": "f" * 64}
+    )
+    return TeacherPool(config, RunDir(folder), spec, stream_plan(config), trainer_reads=False)
+
+
+def finish(pool, rounds=60):
+    for _ in range(rounds):
+        pool.poll()
+    return [event["kind"] for event in read_lines(pool.run.events)]
+
+
+def test_every_shard_is_leased_and_committed_once(ray, tmp_path):
+    pool = make_pool(tmp_path)
+    kinds = finish(pool)
+    assert pool.is_done
+    assert kinds.count("lease") == kinds.count("commit") == pool.plan.shards
+    assert kinds.count("worker_join") == kinds.count("worker_leave") == len(ray.killed) == 2
+
+
+def test_a_worker_that_dies_is_replaced_and_its_shard_made_again(ray, tmp_path):
+    deaths = []
+
+    def behaviour(name, shard):
+        if shard == 1 and not deaths:
+            deaths.append(name)
+            return ActorDiedError()
+        return {"bytes": 100, "seconds": 0.0}
+
+    ray.behaviour = behaviour
+    pool = make_pool(tmp_path)
+    kinds = finish(pool)
+    assert pool.is_done and len(deaths) == 1 and pool.restarts == 1
+    assert len(ray.actors) == 3
+    assert kinds.count("lease") == pool.plan.shards + 1
+
+
+def test_workers_that_keep_dying_stop_the_pool(ray, tmp_path):
+    ray.behaviour = lambda name, shard: ActorDiedError()
+    with pytest.raises(PoolError, match="6 teacher workers died without making a shard"):
+        finish(make_pool(tmp_path))
+
+
+def test_a_shard_that_keeps_failing_stops_the_pool_with_its_traceback(ray, tmp_path):
+    disk_full = OSError("No space left on device")
+    ray.behaviour = lambda name, shard: RayTaskError("produce", "the traceback", disk_full)
+    with pytest.raises(PoolError, match=r"shard \d was given up after 3 failures(.|\n)*traceback"):
+        finish(make_pool(tmp_path))
+
+
+def test_a_wrong_setting_found_by_a_worker_is_told_as_such(ray, tmp_path):
+    wrong = ConfigError("teacher.guidance=1.5 needs a teacher with classes")
+    ray.behaviour = lambda name, shard: RayTaskError("produce", "the traceback", wrong)
+    with pytest.raises(ConfigError, match=r"teacher\.guidance"):
+        finish(make_pool(tmp_path))
+
+
+def test_a_worker_with_other_weights_is_refused(ray, tmp_path):
+    ray.fingerprints = {"only": "0" * 64}
+    with pytest.raises(ConfigError, match=r"worker w1 has other weights for teacher\.only"):
+        finish(make_pool(tmp_path))
+
+
+def test_a_worker_that_hangs_is_ended_and_its_shard_made_again(ray, tmp_path, monkeypatch):
+    ray.behaviour = lambda name, shard: "never" if name == "w1" else {"bytes": 100, "seconds": 0.0}
+    now = [0.0]
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+    pool = make_pool(tmp_path, lease_timeout_s=10)
+    for _ in range(60):
+        pool.poll()
+        now[0] += 1.0
+    assert pool.is_done and ray.killed[0] is ray.actors[0]
+    assert [e["shard"] for e in read_lines(pool.run.events) if e["kind"] == "expire"] == [0]
+
+
+def test_a_shard_quarantined_after_the_end_brings_workers_back(ray, tmp_path):
+    pool = make_pool(tmp_path)
+    finish(pool)
+    assert pool.members == []
+    pool._handle(Quarantined(2))
+    assert not pool.is_done
+    finish(pool)
+    assert pool.is_done and len(ray.actors) == 4
