@@ -378,12 +378,13 @@ class EvalConfig:
     batch_size: int = 500
     nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     teacher_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
-    reference_steps: int = 64  # Heun steps of the teacher's fine solution
+    euler_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
+    reference_steps: int = 32  # Heun steps of the teacher's fine solution, the truth
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
 
     def __post_init__(self) -> None:
         check_positive("eval", num_samples=self.num_samples, batch_size=self.batch_size)
         check(
-            all(n > 0 for n in [*self.nfe, *self.teacher_nfe]),
-            "eval.nfe and eval.teacher_nfe must be above 0",
+            all(n > 0 for n in [*self.nfe, *self.teacher_nfe, *self.euler_nfe]),
+            "eval.nfe, eval.teacher_nfe and eval.euler_nfe must be above 0",
         )

@@ -90,8 +90,8 @@ def draw(
 ) -> tuple[Float[Tensor, "N *S"], float]:
     """Images for all samples, float32 on the CPU, and seconds. `advance` hears of each batch.
 
-    On a CPU each core takes whole batches: two threads inside every small operation would mostly
-    wait for each other. The batches, and so the numbers, do not depend on the number of cores.
+    On a CPU each core takes whole batches: threads inside every small operation would mostly wait
+    for each other. The batches, and so the numbers, do not depend on the number of cores.
     """
     noise, labels = samples.noise.split(batch_size), samples.labels.split(batch_size)
 
@@ -109,11 +109,10 @@ def draw(
 
 @contextmanager
 def cores(num_jobs: int) -> Iterator[int]:
-    """Threads to run jobs in; torch gets the cores that remain for each, and its own back after."""
+    """Threads to run jobs in, one per core; meanwhile torch takes one core per operation."""
     before = torch.get_num_threads()
-    available = len(os.sched_getaffinity(0))
-    workers = min(available, num_jobs)
-    torch.set_num_threads(max(1, available // workers))
+    workers = min(len(os.sched_getaffinity(0)), num_jobs)
+    torch.set_num_threads(1 if workers > 1 else before)
     try:
         yield workers
     finally:
@@ -137,7 +136,7 @@ class Evaluator:
                 "n": len(real),
                 "sha256": sha256(real.numpy().tobytes()).hexdigest(),
             }
-        self._reference: Tensor | None = None
+        self._reference: tuple[Tensor, float] | None = None
 
     def draw(self, sampler: Sampler, title: str) -> tuple[Tensor, float]:
         """Images of a sampler for the sample set, with a bar."""
@@ -154,29 +153,43 @@ class Evaluator:
 
     def set_reference(self, sampler: Sampler) -> None:
         """Takes the end points of `sampler` as the truth."""
-        self._reference, _ = self.draw(sampler, "teacher, fine solution")
+        self._reference = self.draw(sampler, "teacher, fine solution")
 
-    def row(self, sampler: Sampler, title: str) -> dict[str, float]:
-        """One entry of results.json."""
+    def row(self, sampler: Sampler | None, title: str) -> dict[str, float]:
+        """One entry of results.json; for the reference itself when `sampler` is None."""
         assert self._reference is not None
-        x, seconds = self.draw(sampler, title)
-        row = {"distance_to_teacher": relative_distance(x, self._reference, self.samples.noise)}
+        reference, _ = self._reference
+        x, seconds = self.draw(sampler, title) if sampler else self._reference
+        row = {"distance_to_teacher": relative_distance(x, reference, self.samples.noise)}
         if self.features is not None:
             row |= self.features.compare(to_uint8(x))
         return row | {"seconds_per_1000": 1000 * seconds / len(x)}
 
 
 def teacher_rows(
-    evaluator: Evaluator, velocity: TeacherVelocity, own_solver: str, nfe: list[int]
+    evaluator: Evaluator, velocity: TeacherVelocity, own_solver: str, evaluation: EvalConfig
 ) -> list[dict[str, Any]]:
-    """The teacher's curves: its own solver, then Euler; an NFE without whole steps is left out."""
-    return [
-        {"nfe": n, "solver": solver}
-        | evaluator.row(teacher_sampler(velocity, solver, n), f"teacher, {solver}, {n} NFE")
-        for solver in dict.fromkeys([own_solver, "euler"])
-        for n in nfe
-        if n % NFE_PER_STEP[solver] == 0
-    ]
+    """The teacher's curves: its own solver, then Euler; an NFE without whole steps is left out.
+
+    Where the own solver is the fine solution itself, its samples are taken, not drawn again.
+    """
+    curves = {own_solver: evaluation.teacher_nfe}
+    curves.setdefault("euler", evaluation.euler_nfe)
+    rows = []
+    for solver, counts in curves.items():
+        for nfe in counts:
+            if nfe % NFE_PER_STEP[solver]:
+                continue
+            is_truth = (solver, nfe) == ("heun", reference_nfe(evaluation))
+            sampler = None if is_truth else teacher_sampler(velocity, solver, nfe)
+            row = evaluator.row(sampler, f"teacher, {solver}, {nfe} NFE")
+            rows.append({"nfe": nfe, "solver": solver} | row)
+    return rows
+
+
+def reference_nfe(evaluation: EvalConfig) -> int:
+    """Velocity evaluations of the fine solution."""
+    return evaluation.reference_steps * NFE_PER_STEP["heun"]
 
 
 def picture_grid(
@@ -236,17 +249,18 @@ def evaluate(
     velocity = guided(teacher, config.guidance)
     with progress_bar() as progress:
         evaluator = Evaluator(data, evaluation, place, progress)
-        reference_nfe = 2 * evaluation.reference_steps
-        evaluator.set_reference(teacher_sampler(velocity, "heun", reference_nfe))
+        evaluator.set_reference(teacher_sampler(velocity, "heun", reference_nfe(evaluation)))
         student_rows = [
             {"nfe": n} | evaluator.row(student_sampler(student, n), f"student, {n} NFE")
             for n in evaluation.nfe
         ]
-        curves = teacher_rows(evaluator, velocity, config.solver, evaluation.teacher_nfe)
+        curves = teacher_rows(evaluator, velocity, config.solver, evaluation)
         if is_picture(student.image):
             picture_grid(run, student, velocity, config.solver, evaluator.samples)
     features = evaluator.features
-    extractor = features.description if features else {"name": "none", "sha256": ""}
+    extractor: dict[str, Any] = {"name": "none", "sha256": ""}
+    if features:
+        extractor = features.description
     results = {
         "run": run.root.name,
         "objective": objective,
@@ -264,7 +278,7 @@ def evaluate(
             "fingerprint": teacher.fingerprint,
             "guidance": config.guidance,
             "solver": "heun",
-            "nfe": reference_nfe,
+            "nfe": reference_nfe(evaluation),
         },
         "device": str(place),
         "cost": read_cost(run),

@@ -61,20 +61,24 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def quality_figure(results: dict[str, Any], key: str, label: str, log: bool = True) -> str:
-    """`key` against NFE: the student, and the teacher's solvers. Both axes are logarithmic."""
+def quality_figure(results: dict[str, Any], key: str, label: str) -> str:
+    """`key` against NFE: the student, and the teacher's solvers. Logarithmic where values spread.
+
+    A distance of exactly 0, of the reference solution to itself, has no place on such an axis.
+    """
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes("network evaluations per image (NFE)", label)
         curves = {"student": [r for r in results["student"] if key in r]}
         for row in results["teacher"]:
-            if key in row:
+            if row.get(key, 0) != 0:
                 curves.setdefault(f"teacher, {row['solver']}", []).append(row)
         for color, (name, rows) in zip(COLORS, curves.items(), strict=False):
             style = "-" if name == "student" else "--"
             x, y = [r["nfe"] for r in rows], [r[key] for r in rows]
             axes.plot(x, y, style, marker="o", color=color, label=name, linewidth=2)
         axes.set_xscale("log", base=2)
-        if log:
+        values = [row[key] for rows in curves.values() for row in rows]
+        if values and min(values) > 0 and max(values) > 4 * min(values):
             axes.set_yscale("log")
         ticks = sorted({r["nfe"] for rows in curves.values() for r in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
@@ -121,28 +125,29 @@ def speed_figure(metrics: list[dict[str, Any]]) -> str:
 # Pictures
 
 
-def png_uri(images: np.ndarray) -> str:
-    """A data: URI of one row of uint8 pictures [N, C, H, W], small ones enlarged without
-    smoothing."""
+def png_uri(image: np.ndarray) -> str:
+    """A data: URI of one uint8 picture [C, H, W]; a small one is enlarged without smoothing."""
     buffer = io.BytesIO()
-    tile(images, columns=len(images), min_pixels=64).save(buffer, format="PNG", optimize=True)
+    tile(image[None], columns=1, min_pixels=64).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def write_overview(path: Path, rows: list[tuple[str, np.ndarray]]) -> None:
     """Writes the README's picture: one labelled row of pictures [N, C, H, W] per entry."""
-    columns = len(rows[0][1])
-    with matplotlib.rc_context({"font.size": 11}):
-        figure = Figure(figsize=(2.0 + 0.62 * columns, 0.66 * len(rows)), dpi=150)
-        for index, (label, images) in enumerate(rows):
-            picture = np.asarray(tile(images, columns=columns))
-            left = 2.0 / (2.0 + 0.62 * columns)
-            height = 1 / len(rows)
-            bottom = 1 - (index + 1) * height
-            axes = figure.add_axes((left, bottom + 0.04 * height, 1 - left, 0.92 * height))
-            axes.imshow(picture, cmap="gray", interpolation="nearest", aspect="auto")
+    columns, cell, margin = len(rows[0][1]), 0.62, 2.3  # inches
+    width, height = margin + cell * columns, cell * len(rows)
+    figure = Figure(figsize=(width, height), dpi=150)
+    for index, (label, images) in enumerate(rows):
+        bottom = height - (index + 1) * cell
+        figure.text(
+            (margin - 0.12) / width, (bottom + cell / 2) / height, label, ha="right", va="center"
+        )
+        for column, image in enumerate(images):
+            left = margin + column * cell
+            box = (left / width, bottom / height, 0.94 * cell / width, 0.94 * cell / height)
+            axes = figure.add_axes(box)
+            axes.imshow(np.asarray(tile(image[None], columns=1)), cmap="gray", vmin=0, vmax=255)
             axes.set_axis_off()
-            figure.text(left - 0.01, bottom + height / 2, label, ha="right", va="center")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", facecolor="white")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white")
     write_atomic(path, buffer.getvalue())

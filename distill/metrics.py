@@ -136,7 +136,7 @@ class FeatureDistance:
         self._subsets, self._subset_size = KID_SUBSETS[config.name]
         self._real, dtype = self._features(real)
         self._real_moments = fid_features_to_statistics(self._real)
-        self.description = {
+        self.description: dict[str, Any] = {
             "name": config.name,
             "sha256": digest,
             "features": self._real.shape[1],

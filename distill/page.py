@@ -28,11 +28,15 @@ th:first-child, td:first-child { text-align: left; }
 tr.student td { color: var(--mark); font-weight: 600; }
 .scroll { overflow-x: auto; }
 figure { margin: 1.2rem 0; }
+figcaption { margin-top: 0.6rem; }
 svg { width: 100%; height: auto; display: block; }
 svg text { font-family: inherit !important; }
-.strips { display: grid; grid-template-columns: max-content 1fr; gap: 3px 1rem; align-items:
-center; } .strips img { width: 100%; display: block; image-rendering: pixelated; border-radius:
-2px; } .strips .gap { grid-column: 1 / -1; height: 0.7rem; }
+.strips { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 1.2rem;
+  align-items: center; }
+.strips div { display: flex; gap: 3px; }
+.strips img { flex: 1 1 0; width: 0; max-width: 5rem; height: auto;
+  image-rendering: pixelated; border-radius: 2px; }
+.strips .gap { grid-column: 1 / -1; height: 0.7rem; }
 .strips span { font-size: 0.95rem; white-space: nowrap; }
 details summary { cursor: pointer; color: var(--soft); }
 """
@@ -44,12 +48,14 @@ def missing(what: str, way_out: str) -> str:
 
 
 def number(value: float | int | None) -> str:
-    """A number for a table: whole ones with thousands separators, others with three digits."""
+    """A number for a table: thousands separators, or three to four digits."""
     if value is None:
         return "-"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
 
 
 def duration(seconds: float | int) -> str:

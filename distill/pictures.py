@@ -30,8 +30,8 @@ def write_png(path: Path, picture: Image.Image) -> None:
     write_atomic(path, buffer.getvalue())
 
 
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_npz(path: Path, arrays: dict[str, np.ndarray | np.generic]) -> None:
     """Writes arrays as a compressed npz, atomically and without pickle."""
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, allow_pickle=False, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomic(path, buffer.getvalue())

@@ -68,15 +68,15 @@ def headline(facts: Facts) -> str:
     best = min(facts.results["student"], key=lambda row: row["nfe"])
     euler = [row for row in facts.results["teacher"] if row["solver"] == "euler"]
     reached = [r["nfe"] for r in euler if r["distance_to_teacher"] <= best["distance_to_teacher"]]
-    evaluations = "1 network evaluation" if best["nfe"] == 1 else f"{best['nfe']} evaluations"
+    count = "One network evaluation" if best["nfe"] == 1 else f"{best['nfe']} network evaluations"
     text = (
-        f"With {evaluations} per image the student is within {best['distance_to_teacher']:.2%} of "
-        "the teacher's exact trajectory"
+        f"{count} per image: the student ends within {best['distance_to_teacher']:.2%} (squared "
+        "distance, relative to the way travelled) of the teacher's own trajectory"
     )
     if reached:
-        return f"{text}; the teacher's own Euler solver needs {min(reached)} for that."
+        return f"{text}. The teacher's Euler solver needs {min(reached)} for that."
     if euler:
-        return f"{text}; the teacher's own Euler solver does not get there at {euler[-1]['nfe']}."
+        return f"{text}. The teacher's Euler solver is not there at {euler[-1]['nfe']}."
     return f"{text}."
 
 
@@ -98,7 +98,8 @@ def pictures(facts: Facts) -> str:
             parts.append('<div class="gap"></div>')
         previous = who
         label = html.escape(row_label(row))
-        parts.append(f'<span>{label}</span><img alt="{label}" src="{png_uri(images)}">')
+        cells = "".join(f'<img alt="" src="{png_uri(image)}">' for image in images)
+        parts.append(f'<span>{label}</span><div role="img" aria-label="{label}">{cells}</div>')
     caption = (
         "Every column starts from the same noise and the same label. The first row is what the "
         "student should reproduce; the last rows are the teacher stopped as early as the student."
@@ -131,16 +132,16 @@ def quality(facts: Facts) -> str:
             f"<p>{html.escape(name)} to {reference['n']:,} real images "
             f"({html.escape(reference['name'])}), features "
             f"{html.escape(results['extractor']['name'])}, sha256 "
-            f"<code>{results['extractor']['sha256'][:16]}</code>. A student "
-            "cannot be closer to the data than its teacher, except by chance.</p>"
+            f"<code>{results['extractor']['sha256'][:16]}</code>. The "
+            "teacher's own solver at many evaluations shows what its student can reach.</p>"
         )
         parts.append(f"<figure>{quality_figure(results, 'frechet', name)}</figure>")
     head = ["", "NFE", label, *([name, "kernel distance"] if has_features else []), "s / 1,000"]
     keys = ["distance_to_teacher", *(["frechet", "kid"] if has_features else [])]
     lines = [
-        ["student" if index < len(results["student"]) else f"teacher, {row['solver']}"]
+        [row_name(row, results)]
         + [number(row.get(key)) for key in ("nfe", *keys, "seconds_per_1000")]
-        for index, row in enumerate(rows)
+        for row in rows
     ]
     parts.append(table(head, lines, marked=set(range(len(results["student"])))))
     if results["truth"]["guidance"] != 1:
@@ -150,6 +151,14 @@ def quality(facts: Facts) -> str:
             "twice, the student's once.</p>"
         )
     return "".join(parts)
+
+
+def row_name(row: dict[str, Any], results: dict[str, Any]) -> str:
+    """Who made the row: "student", "teacher, euler", "teacher, heun (reference)"."""
+    if "solver" not in row:
+        return "student"
+    is_truth = (row["solver"], row["nfe"]) == (results["truth"]["solver"], results["truth"]["nfe"])
+    return f"teacher, {row['solver']}" + (" (reference)" if is_truth else "")
 
 
 def last_of_each_step(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:

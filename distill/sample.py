@@ -163,7 +163,7 @@ def sample_run(
     images, chosen = student.sample_with_labels(num, nfe, seed, labels)
     stem = (out or run.samples) / f"nfe{nfe}_seed{seed}"
     path = stem.with_suffix(".npz")
-    arrays = {
+    arrays: dict[str, np.ndarray | np.generic] = {
         "images": images.numpy(),
         "labels": chosen.numpy(),
         "seed": np.int64(seed),

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from distill.noise import sample_noise
 
 from distill.config import ConfigError, EvalConfig
 from distill.evaluate import Samples, draw, evaluate, teacher_sampler
 from distill.metrics import relative_distance
+from distill.noise import sample_noise
 from distill.testing import GaussianFlow
 
 FLOW = GaussianFlow(torch.tensor([0.5, -0.5], dtype=torch.float64), 0.4)
@@ -41,7 +41,8 @@ def test_draw_is_the_same_for_every_batch_size():
 
 
 def settings(**changes):
-    values = {"num_samples": 600, "batch_size": 300, "nfe": [1, 2], "teacher_nfe": [1, 2, 4]}
+    values = {"num_samples": 600, "batch_size": 300, "nfe": [1, 2], "teacher_nfe": [1, 2, 4, 16]}
+    values["euler_nfe"] = [1, 2, 4]
     return EvalConfig(**(values | {"reference_steps": 8} | changes))
 
 
@@ -69,10 +70,14 @@ def test_every_number_says_what_it_is_of(results, finished_run):
     assert [(row["solver"], row["nfe"]) for row in results["teacher"]] == [
         ("heun", 2),
         ("heun", 4),
+        ("heun", 16),
         ("euler", 1),
         ("euler", 2),
         ("euler", 4),
     ]
+    # the fine solution is a row of its own: the quality of the teacher at its best
+    assert results["truth"]["nfe"] == results["teacher"][2]["nfe"] == 16
+    assert results["teacher"][2]["distance_to_teacher"] == 0
     assert results["reference"]["n"] == 1797
     assert len(results["extractor"]["sha256"]) == len(results["reference"]["sha256"]) == 64
     assert "FID" not in results["frechet_name"]
@@ -84,15 +89,18 @@ def test_every_number_says_what_it_is_of(results, finished_run):
     }
 
 
-def test_evaluation_repeats_and_does_not_depend_on_the_batch(results, finished_run, data, teachers):
-    again = evaluate(finished_run, data, teachers, settings(), "traflow", "cpu")
+def test_evaluation_repeats_and_does_not_depend_on_the_batch(finished_run, data, teachers):
+    def measure(batch_size):
+        few = settings(batch_size=batch_size, nfe=[2], teacher_nfe=[2], euler_nfe=[2])
+        return evaluate(finished_run, data, teachers, few, "traflow", "cpu")
+
+    first, again, split = measure(300), measure(300), measure(91)
     for key in ("student", "teacher"):
-        assert without_time(again[key]) == without_time(results[key])
-    split = evaluate(finished_run, data, teachers, settings(batch_size=91), "traflow", "cpu")
-    for row, other in zip(split["student"], results["student"], strict=True):
-        close = pytest.approx(other["distance_to_teacher"], rel=1e-4)
-        assert row["distance_to_teacher"] == close
-        assert row["frechet"] == pytest.approx(other["frechet"], rel=1e-3)
+        assert without_time(again[key]) == without_time(first[key])
+        for row, other in zip(split[key], first[key], strict=True):
+            close = pytest.approx(other["distance_to_teacher"], rel=1e-4)
+            assert row["distance_to_teacher"] == close
+            assert row["frechet"] == pytest.approx(other["frechet"], rel=1e-3)
 
 
 def test_pictures_share_noise_and_label_down_the_columns(results, finished_run):

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from distill.noise import sample_noise
 
 from distill.config import ConfigError
 from distill.export import export_run
+from distill.noise import sample_noise
 from distill.pictures import tile
 from distill.sample import few_step, load_student, sample_run, to_uint8
 from distill.testing import GaussianFlow
