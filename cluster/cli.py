@@ -95,11 +95,10 @@ def open_run(folder: str) -> RunDir:
 def pipeline(verb: str, args: list[str]) -> int:
     """run, pretrain, generate, train: hands each configuration to the supervisor."""
     configs = read_settings(args)
-    from cluster.identity import check_identity
-    from distill.rundir import RunDir
+    from cluster.facts import check_all, unfinished
 
-    for config in configs:  # refused here, before anything heavy is loaded
-        check_identity(config, RunDir(Path(config.run.dir)))
+    check_all(configs)  # refused here, before anything heavy is loaded
+    configs = unfinished(configs) if verb == "run" else configs
     if not configs:
         return 0
     from cluster import runner

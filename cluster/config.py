@@ -96,3 +96,12 @@ class RunConfig:
                 f"trajectory.grid={self.trajectory.grid}",
             )
         self.train.accumulation(self.cluster.trainer.num_workers)
+        stream = self.trajectory
+        reads = stream.block_samples * stream.passes
+        blocks = -(-self.train.batch_size // reads)  # one batch reaches this far into later blocks
+        check(
+            stream.ready_ahead >= blocks * stream.block_shards,
+            f"trajectory.ready_ahead={stream.ready_ahead} is too little for "
+            f"train.batch_size={self.train.batch_size}: a batch may reach {blocks} blocks ahead, "
+            f"{blocks * stream.block_shards} shards",
+        )

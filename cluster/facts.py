@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from cluster.config import RunConfig
-from cluster.identity import check_or_write, is_own
+from cluster.identity import check_identity, is_own
 from cluster.plan import stream_plan
 from distill.config import TeacherConfig
 from distill.ledger import committed
@@ -74,15 +74,26 @@ def results_are_current(config: RunConfig, run: RunDir) -> bool:
     return found == (steps_done(run), config.eval.num_samples, config.eval.seed)
 
 
-def finished_report(config: RunConfig) -> Path | None:
-    """The report of a run that has nothing left to do; None for any other.
-
-    Raises:
-        ConfigError: the run is there with other settings.
-    """
+def is_finished(config: RunConfig) -> bool:
+    """Whether nothing is left to do for `bowstring run`."""
     config = with_absolute_paths(config)
     run = RunDir(Path(config.run.dir))
-    if not run.report.exists() or not is_distilled(config, run):
-        return None
-    check_or_write(config, run)
-    return run.report if results_are_current(config, run) else None
+    has_report = run.report.exists()
+    return has_report and is_distilled(config, run) and results_are_current(config, run)
+
+
+def check_all(configs: list[RunConfig]) -> None:
+    """Raises ConfigError when one of the runs is there with other settings."""
+    for config in configs:
+        check_identity(config, RunDir(Path(config.run.dir)))
+
+
+def unfinished(configs: list[RunConfig]) -> list[RunConfig]:
+    """The configurations whose runs are not finished; says of the others where the report is."""
+    left = []
+    for config in configs:
+        if is_finished(config):
+            print(f"nothing left to do; the report is at {RunDir(Path(config.run.dir)).report}")
+        else:
+            left.append(config)
+    return left

@@ -18,7 +18,6 @@ from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
 from distill.config import ImageSpec, check
-from distill.evaluate import evaluate
 from distill.ledger import ShardSpec, shard_spec
 from distill.models import DESCRIPTION
 from distill.publish import clean_temporaries
@@ -99,6 +98,10 @@ def evaluate_if_new(session: Session) -> Work:
 
 def evaluate_again(session: Session) -> Work:
     """Evaluates and reports; leaves nothing to do."""
+    # torch-fidelity and torchvision take as long to import as all the rest together, and a run that
+    # is resumed should not wait for them.
+    from distill.evaluate import evaluate
+
     session.stop_ray()  # the cores are needed
     config = session.config
     evaluate(session.run, config.data, config.teacher, config.eval, config.objective.name)

@@ -14,7 +14,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
 from cluster.job import TrainJob
-from cluster.rank import run_rank
 from cluster.signals import SignalConfig, stop_signal
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
@@ -62,6 +61,9 @@ def fit(job: TrainJob, name: str) -> int:
 
 def train_rank(arguments: dict[str, Any]) -> int:
     """Steps done when this rank stopped. Ray Train calls it in every rank."""
+    # Here and not above: the supervisor imports this module and needs no DeepSpeed.
+    from cluster.rank import run_rank
+
     job: TrainJob = arguments["job"]
     torch.set_num_threads(job.config.cluster.trainer.threads_per_worker)
     try:

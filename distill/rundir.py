@@ -58,6 +58,11 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def cursor(self) -> Path:
+        """cursor.json: the block the trainer reads."""
+        return self.root / "cursor.json"
+
+    @property
     def results(self) -> Path:
         """results.json: the evaluation."""
         return self.root / "results.json"

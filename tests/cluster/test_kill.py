@@ -62,7 +62,7 @@ def start(root):
     )
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)  # under a minute on two idle cores
 def test_a_killed_run_goes_on_with_the_same_sequence(tmp_path):
     run = RunDir(tmp_path / "run")
     config = tiny_run(run.root)
