@@ -99,8 +99,8 @@ class TeacherPool:
         """Whether every shard of the run stands on disk."""
         return self.coordinator.is_done
 
-    def poll(self) -> None:
-        """One round: workers, results, the directory, heartbeats, leases.
+    def poll(self) -> bool:
+        """One round: workers, results, the directory, heartbeats, leases. Whether all is made.
 
         Raises:
             ConfigError: a worker has other teachers than the run, or cannot load them.
@@ -117,6 +117,7 @@ class TeacherPool:
         self._collect()
         self._ping(now)
         self._handle(Tick())
+        return self.is_done
 
     def close(self) -> None:
         """Ends all workers. A shard in the making leaves no trace."""

@@ -119,9 +119,10 @@ def _work(session: Session, work: Work) -> None:
     group = TrainerGroup(session, job) if job else None
     try:
         with session.bars:
-            while not ((pool is None or pool.is_done) and (group is None or group.poll())):
-                if pool is not None:
-                    pool.poll()
+            produced = trained = False
+            while not (produced and trained):
+                produced = pool is None or pool.poll()
+                trained = group is None or group.poll()
                 _show(session, pool, job)
                 if session.stop_signal:
                     raise Stopped

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import Any, cast
 
 import deepspeed
 import torch
@@ -31,6 +32,11 @@ from distill.engine import (
 )
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+# DeepSpeed probes which of its C++ operators could be compiled, and compiles one for gloo, at every
+# start. None is used here: ZeRO runs on torch's collectives and torch's AdamW. So a machine without
+# a compiler will do, and a start is seconds shorter.
+deepspeed.ops.__compatible_ops__ = {}
 
 
 def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, object]:
@@ -109,7 +115,8 @@ class DeepSpeedEngine:
 
     def fragments(self) -> Iterator[Fragment]:
         for name, param in self._params.items():
-            mapping = param._hp_mapping  # None where this rank holds nothing of the parameter
+            # DeepSpeed hangs this on the parameter; None where this rank holds nothing of it.
+            mapping = cast(Any, param)._hp_mapping
             if mapping is None:
                 continue
             group, start = mapping.param_group_index, mapping.lp_fragment_address.start

@@ -1,5 +1,7 @@
 """Exponential moving averages of the float32 master weights, in the pieces the optimizer keeps."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,12 +22,12 @@ class Average:
         values: the averages, one per master tensor.
     """
 
-    def __init__(self, decay: float, masters: list[Tensor]) -> None:
+    def __init__(self, decay: float, masters: Sequence[Tensor]) -> None:
         self.decay = decay
         self.values = [master.detach().clone() for master in masters]
 
     @torch.no_grad()
-    def update(self, step: int, masters: list[Tensor]) -> None:
+    def update(self, step: int, masters: Sequence[Tensor]) -> None:
         """Takes in the masters after optimizer step `step` (from 0)."""
         weight = 1 - decay_at(step, self.decay)
         torch._foreach_lerp_(self.values, [master.detach() for master in masters], weight)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,7 @@ class Fragment:
 FragmentReader = Callable[[str, str, int, int], Tensor]
 
 
+@runtime_checkable
 class Engine(Protocol):
     """One rank of a model under training."""
 

@@ -1,6 +1,7 @@
 """Helpers for tests: analytic flows, small teachers, processes, faults, tiny shards."""
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable
 from importlib.util import module_from_spec, spec_from_file_location
@@ -96,6 +97,7 @@ def _rank_main(
 ) -> None:
     """Runs function `source[1]` of the file `source[0]` as one rank."""
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
     # The traceback of a failing rank goes here, for the parent to show.
     sys.stderr = (Path(folder) / f"stderr_{rank}.txt").open("w", buffering=1)
     store = f"file://{folder}/store"

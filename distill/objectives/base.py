@@ -61,7 +61,9 @@ def distance(
     pseudo_huber: sqrt(|a - b|^2 + c^2) - c, c = 0.00054 d (Lee et al., 2024, "Improving the
                   Training of Rectified Flows"); it grows like |a - b|, so outliers weigh less.
     """
-    square = (prediction - target).float().flatten(1).square().sum(dim=1)
+    gap = prediction - target
+    dtype = torch.promote_types(gap.dtype, torch.float32)
+    square = gap.to(dtype).flatten(1).square().sum(dim=1)
     dim = prediction[0].numel()
     if kind == "l2":
         return square / dim
@@ -74,15 +76,15 @@ def distance(
 
 
 def draw(seed: int, purpose: str, step: int, batch: TrajectoryBatch) -> Float[Tensor, "B"]:
-    """Uniform numbers in [0, 1), one per sample, float32.
+    """Uniform numbers in [0, 1), one per sample, in the dtype of the batch's times.
 
     A pure function of (seed, purpose, step, position in the global batch): the same on any number
     of ranks and for any split into micro-batches.
     """
-    whole = torch.from_numpy(uniform(seed, f"objective/{purpose}", step, batch.global_size)).float()
-    # float32 rounding can reach 1.0, which is outside the range.
-    whole = whole.clamp(max=1 - 2**-24)
-    return whole.to(batch.positions.device)[batch.positions]
+    whole = torch.from_numpy(uniform(seed, f"objective/{purpose}", step, batch.global_size))
+    # Rounding to float32 can reach 1.0, which is outside the range.
+    whole = whole.to(batch.times).clamp(max=1 - 2**-24)
+    return whole[batch.positions]
 
 
 def draw_index(
@@ -119,9 +121,9 @@ def eulerian_target(
     """
     with torch.no_grad():
         if derivative == "jvp":
-            _, du_dt = torch.func.jvp(
+            du_dt = torch.func.jvp(
                 lambda x_, t_: u(x_, t_, s, label), (x, t), (v, torch.ones_like(t))
-            )
+            )[1]
         else:
             ahead = u(x + FINITE_STEP * v, t + FINITE_STEP, s, label)
             du_dt = (ahead - u(x, t, s, label)) / FINITE_STEP

@@ -1,0 +1,133 @@
+"""ZeRO is the single process, on any number of ranks: steps, averages, checkpoints."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import checkpoint
+from distill.config import ConfigError, DiTConfig, ImageSpec, TraFlowConfig, TrainConfig
+from distill.engine import TorchEngine
+from distill.networks import build_network
+from distill.noise import sample_noise
+from distill.objectives import build_objective
+from distill.rundir import RunDir, read_lines
+from distill.testing import GaussianFlow, run_ranks
+from distill.train import train
+from distill.trajectory import TrajectoryBatch
+
+IMAGE = ImageSpec(1, 4, 3)
+NETWORK = DiTConfig(patch_size=2, width=16, depth=2, num_heads=2)
+CPU = torch.device("cpu")
+
+
+def config_of(**settings) -> TrainConfig:
+    defaults = {"max_steps": 4, "batch_size": 8, "log_every": 2, "save_every": 2, "lr": 2e-3}
+    return TrainConfig(**{**defaults, "weight_decay": 0.1, **settings})
+
+
+def read_share(step: int, rank: int, world_size: int) -> TrajectoryBatch:
+    import numpy as np
+
+    positions = np.arange(rank, 8, world_size)
+    ids = step * 8 + positions
+    flow = GaussianFlow(torch.full(IMAGE.shape, 0.5), 0.3)
+    x_0 = torch.from_numpy(sample_noise(0, ids, IMAGE.shape))
+    times = torch.linspace(0, 1, 5)
+    return TrajectoryBatch(
+        states=torch.stack([flow.map(x_0, 0.0, float(t)) for t in times], dim=1)[:, None],
+        times=times,
+        weights=torch.ones(1),
+        labels=torch.from_numpy(ids % 3),
+        ids=torch.from_numpy(ids),
+        positions=torch.from_numpy(positions),
+        global_size=8,
+    )
+
+
+def fit(engine, root: str, config: TrainConfig) -> int:
+    return train(
+        engine,
+        lambda step: read_share(step, engine.rank, engine.world_size),
+        build_objective(TraFlowConfig(), 0),
+        config,
+        RunDir(Path(root)),
+        seed=0,
+        wait_s=lambda: 0.0,
+        should_stop=lambda: False,
+    )
+
+
+def zero_rank(rank: int, world_size: int, root: str, settings: dict) -> int:
+    from cluster.zero import DeepSpeedEngine
+
+    config = config_of(**settings)
+    engine = DeepSpeedEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU)
+    return fit(engine, root, config)
+
+
+def refused_rank(rank: int, world_size: int) -> str:
+    from cluster.zero import DeepSpeedEngine
+
+    try:
+        DeepSpeedEngine(build_network(NETWORK, IMAGE), config_of(zero_stage=3), CPU)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def read_state(root: Path, step: int) -> dict[str, torch.Tensor]:
+    folder = RunDir(root).checkpoints / f"step_{step:08d}"
+    read = checkpoint.fragment_reader(folder)
+    shapes = checkpoint.read_manifest(folder)["parameters"]
+    kinds = ("master", "exp_avg", "exp_avg_sq", "ema/target", "ema/evaluation")
+    return {
+        f"{kind} {name}": read(kind, name, 0, torch.Size(shape).numel())
+        for kind in kinds
+        for name, shape in shapes.items()
+    }
+
+
+def windows(root: Path) -> list[tuple[int, int, str]]:
+    events = read_lines(RunDir(root).events)
+    return [(e["first"], e["last"], e["ids_sha256"]) for e in events if e["kind"] == "steps"]
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> Path:
+    """Four steps in one process: the reference."""
+    root = tmp_path_factory.mktemp("single")
+    config = config_of()
+    fit(TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU), str(root), config)
+    return root
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    reference = read_state(expected, 4)
+    for key, value in read_state(found, 4).items():
+        torch.testing.assert_close(value, reference[key], rtol=1e-3, atol=2e-6, msg=key)
+    assert windows(found) == windows(expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"zero_stage": 2, "micro_batch": 2}], ids=["1", "2"])
+def test_zero_on_two_ranks_is_the_single_process(tmp_path, single, settings):
+    assert run_ranks(zero_rank, 2, tmp_path / "ranks", str(tmp_path / "run"), settings) == [4, 4]
+    assert_same_run(tmp_path / "run", single)
+
+
+def test_a_run_goes_on_at_another_world_size(tmp_path, single):
+    """Two steps in one plain process, then three ranks would not divide 8: two and one do."""
+    config, root = config_of(max_steps=2, decay="constant"), tmp_path / "run"
+    fit(TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU), str(root), config)
+    run_ranks(zero_rank, 2, tmp_path / "two", str(root), {"max_steps": 3, "decay": "constant"})
+    run_ranks(zero_rank, 1, tmp_path / "one", str(root), {"max_steps": 4, "decay": "constant"})
+    reference, config = tmp_path / "reference", config_of(decay="constant")
+    fit(TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU), str(reference), config)
+    expected = read_state(reference, 4)
+    for key, value in read_state(root, 4).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-6, msg=key)
+
+
+def test_a_stage_that_is_not_supported_is_refused_with_the_way_out(tmp_path):
+    (said,) = run_ranks(refused_rank, 1, tmp_path / "ranks")
+    assert said == "train.zero_stage=3 is not supported; use 1 or 2"

@@ -1,0 +1,205 @@
+"""Training as a function: resumed equals uninterrupted, losses are the recorded ones."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from distill import checkpoint
+from distill.config import DiTConfig, ImageSpec, ReflowConfig, TraFlowConfig, TrainConfig
+from distill.engine import TorchEngine
+from distill.manifest import CheckpointError, committed_steps, latest_verified, verify
+from distill.networks import build_network
+from distill.noise import sample_noise
+from distill.objectives import build_objective
+from distill.rundir import RunDir, read_lines
+from distill.testing import GaussianFlow
+from distill.train import TrainingError, learning_rate, train
+from distill.trajectory import TrajectoryBatch
+
+IMAGE = ImageSpec(1, 4, 3)
+NETWORK = DiTConfig(patch_size=2, width=16, depth=2, num_heads=2)
+FLOW = GaussianFlow(torch.full(IMAGE.shape, 0.5), 0.3)
+GOLDEN = Path(__file__).parent / "golden_losses.json"
+
+
+def config_of(**settings) -> TrainConfig:
+    defaults = {"max_steps": 10, "batch_size": 8, "log_every": 1, "save_every": 4, "lr": 2e-3}
+    return TrainConfig(**{**defaults, **settings})
+
+
+def read(step: int) -> TrajectoryBatch:
+    import numpy as np
+
+    ids = np.arange(step * 8, step * 8 + 8)
+    x_0 = torch.from_numpy(sample_noise(0, ids, IMAGE.shape))
+    times = torch.linspace(0, 1, 5)
+    states = torch.stack([FLOW.map(x_0, 0.0, float(t)) for t in times], dim=1)[:, None]
+    return TrajectoryBatch(
+        states=states,
+        times=times,
+        weights=torch.ones(1),
+        labels=torch.from_numpy(ids % 3),
+        ids=torch.from_numpy(ids),
+        positions=torch.arange(8),
+        global_size=8,
+    )
+
+
+def fit(root: Path, config: TrainConfig, objective=None, stop_after: int | None = None):
+    engine = TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, torch.device("cpu"))
+    seen = []
+
+    def counted(step: int) -> TrajectoryBatch:
+        seen.append(step)
+        return read(step)
+
+    done = train(
+        engine,
+        counted,
+        objective or build_objective(TraFlowConfig(), 0),
+        config,
+        RunDir(root),
+        seed=0,
+        wait_s=lambda: 0.0,
+        should_stop=lambda: stop_after is not None and len(seen) >= stop_after,
+    )
+    return engine, done, seen
+
+
+def losses(root: Path) -> dict[int, float]:
+    return {line["step"]: line["loss"] for line in read_lines(RunDir(root).metrics)}
+
+
+def state(engine) -> dict[tuple[str, str], torch.Tensor]:
+    return {(f.kind, f.name): f.data.clone() for f in engine.fragments()}
+
+
+def test_ten_losses_are_the_recorded_ones(tmp_path):
+    fit(tmp_path, config_of())
+    found = [losses(tmp_path)[step] for step in range(1, 11)]
+    if os.environ.get("WRITE_FIXTURE"):
+        GOLDEN.write_text(json.dumps(found) + "\n")
+    assert found == pytest.approx(json.loads(GOLDEN.read_text()), rel=1e-4)
+
+
+def test_four_and_six_steps_are_ten_steps(tmp_path):
+    whole, _, _ = fit(tmp_path / "whole", config_of())
+    _, done, _ = fit(tmp_path / "parts", config_of(), stop_after=4)
+    assert done == 4
+    resumed, done, seen = fit(tmp_path / "parts", config_of())
+    assert (done, seen) == (10, [4, 5, 6, 7, 8, 9])
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    for key, value in state(whole).items():
+        assert torch.equal(value, state(resumed)[key]), key
+    windows = [e for e in read_lines(RunDir(tmp_path / "parts").events) if e["kind"] == "steps"]
+    assert [(w["first"], w["last"]) for w in windows] == [(i, i) for i in range(10)]
+
+
+def test_micro_batches_are_the_whole_batch(tmp_path):
+    whole, _, _ = fit(tmp_path / "whole", config_of())
+    parts, _, _ = fit(tmp_path / "parts", config_of(micro_batch=2))
+    for key, value in state(whole).items():
+        torch.testing.assert_close(value, state(parts)[key], rtol=1e-3, atol=1e-5)
+
+
+def test_a_finished_run_does_nothing_more(tmp_path):
+    fit(tmp_path, config_of())
+    _, done, seen = fit(tmp_path, config_of())
+    assert (done, seen) == (10, [])
+
+
+def test_a_loss_that_is_not_finite_stops_with_names_and_keeps_the_state(tmp_path):
+    inner = build_objective(ReflowConfig(), 0)
+
+    class Breaks:
+        def loss(self, batch, student, target, step):
+            result = inner.loss(batch, student, target, step)
+            if step == 6:
+                result.terms["flow_matching"] = torch.tensor(float("nan"))
+                result.total = result.total * float("nan")
+            return result
+
+    with pytest.raises(TrainingError, match=r"step 6: .*flow_matching.*\[48, 49"):
+        fit(tmp_path, config_of(), Breaks())
+    assert max(committed_steps(RunDir(tmp_path).checkpoints)) == 6
+    assert len(losses(tmp_path)) == 6
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    config = config_of(max_steps=100, warmup_steps=9, lr=1.0)
+    assert learning_rate(0, config) == pytest.approx(0.1)
+    assert learning_rate(50, config) == pytest.approx(0.5)
+    assert learning_rate(99, config) < 1e-3
+
+
+# -----------------------------------------------------------------------------------------------
+# Checkpoints
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    fit(tmp_path, config_of())
+    return RunDir(tmp_path).checkpoints
+
+
+def test_the_newest_two_are_kept_and_verify(saved):
+    assert list(committed_steps(saved)) == [8, 10]
+    assert latest_verified(saved) == (10, saved / "step_00000010")
+    assert (saved / "latest").read_text() == "step_00000010\n"
+    assert not list(saved.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_a_damaged_checkpoint_is_never_opened_and_the_one_before_is(saved, tmp_path, damage):
+    file = saved / "step_00000010" / "rank_00000.safetensors"
+    if damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "delete":
+        file.unlink()
+    else:
+        (saved / "step_00000010" / "MANIFEST.json").write_text('{"step": 10, "fi')
+    assert verify(saved / "step_00000010")
+    assert latest_verified(saved) == (8, saved / "step_00000008")
+    _, done, seen = fit(tmp_path, config_of())
+    assert (done, seen) == (10, [8, 9])
+    assert not verify(saved / "step_00000010")  # written anew
+    assert len(list(saved.glob("step_00000010.bad-*"))) == 1  # the damaged one is kept aside
+
+
+def test_a_run_never_starts_again_silently(saved, tmp_path):
+    for folder in committed_steps(saved).values():
+        (folder / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint can be opened"):
+        fit(tmp_path, config_of())
+
+
+def test_a_full_disk_leaves_no_trace_and_says_so(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        fit(tmp_path, config_of())
+    assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
+
+
+def test_another_network_is_refused(saved, tmp_path):
+    other = DiTConfig(patch_size=2, width=32, depth=2, num_heads=2)
+    engine = TorchEngine(build_network(other, IMAGE), config_of(), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="not those of this network"):
+        checkpoint.load_latest(saved, engine)
+
+
+def test_an_average_is_read_back_as_whole_tensors(saved, tmp_path):
+    engine, _, _ = fit(tmp_path, config_of())
+    average = checkpoint.read_average(saved / "step_00000010", "evaluation")
+    for (kind, name), value in state(engine).items():
+        if kind == "ema/evaluation":
+            assert torch.equal(average[name].flatten(), value)
