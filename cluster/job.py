@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.config import RunConfig
+from cluster.identity import hash_of, identity_of
 from distill.config import TrainConfig
 from distill.ledger import ShardSpec
 from distill.order import Order
@@ -33,6 +34,11 @@ class TrainJob:
         """Where this stage keeps its checkpoints, events and metrics."""
         run = RunDir(Path(self.config.run.dir))
         return run.teacher if self.stage == "pretrain" else run
+
+    @property
+    def config_hash(self) -> str:
+        """Hash of the settings that determine the run's data and weights."""
+        return hash_of(identity_of(self.config))
 
     @property
     def train(self) -> TrainConfig:

@@ -177,7 +177,7 @@ def train_with_exports(
                 objective,
                 job.train,
                 job.run,
-                seed=job.config.seed,
+                origin={"seed": job.config.seed, "config_hash": job.config_hash},
                 wait_s=lambda: source.wait_s,
                 should_stop=is_enough,
             )

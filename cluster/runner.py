@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 POLL_PERIOD_S = 0.1
 STOP_GRACE_S = 120.0  # for the last checkpoint after a stop signal
+STARVED_GRACE_S = 3.0
 
 
 class RunFailed(RuntimeError):
@@ -173,9 +174,15 @@ class TrainerGroup:
         return False
 
     def wait(self, timeout_s: float) -> None:
-        """Gives the ranks time to save after the stop file was made."""
-        deadline = time.monotonic() + timeout_s
-        while not self._future.done() and time.monotonic() < deadline:
+        """Gives the ranks time to save after the stop file was made.
+
+        Ranks that wait for a shard have nothing new to save, and see the file only with the shard.
+        """
+        start = time.monotonic()
+        while not self._future.done() and time.monotonic() < start + timeout_s:
+            starves = self._job.stage == "train" and read_cursor(self._job.run)[1] != ""
+            if starves and time.monotonic() > start + STARVED_GRACE_S:
+                return
             time.sleep(POLL_PERIOD_S)
 
     def _is_stopped(self) -> bool:
@@ -198,7 +205,7 @@ class TrainerGroup:
                 f"training failed {self._failures} times without a new verified checkpoint "
                 f"(step {verified}); the last failure:\n{error}"
             )
-        last_line = str(error).strip().splitlines()[-1]
+        last_line = str(error).strip().splitlines()[-1].split(". ")[0]
         append_line(self._job.run.events, {"kind": "restart", "step": verified, "error": last_line})
         self._session.bars.say(f"training failed and goes on from step {verified}: {last_line}")
         self._future = self._start()

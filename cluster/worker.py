@@ -8,12 +8,12 @@ import time
 from typing import Any
 
 import torch
-from distill.ledger import ShardSpec
-from distill.shards import write_shard
 
 from cluster.config import RunConfig
 from distill.generate import generate_shard
+from distill.ledger import ShardSpec
 from distill.rundir import RunDir
+from distill.shards import write_shard
 from distill.teachers import build_teacher
 from distill.teachers.base import FrozenTeacher
 

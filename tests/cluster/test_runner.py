@@ -1,0 +1,127 @@
+"""The supervisor's decisions: when a training starts again, and when it is given up."""
+
+from dataclasses import dataclass, field
+
+import pytest
+
+from cluster import runner
+from cluster.compose import compose
+from cluster.job import TrainJob
+from cluster.runner import RunFailed, Stopped, TrainerGroup
+from cluster.stages import Work
+from distill.config import ConfigError
+from distill.rundir import RunDir, read_lines
+
+
+@dataclass
+class Bars:
+    lines: list = field(default_factory=list)
+
+    def say(self, text):
+        self.lines.append(text)
+
+    def show(self, *_):
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+class Session:
+    def __init__(self, config, folder):
+        self.config, self.run, self.scratch = config, RunDir(folder), folder
+        self.bars, self.stop_signal = Bars(), 0
+
+    def start_ray(self):
+        pass
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "POLL_PERIOD_S", 0.001)
+    (config,) = compose(
+        ["experiment=tiny", f"run.dir={tmp_path}", "cluster.trainer.max_restarts=2"]
+    )
+    return Session(config, tmp_path)
+
+
+@pytest.fixture
+def job(session):
+    return TrainJob("train", session.config, None, session.scratch)
+
+
+class Trainings:
+    """Stands in for `fit` and the checkpoints: every start reaches the next step of a list."""
+
+    def __init__(self, monkeypatch, verified, error="boom"):
+        self.verified, self.starts, self.error = list(verified), 0, error
+        monkeypatch.setattr(runner, "fit", self.fit)
+        monkeypatch.setattr(runner, "steps_done", lambda run: self.step)
+        self.step = 0
+
+    def fit(self, job, name):
+        self.step = self.verified[self.starts]
+        self.starts += 1
+        if self.step == job.train.max_steps:
+            return self.step
+        raise RuntimeError(self.error)
+
+
+def run_to_end(group):
+    while not group.poll():
+        pass
+
+
+def test_restarts_without_progress_are_bounded(session, job, monkeypatch):
+    trainings = Trainings(monkeypatch, [0, 0, 0, 0])
+    with pytest.raises(RunFailed, match="failed 3 times without a new verified checkpoint"):
+        run_to_end(TrainerGroup(session, job))
+    assert trainings.starts == 3  # the first one and max_restarts
+
+
+def test_a_new_verified_checkpoint_starts_the_count_again(session, job, monkeypatch):
+    trainings = Trainings(monkeypatch, [0, 0, 2, 2, 4, 4, 6])
+    run_to_end(TrainerGroup(session, job))
+    assert trainings.starts == 7
+    assert [e["kind"] for e in read_lines(session.run.events)] == ["restart"] * 6
+
+
+def test_an_error_that_would_only_repeat_ends_the_run_at_once(session, job, monkeypatch):
+    trainings = Trainings(monkeypatch, [0])
+    job.final.write_text('{"kind": "ConfigError", "message": "train.batch_size=7 ..."}')
+    with pytest.raises(ConfigError, match=r"train\.batch_size=7"):
+        run_to_end(TrainerGroup(session, job))
+    assert trainings.starts == 1
+
+
+class EndlessPool:
+    """A pool that is never done, as under back-pressure."""
+
+    closed = False
+    coordinator = None
+
+    def poll(self):
+        return False
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_failed_training_is_seen_while_the_pool_is_busy(session, job, monkeypatch):
+    Trainings(monkeypatch, [0, 0, 0])
+    monkeypatch.setattr(runner, "_show", lambda *_: None)
+    pool = EndlessPool()
+    with pytest.raises(RunFailed):
+        runner._work(session, Work(pool, job))
+    assert pool.closed
+
+
+def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
+    monkeypatch.setattr(runner, "fit", lambda job, name: 3)
+    monkeypatch.setattr(runner, "steps_done", lambda run: 0)
+    monkeypatch.setattr(runner, "_show", lambda *_: None)
+    with pytest.raises(Stopped):
+        runner._work(session, Work(None, job))
