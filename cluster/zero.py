@@ -89,6 +89,7 @@ class DeepSpeedEngine:
             "engine": "deepspeed",
             "zero_stage": self._config.zero_stage,
             "precision": self._config.precision,
+            "averages": {kind: average.decay for kind, average in self._averages.items()},
             "parameters": {name: list(param.shape) for name, param in self._params.items()},
         }
 

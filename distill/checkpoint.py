@@ -42,8 +42,12 @@ SEPARATOR = "|"  # between kind, parameter name and start in a tensor's key
 # Save
 
 
-def save(checkpoints: Path, step: int, engine: Engine, seed: int, keep_last: int) -> Path:
+def save(
+    checkpoints: Path, step: int, engine: Engine, keep_last: int, origin: dict[str, Any]
+) -> Path:
     """Folder of the committed checkpoint after `step` steps. Collective: all ranks call it.
+
+    `origin` goes into the manifest: the seed and the hash of the run's settings.
 
     Raises:
         CheckpointError: on every rank, when any rank failed. Nothing half-written stays.
@@ -67,7 +71,7 @@ def save(checkpoints: Path, step: int, engine: Engine, seed: int, keep_last: int
             for rank in range(engine.world_size)
         }
         try:
-            write_json(staging / MANIFEST, _manifest(step, engine, seed, files))
+            write_json(staging / MANIFEST, _manifest(step, engine, origin, files))
             _publish(staging, final)
             _retain(checkpoints, keep_last)
         except OSError as error:
@@ -92,14 +96,17 @@ def _write_rank_file(path: Path, engine: Engine) -> tuple[bytes, int]:
     return bytes.fromhex(sha256_file(path)), path.stat().st_size
 
 
-def _manifest(step: int, engine: Engine, seed: int, files: dict[str, Any]) -> dict[str, Any]:
+def _manifest(
+    step: int, engine: Engine, origin: dict[str, Any], files: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": step,
         "world_size": engine.world_size,
         **engine.describe(),
-        "rng": {"kind": "counter-based", "seed": seed},
-        "versions": {name: version(name) for name in ("torch", "safetensors")},
+        "rng": "counter-based",  # all randomness is a function of seed and step
+        **origin,
+        "versions": {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
         "files": files,
     }
 

@@ -255,7 +255,7 @@ class EndpointConfig(ObjectiveConfig):
 
 @dataclass
 class ReflowConfig(ObjectiveConfig):
-    """k-rectified flow: velocity regression on pairs; on (noise, image) pairs it trains a teacher."""
+    """k-rectified flow: velocity regression on pairs; on (noise, image) pairs, pre-training."""
 
     name: str = "reflow"
     distance: str = "l2"

@@ -57,7 +57,7 @@ class Engine(Protocol):
     device: torch.device
 
     def describe(self) -> dict[str, object]:
-        """What a manifest says of this engine: kind, ZeRO stage, precision, shapes by name."""
+        """What a manifest says: kind, ZeRO stage, precision, averages, shapes by name."""
 
     def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
         """u(x, t, s, label) of the weights under training, float32, with gradient."""
@@ -140,7 +140,13 @@ class TorchEngine:
 
     def describe(self) -> dict[str, object]:
         shapes = {name: list(param.shape) for name, param in self._params.items()}
-        return {"engine": "torch", "zero_stage": 0, "precision": "fp32", "parameters": shapes}
+        return {
+            "engine": "torch",
+            "zero_stage": 0,
+            "precision": "fp32",
+            "averages": {kind: average.decay for kind, average in self._averages.items()},
+            "parameters": shapes,
+        }
 
     def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
         return self._network(x, t, s, label)

@@ -14,6 +14,7 @@ from torch import Tensor
 from distill import checkpoint
 from distill.config import TrainConfig
 from distill.engine import Engine
+from distill.manifest import committed_steps
 from distill.objectives.base import LossTerms, Objective
 from distill.rundir import RunDir, append_line
 from distill.trajectory import TrajectoryBatch
@@ -38,15 +39,15 @@ def train(
     config: TrainConfig,
     run: RunDir,
     *,
-    seed: int,
+    origin: dict[str, Any],
     wait_s: Callable[[], float],
     should_stop: Callable[[], bool],
 ) -> int:
     """Steps done when it stopped: `config.max_steps`, or fewer when asked to stop.
 
     Resumes from the newest checkpoint that verifies. `read(step)` gives this rank's part of global
-    batch `step`; `wait_s()` the seconds spent waiting for data so far. Collective: every rank of
-    the engine calls it; rank 0 writes the logs.
+    batch `step`; `wait_s()` the seconds spent waiting for data so far; `origin` is what manifests
+    say of the run. Collective: every rank of the engine calls it; rank 0 writes the logs.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the state before that step is saved.
@@ -64,7 +65,7 @@ def train(
         finite = all(bool(torch.isfinite(result.total)) for result in results)
         flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
         if flags[0]:
-            checkpoint.save(run.checkpoints, step, engine, seed, config.keep_last)
+            checkpoint.save(run.checkpoints, step, engine, config.keep_last, origin)
             raise TrainingError(_describe_failure(results, batch, step))
         lr = learning_rate(step, config)
         grad_norm = engine.step(step, lr)
@@ -77,7 +78,7 @@ def train(
         if due or done % config.log_every == 0:
             log.write(done, lr, grad_norm)
         if due:
-            checkpoint.save(run.checkpoints, done, engine, seed, config.keep_last)
+            checkpoint.save(run.checkpoints, done, engine, config.keep_last, origin)
             log.event({"kind": "save", "step": done})
         if stop:
             return done
@@ -102,6 +103,9 @@ class TrainLog:
         self._ids: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._names: list[str] = []
+        damaged = [step for step in committed_steps(run.checkpoints) if step > start]
+        if damaged:  # newer ones did not verify
+            self.event({"kind": "fallback", "step": start, "damaged": damaged})
         self.event({"kind": "resume", "step": start, "world_size": engine.world_size})
 
     def event(self, record: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from distill.objectives.base import LossTerms, distance, draw, weighted_sum
 from distill.paths import MeanVelocity, interpolate
 from distill.trajectory import TrajectoryBatch
 
-U_SHAPE = 4.0  # a in p(t) ~ cosh(a (2t - 1)) (Lee et al., 2024, section 4.1)
+U_SHAPE = 4.0  # a in p(t) ~ cosh(a (t - 1/2)) (Lee et al., 2024, section 4.1)
 
 
 def u_shaped(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:

@@ -52,7 +52,7 @@ def fit(engine, root: str, config: TrainConfig) -> int:
         build_objective(TraFlowConfig(), 0),
         config,
         RunDir(Path(root)),
-        seed=0,
+        origin={},
         wait_s=lambda: 0.0,
         should_stop=lambda: False,
     )

@@ -28,7 +28,7 @@ def finished_run(tmp_path_factory) -> RunDir:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     save_model(run.teacher.model(3), network.state_dict(), TINY, DIGITS.image, {"kind": "teacher"})
     engine = TorchEngine(network, TrainConfig(), torch.device("cpu"))
-    checkpoint.save(run.checkpoints, 20, engine, seed=0, keep_last=2)
+    checkpoint.save(run.checkpoints, 20, engine, keep_last=2, origin={"seed": 0})
     identity = {"student": asdict(TINY), "data": asdict(DIGITS), "objective": {"name": "traflow"}}
     record = {"seed": 0, "hash": "ab" * 32, "identity": identity, "teachers": {"tiny": "cd" * 32}}
     write_json(run.identity, record | {"versions": {"torch": "2"}})

@@ -62,7 +62,7 @@ def fit(root: Path, config: TrainConfig, objective=None, stop_after: int | None 
         objective or build_objective(TraFlowConfig(), 0),
         config,
         RunDir(root),
-        seed=0,
+        origin={"seed": 0, "config_hash": "ab"},
         wait_s=lambda: 0.0,
         should_stop=lambda: stop_after is not None and len(seen) >= stop_after,
     )
@@ -169,6 +169,8 @@ def test_a_damaged_checkpoint_is_never_opened_and_the_one_before_is(saved, tmp_p
     assert latest_verified(saved) == (8, saved / "step_00000008")
     _, done, seen = fit(tmp_path, config_of())
     assert (done, seen) == (10, [8, 9])
+    (fallback,) = [e for e in read_lines(RunDir(tmp_path).events) if e["kind"] == "fallback"]
+    assert (fallback["step"], fallback["damaged"]) == (8, [10])
     assert not verify(saved / "step_00000010")  # written anew
     assert len(list(saved.glob("step_00000010.bad-*"))) == 1  # the damaged one is kept aside
 
