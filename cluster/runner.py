@@ -118,17 +118,18 @@ def _work(session: Session, work: Work) -> None:
         return
     session.start_ray()
     group = TrainerGroup(session, job) if job else None
+    before = last_step(job.run.metrics) if job else 0
     try:
         with session.bars:
             produced = trained = False
             while not (produced and trained):
                 produced = pool is None or pool.poll()
                 trained = group is None or group.poll()
-                _show(session, pool, job)
+                _show(session, pool, job, before)
                 if session.stop_signal:
                     raise Stopped
                 time.sleep(POLL_PERIOD_S)
-            _show(session, pool, job)
+            _show(session, pool, job, before)
     finally:
         stop_file(session.scratch).touch()
         if pool is not None:
@@ -138,15 +139,20 @@ def _work(session: Session, work: Work) -> None:
         stop_file(session.scratch).unlink()
 
 
-def _show(session: Session, pool: TeacherPool | None, job: TrainJob | None) -> None:
+def _show(session: Session, pool: TeacherPool | None, job: TrainJob | None, before: int) -> None:
+    """Sets the bars. `before` is where the training stood when this process came."""
     if pool is not None:
         state = pool.coordinator
         note = "waits for the trainer" if state.is_blocked else ""
         session.bars.show("trajectory shards", state.num_committed, state.limits.num_shards, note)
     if job is not None:
         title = "teacher, steps" if job.stage == "pretrain" else "student, steps"
-        note = read_cursor(job.run)[1] if job.stage == "train" else ""
-        session.bars.show(title, last_step(job.run.metrics), job.train.max_steps, note)
+        done, note = last_step(job.run.metrics), ""
+        if done == before < job.train.max_steps:
+            note = "starting"
+        if job.stage == "train":
+            note = read_cursor(job.run)[1] or note
+        session.bars.show(title, done, job.train.max_steps, note)
 
 
 class TrainerGroup:
