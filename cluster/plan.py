@@ -22,10 +22,17 @@ from rich.table import Table
 from cluster.config import RunConfig
 from cluster.identity import is_own
 from cluster.netcost import NetworkCost, network_cost
-from distill.config import BezierConfig, ObjectiveConfig, TeacherConfig, TraFlowConfig, check
+from distill.config import (
+    NFE_PER_STEP,
+    BezierConfig,
+    ObjectiveConfig,
+    TeacherConfig,
+    TraFlowConfig,
+    check,
+)
+from distill.curves import grid_columns, grid_rows, is_truth, reference_nfe, teacher_curves
 from distill.order import Order
 
-NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4}  # as in distill.solvers, which needs torch
 TAR_BLOCK, TAR_RECORD = 512, 10240  # a member is padded to blocks, an archive to records
 
 
@@ -140,8 +147,32 @@ def stream_plan(config: RunConfig) -> StreamPlan:
 
 
 def teacher_forwards(teacher: TeacherConfig) -> int:
-    """Network forwards of one trajectory; guidance needs two per evaluation."""
-    return teacher.steps * NFE_PER_STEP[teacher.solver] * (1 if teacher.guidance == 1 else 2)
+    """Network forwards of one trajectory."""
+    return teacher.steps * NFE_PER_STEP[teacher.solver] * forwards_per_evaluation(teacher)
+
+
+def forwards_per_evaluation(teacher: TeacherConfig) -> int:
+    """Network forwards of one evaluation of the velocity: guidance needs two."""
+    return 1 if teacher.guidance == 1 else 2
+
+
+def evaluation_forwards(config: RunConfig) -> int:
+    """Network forwards of `distill.evaluate`: student, fine solution, teacher's rows, pictures."""
+    evaluation, image = config.eval, config.data.image
+    best = list(config.teacher.values())[-1]
+    drawn = [
+        nfe
+        for solver, nfe in teacher_curves(best.solver, evaluation)
+        if not is_truth(solver, nfe, evaluation)
+    ]
+    of_teacher = forwards_per_evaluation(best) * (reference_nfe(evaluation) + sum(drawn))
+    forwards = evaluation.num_samples * (sum(evaluation.nfe) + of_teacher)
+    if image.is_picture:
+        forwards += grid_columns(evaluation.num_samples, image) * sum(
+            nfe * (forwards_per_evaluation(best) if who == "teacher" else 1)
+            for who, _, nfe in grid_rows(best.solver)
+        )
+    return forwards
 
 
 # -----------------------------------------------------------------------------------------------
@@ -180,13 +211,7 @@ def stages(config: RunConfig, speed: float) -> dict[str, Stage]:
     calls = objective_calls(config.objective)
     seen = config.train.max_steps * config.train.batch_size
     found["train"] = _stage(seen * calls.forwards, seen * calls.in_forwards, network, ranks, speed)
-    best = list(config.teacher.values())[-1]
-    guided = 1 if best.guidance == 1 else 2
-    per_sample = sum(config.eval.nfe)
-    per_sample += guided * (
-        sum(config.eval.teacher_nfe) + config.eval.reference_steps * NFE_PER_STEP["heun"]
-    )
-    forwards = config.eval.num_samples * per_sample
+    forwards = evaluation_forwards(config)
     found["evaluate"] = _stage(forwards, forwards, network, 1, speed)
     return found
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
+NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4}  # velocity evaluations of one step of a solver
+
 
 class ConfigError(ValueError):
     """A setting that cannot work. The message names the key, the value and what to do."""
@@ -48,6 +50,11 @@ class ImageSpec:
     def shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
         return (self.channels, self.size, self.size)
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether the channels are grey or RGB, rather than a latent space."""
+        return self.channels in (1, 3)
 
 
 @dataclass
@@ -150,7 +157,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         check_choice("teacher.kind", self.kind, ("native", "analytic", "sit", "diffusers", "edm"))
-        check_choice("teacher.solver", self.solver, ("euler", "heun", "rk4"))
+        check_choice("teacher.solver", self.solver, tuple(NFE_PER_STEP))
         check_positive("teacher", steps=self.steps, weight=self.weight)
 
 
@@ -383,7 +390,12 @@ class EvalConfig:
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
 
     def __post_init__(self) -> None:
-        check_positive("eval", num_samples=self.num_samples, batch_size=self.batch_size)
+        check_positive(
+            "eval",
+            num_samples=self.num_samples,
+            batch_size=self.batch_size,
+            reference_steps=self.reference_steps,
+        )
         check(
             all(n > 0 for n in [*self.nfe, *self.teacher_nfe, *self.euler_nfe]),
             "eval.nfe, eval.teacher_nfe and eval.euler_nfe must be above 0",

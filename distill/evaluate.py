@@ -21,8 +21,23 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from distill.config import DataConfig, EvalConfig, ImageSpec, TeacherConfig, check
+from distill.config import (
+    NFE_PER_STEP,
+    DataConfig,
+    EvalConfig,
+    ImageSpec,
+    TeacherConfig,
+    check,
+)
 from distill.cost import read_cost
+from distill.curves import (
+    TRUTH_SOLVER,
+    grid_columns,
+    grid_rows,
+    is_truth,
+    reference_nfe,
+    teacher_curves,
+)
 from distill.datasets import load_images
 from distill.export import latest_student, read_identity
 from distill.metrics import FeatureDistance, distance_name, relative_distance
@@ -30,14 +45,10 @@ from distill.models import fingerprint
 from distill.noise import sample_labels, sample_noise
 from distill.pictures import tile, write_npz, write_png
 from distill.rundir import RunDir, write_json
-from distill.sample import Student, few_step, is_picture, load_student, to_uint8
-from distill.solvers import NFE_PER_STEP, solve
+from distill.sample import Student, few_step, load_student, to_uint8
+from distill.solvers import solve
 from distill.teachers import build_teacher
 from distill.teachers.base import guided
-
-GRID_COLUMNS = 12
-GRID_NFE = (1, 2, 4)
-GRID_TEACHER_NFE = 64
 
 # (noise [B, C, H, W], label [B]) -> image [B, C, H, W]
 Sampler = Callable[[Tensor, Tensor], Tensor]
@@ -129,7 +140,7 @@ class Evaluator:
         self.samples = evaluation_samples(evaluation, data.image)
         self.features: FeatureDistance | None = None
         self.real_description: dict[str, Any] = {"name": data.name}
-        if is_picture(data.image):
+        if data.image.is_picture:
             real = to_uint8(load_images(data)[0])
             self.features = FeatureDistance(evaluation.extractor, real, device)
             self.real_description |= {
@@ -169,27 +180,17 @@ class Evaluator:
 def teacher_rows(
     evaluator: Evaluator, velocity: TeacherVelocity, own_solver: str, evaluation: EvalConfig
 ) -> list[dict[str, Any]]:
-    """The teacher's curves: its own solver, then Euler; an NFE without whole steps is left out.
+    """The teacher's curves (`distill.curves`).
 
     Where the own solver is the fine solution itself, its samples are taken, not drawn again.
     """
-    curves = {own_solver: evaluation.teacher_nfe}
-    curves.setdefault("euler", evaluation.euler_nfe)
     rows = []
-    for solver, counts in curves.items():
-        for nfe in counts:
-            if nfe % NFE_PER_STEP[solver]:
-                continue
-            is_truth = (solver, nfe) == ("heun", reference_nfe(evaluation))
-            sampler = None if is_truth else teacher_sampler(velocity, solver, nfe)
-            row = evaluator.row(sampler, f"teacher, {solver}, {nfe} NFE")
-            rows.append({"nfe": nfe, "solver": solver} | row)
+    for solver, nfe in teacher_curves(own_solver, evaluation):
+        is_drawn = is_truth(solver, nfe, evaluation)
+        sampler = None if is_drawn else teacher_sampler(velocity, solver, nfe)
+        row = evaluator.row(sampler, f"teacher, {solver}, {nfe} NFE")
+        rows.append({"nfe": nfe, "solver": solver} | row)
     return rows
-
-
-def reference_nfe(evaluation: EvalConfig) -> int:
-    """Velocity evaluations of the fine solution."""
-    return evaluation.reference_steps * NFE_PER_STEP["heun"]
 
 
 def picture_grid(
@@ -197,16 +198,16 @@ def picture_grid(
 ) -> None:
     """Writes samples/grid.npz and a PNG: a row per sampler, the same noise and label down a
     column."""
-    num = min(GRID_COLUMNS, len(samples.noise))
+    num = grid_columns(len(samples.noise), student.image)
     labels = samples.labels[:num]
     if student.image.num_classes > 0:  # every class once, in order
-        num = min(num, student.image.num_classes)
         labels = torch.arange(num)
     rows = {
-        f"teacher,{solver},{GRID_TEACHER_NFE}": teacher_sampler(velocity, solver, GRID_TEACHER_NFE)
+        f"{who},{how},{nfe}": teacher_sampler(velocity, how, nfe)
+        if who == "teacher"
+        else student_sampler(student, nfe)
+        for who, how, nfe in grid_rows(solver)
     }
-    rows |= {f"student,jumps,{n}": student_sampler(student, n) for n in GRID_NFE}
-    rows |= {f"teacher,euler,{n}": teacher_sampler(velocity, "euler", n) for n in GRID_NFE}
     chosen = Samples(samples.noise[:num], labels)
     images = torch.stack(
         [to_uint8(draw(sampler, chosen, num, student.device)[0]) for sampler in rows.values()]
@@ -249,13 +250,14 @@ def evaluate(
     velocity = guided(teacher, config.guidance)
     with progress_bar() as progress:
         evaluator = Evaluator(data, evaluation, place, progress)
-        evaluator.set_reference(teacher_sampler(velocity, "heun", reference_nfe(evaluation)))
+        truth = teacher_sampler(velocity, TRUTH_SOLVER, reference_nfe(evaluation))
+        evaluator.set_reference(truth)
         student_rows = [
             {"nfe": n} | evaluator.row(student_sampler(student, n), f"student, {n} NFE")
             for n in evaluation.nfe
         ]
         curves = teacher_rows(evaluator, velocity, config.solver, evaluation)
-        if is_picture(student.image):
+        if student.image.is_picture:
             picture_grid(run, student, velocity, config.solver, evaluator.samples)
     features = evaluator.features
     extractor: dict[str, Any] = {"name": "none", "sha256": ""}
@@ -277,7 +279,7 @@ def evaluate(
             "teacher": name,
             "fingerprint": teacher.fingerprint,
             "guidance": config.guidance,
-            "solver": "heun",
+            "solver": TRUTH_SOLVER,
             "nfe": reference_nfe(evaluation),
         },
         "device": str(place),

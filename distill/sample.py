@@ -120,13 +120,8 @@ class Student:
             noise = torch.from_numpy(sample_noise(seed, ids, self.image.shape)).to(self.device)
             label = chosen[first : first + batch_size].to(self.device)
             x = few_step(self.network, noise, label, nfe)
-            parts.append((to_uint8(x) if is_picture(self.image) else x).cpu())
+            parts.append((to_uint8(x) if self.image.is_picture else x).cpu())
         return torch.cat(parts), chosen
-
-
-def is_picture(image: ImageSpec) -> bool:
-    """Whether the channels are grey or RGB, rather than a latent space."""
-    return image.channels in (1, 3)
 
 
 def load_student(path: str | Path, device: str | torch.device | None = None) -> Student:
@@ -170,6 +165,6 @@ def sample_run(
         "nfe": np.int64(nfe),
     }
     write_npz(path, arrays)
-    if is_picture(student.image):
+    if student.image.is_picture:
         write_png(stem.with_suffix(".png"), tile(images.numpy(), columns=max(1, round(num**0.5))))
     return path

@@ -16,13 +16,10 @@ from jaxtyping import Float
 from torch import Tensor
 from torchdiffeq import odeint
 
-from distill.config import check_choice, check_positive
+from distill.config import NFE_PER_STEP, check_choice, check_positive
 
 # v(x [B, *S], t scalar tensor) -> dx/dt [B, *S]
 Velocity = Callable[[Float[Tensor, "B *S"], Float[Tensor, ""]], Float[Tensor, "B *S"]]
-
-# Velocity evaluations of one step.
-NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4}
 
 
 def solve(

@@ -1,5 +1,7 @@
 """The estimate equals what torch counts, what the objectives call, and what lies on disk."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.compose import compose
 from cluster.netcost import network_cost
-from cluster.plan import NFE_PER_STEP, estimate, objective_calls, stream_plan, teacher_forwards
-from distill import solvers
+from cluster.plan import estimate, objective_calls, stream_plan, teacher_forwards
 from distill.config import (
     BezierConfig,
     ConsistencyConfig,
@@ -21,9 +22,11 @@ from distill.config import (
     TraFlowConfig,
     UNetConfig,
 )
+from distill.evaluate import evaluate
 from distill.generate import GeneratedShard
 from distill.ledger import shard_spec
 from distill.networks import build_network
+from distill.networks.dit import DiT
 from distill.objectives import build_objective
 from distill.rundir import RunDir
 from distill.shards import write_shard
@@ -92,10 +95,46 @@ def test_objective_calls_are_those_that_the_objective_makes(config):
     assert objective_calls(config).forwards == sum(calls.values())
 
 
-def test_solver_table_equals_the_solvers():
-    assert NFE_PER_STEP == solvers.NFE_PER_STEP
+def test_a_trajectory_costs_steps_times_stages_times_two_for_guidance():
     assert teacher_forwards(TeacherConfig(solver="heun", steps=16, guidance=1.5)) == 64
     assert teacher_forwards(TeacherConfig(solver="euler", steps=8, guidance=1.0)) == 8
+
+
+@pytest.mark.parametrize(
+    ("solver", "guidance"), [("heun", 1.5), ("heun", 1.0), ("euler", 1.5), ("rk4", 1.0)]
+)
+def test_evaluation_forwards_are_those_of_a_real_evaluation(
+    solver, guidance, finished_run, tmp_path
+):
+    # Heun has no 1 NFE, RK4 no 2; at 8 NFE Heun is the fine solution; 3 columns of pictures.
+    run = RunDir(shutil.copytree(finished_run.root, tmp_path / "run"))
+    (config,) = compose(
+        [
+            "experiment=tiny",
+            f"run.dir={run.root}",
+            f"teacher.pretrained.solver={solver}",
+            f"teacher.pretrained.guidance={guidance}",
+            f"teacher.pretrained.path={run.teacher.model(3)}",
+            "eval.num_samples=3",
+            "eval.batch_size=2",
+            "eval.nfe=[1,2]",
+            "eval.teacher_nfe=[1,2,8]",
+            "eval.euler_nfe=[1,3]",
+            "eval.reference_steps=4",
+        ]
+    )
+    images = []
+
+    def count(module, inputs):
+        if isinstance(module, DiT):
+            images.append(len(inputs[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        evaluate(run, config.data, config.teacher, config.eval, "traflow", "cpu")
+    finally:
+        hook.remove()
+    assert estimate(config)["exact"]["forwards"]["evaluate"] == sum(images)
 
 
 def test_blocks_cover_the_reads_and_no_more():

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import ConfigError
-from distill.solvers import NFE_PER_STEP, dopri5, solve
+from distill.config import NFE_PER_STEP, ConfigError
+from distill.solvers import dopri5, solve
 from distill.testing import GaussianFlow
 
 
