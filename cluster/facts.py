@@ -70,8 +70,8 @@ def results_are_current(config: RunConfig, run: RunDir) -> bool:
         results = json.loads(run.results.read_text())
     except (FileNotFoundError, ValueError):
         return False
-    found = (results.get("step"), results.get("n"), results.get("seed"))
-    return found == (steps_done(run), config.eval.num_samples, config.eval.seed)
+    found = (results.get("step"), results.get("settings"))
+    return found == (steps_done(run), dataclasses.asdict(config.eval))
 
 
 def is_finished(config: RunConfig) -> bool:

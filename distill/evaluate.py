@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -267,6 +267,7 @@ def evaluate(
         "run": run.root.name,
         "objective": objective,
         "step": student.meta.get("step"),
+        "settings": asdict(evaluation),
         "model_sha256": fingerprint(folder),
         "teacher": curves,
         "student": student_rows,

@@ -81,18 +81,6 @@ def verify(folder: Path) -> list[str]:
     return problems
 
 
-def audit_all(checkpoints: Path) -> tuple[list[int], dict[int, list[str]]]:
-    """Steps that verify, and the problems of those that do not."""
-    good, bad = [], {}
-    for step, folder in committed_steps(checkpoints).items():
-        problems = verify(folder)
-        if problems:
-            bad[step] = problems
-        else:
-            good.append(step)
-    return good, bad
-
-
 def latest_verified(checkpoints: Path) -> tuple[int, Path] | None:
     """The newest checkpoint that verifies, or None when there is none at all.
 
