@@ -13,6 +13,7 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.configfile import load_config
 from cluster.plan import stream_plan
+from distill.cost import goodput
 from distill.ledger import committed
 from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.rundir import RunDir, read_lines
@@ -44,9 +45,10 @@ def last_record(path: Path) -> dict[str, Any]:
     return next(iter(deque(read_lines(path), maxlen=1)), {})
 
 
-def training(run: RunDir, max_steps: int) -> dict[str, Any]:
+def training(run: RunDir, max_steps: int, live: bool) -> dict[str, Any]:
     """Step, loss and speed of the training in a run directory, from its metrics."""
     last = last_record(run.metrics)
+    goes_on = live and last.get("step", 0) < max_steps
     return {
         "step": last.get("step", 0),
         "max_steps": max_steps,
@@ -55,6 +57,7 @@ def training(run: RunDir, max_steps: int) -> dict[str, Any]:
         "lr": last.get("lr"),
         "samples_per_s": last.get("samples_per_s"),
         "data_wait_fraction": last.get("data_wait_fraction"),
+        "goodput": goodput(run, time.time() if goes_on else None),
         "world_size": last.get("world_size"),
         "seconds_since": round(time.time() - last["time"], 1) if last else None,
     }
@@ -181,17 +184,19 @@ def status(run: RunDir) -> dict[str, Any]:
     """Everything `bowstring status` says, ready for JSON. Raises ConfigError when it is no run."""
     config = load_config(run)
     events = list(read_lines(run.events))
-    pretrains = run.teacher.root.is_dir()
+    pretrains, live = run.teacher.root.is_dir(), is_live(run)
     found: dict[str, Any] = {
         "run": config.run.name,
         "dir": str(run.root),
         "objective": config.objective.name,
-        "live": is_live(run),
-        "pretrain": training(run.teacher, config.pretrain.train.max_steps) if pretrains else None,
-        "train": training(run, config.train.max_steps),
+        "live": live,
+        "pretrain": None,
+        "train": training(run, config.train.max_steps, live),
     }
+    if pretrains:
+        found["pretrain"] = training(run.teacher, config.pretrain.train.max_steps, live)
     found["shards"] = shards(run, config, found["train"]["step"], events)
-    found["waiting_for"] = waiting_for(run) if found["live"] else None
+    found["waiting_for"] = waiting_for(run) if live else None
     found["checkpoint"] = last_verified(run)
     found["restarts"] = restarts(run, events)
     found["disk_free_bytes"] = shutil.disk_usage(run.root).free

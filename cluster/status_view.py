@@ -43,7 +43,11 @@ def render(found: dict[str, Any]) -> Group:
         "training",
         f"{_number(train['samples_per_s'])} samples/s, {_number(train['world_size'])} ranks",
     )
-    head.add_row("waits for data", "-" if wait is None else f"{wait:.1%} of the time")
+    head.add_row("waited for data", "-" if wait is None else f"{wait:.1%} of the time")
+    if found["waiting_for"]:
+        head.add_row("waits for", found["waiting_for"])
+    good = train["goodput"]
+    head.add_row("goodput", "-" if good is None else f"{good:.1%} of the training's wall time")
     head.add_row(
         "shards", f"{stock['committed']:,} of {stock['planned']:,}, {stock['bytes']:,} bytes"
     )

@@ -29,15 +29,43 @@ def read_cost(run: RunDir) -> dict[str, float | int]:
 
 def train_device_s(run: RunDir) -> float:
     """Seconds times ranks of all logged training steps, repeated ones included."""
-    records: list[dict[str, Any]] = [r for r in read_lines(run.events) if r.get("kind") == "resume"]
-    records += [r for r in read_lines(run.metrics) if "step_s" in r]
-    records.sort(
-        key=lambda record: record["time"]
-    )  # stable: a resume comes before the metrics of its second
     total, position = 0.0, 0
-    for record in records:
+    for record in _starts_and_steps(run):
         if "step_s" in record:
             steps = max(0, record["step"] - position)
             total += steps * record["step_s"] * record.get("world_size", 1)
         position = record["step"]
     return total
+
+
+def goodput(run: RunDir, now: float | None = None) -> float | None:
+    """Useful step time over the wall time of training, in [0, 1]; None before the first metrics.
+
+    Useful is the time of the steps that the weights come from, each once, without waiting for data.
+    Wall time runs from the first start to the last logged step, or to `now` (Unix time): starts,
+    saves, waits, steps done again, and any pause between two starts are all in it.
+    """
+    useful: list[tuple[int, float]] = []  # (last step, seconds) of each line of metrics that counts
+    first = last = None
+    position = 0
+    for record in _starts_and_steps(run):
+        first = record["time"] if first is None else first
+        if "step_s" in record:
+            seconds = max(0, record["step"] - position) * record["step_s"]
+            useful.append((record["step"], seconds * (1 - record.get("data_wait_fraction", 0.0))))
+            last = record["time"]
+        else:
+            useful = [line for line in useful if line[0] <= record["step"]]
+        position = record["step"]
+    if first is None or last is None:
+        return None
+    wall = max(last, now or last) - first
+    return min(1.0, sum(seconds for _, seconds in useful) / wall) if wall > 0 else None
+
+
+def _starts_and_steps(run: RunDir) -> list[dict[str, Any]]:
+    """Starts of the trainer, and logged steps, in the order of time."""
+    records: list[dict[str, Any]] = [r for r in read_lines(run.events) if r.get("kind") == "resume"]
+    records += [r for r in read_lines(run.metrics) if "step_s" in r]
+    # The sort is stable: a resume comes before the metrics of its second.
+    return sorted(records, key=lambda record: record["time"])

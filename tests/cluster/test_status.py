@@ -12,6 +12,7 @@ from cluster.compose import compose
 from cluster.configfile import save_config
 from cluster.status import is_live, last_verified, open_leases, pairs_per_s, status
 from cluster.status_view import render, show_audit
+from distill.cost import goodput
 from distill.manifest import sha256_file, step_name
 from distill.rundir import RunDir, append_line, write_json
 
@@ -55,10 +56,7 @@ def test_a_run_in_the_middle(run):
     assert (found["shards"]["committed"], found["shards"]["bytes"]) == (3, 3000)
     # Step 4 of batch 16 has read 64 = one block of 2 shards of 16, twice: shard 2 is left.
     assert found["shards"]["backlog"] == 1
-    console = Console(width=120)
-    with console.capture() as capture:
-        console.print(render(found))
-    assert "step 4 of 6" in capture.get()
+    assert "step 4 of 6" in shown(found)
     json.dumps(found)
 
 
@@ -105,6 +103,51 @@ def test_live_is_a_held_lock(run):
         fcntl.flock(file, fcntl.LOCK_EX)
         assert is_live(run)
     assert not is_live(run)
+
+
+def shown(found):
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(render(found))
+    return capture.get()
+
+
+def test_what_the_trainer_waits_for_is_shown_while_the_run_is_live(run):
+    write_json(run.cursor, {"block": 3, "waiting_for": "block 3: shard 7 is not there yet"})
+    assert status(run)["waiting_for"] is None
+    assert "shard 7" not in shown(status(run))
+    with run.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = status(run)
+        assert found["waiting_for"] == "block 3: shard 7 is not there yet"
+        assert "shard 7 is not there yet" in shown(found)
+        write_json(run.cursor, {"block": 3, "waiting_for": ""})
+        assert status(run)["waiting_for"] is None
+
+
+def write_timed(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def test_goodput_is_the_time_of_steps_that_count_over_the_wall_time(run):
+    assert status(run)["train"]["goodput"] is None
+    speed = {"step_s": 1.0, "data_wait_fraction": 0.5, "loss": 0.1, "terms": {}}
+    write_timed(
+        run.events,
+        {"time": 100.0, "kind": "resume", "step": 0},
+        {"time": 110.0, "kind": "resume", "step": 2},
+    )
+    write_timed(
+        run.metrics,
+        {"time": 102.0, "step": 2, **speed},
+        {"time": 104.0, "step": 4, **speed},  # lost: the run went on from step 2
+        {"time": 120.0, "step": 6, **speed},
+    )
+    # 6 steps of 1 s count, half of it waiting, in the 20 s from 100 to 120.
+    found = status(run)
+    assert found["train"]["goodput"] == pytest.approx(3 / 20)
+    assert "15.0%" in shown(found)
+    assert goodput(run, now=130.0) == pytest.approx(3 / 30)
 
 
 def test_finished_needs_results_newer_than_the_training(run):
