@@ -26,7 +26,7 @@ from cluster.identity import check_or_write
 from cluster.job import TrainJob, stop_file
 from cluster.pool import TeacherPool
 from cluster.progress import last_step
-from cluster.session import Session, open_session
+from cluster.session import Session, Stopped, open_session
 from cluster.stages import Work
 from cluster.trainer import final_error, fit
 from distill.config import ConfigError
@@ -42,10 +42,6 @@ STARVED_GRACE_S = 3.0
 
 class RunFailed(RuntimeError):
     """A stage ended for good. The message says why."""
-
-
-class Stopped(Exception):
-    """A signal asked for an end; the state is saved."""
 
 
 Stage = Callable[[Session], Work]
@@ -88,7 +84,9 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
         save_config(session.run, given)
         try:
             for stage in chosen:
-                _work(session, stage(session))
+                with session.stopping_at_once():
+                    work = stage(session)
+                _work(session, work)
         except Stopped:
             session.bars.say(f"stopped; the same command goes on with {given.run.dir}")
             return 128 + signal.SIGINT if session.stop_signal == signal.SIGINT else 0
@@ -117,6 +115,8 @@ def _work(session: Session, work: Work) -> None:
     if pool is None and job is None:
         return
     session.start_ray()
+    if session.stop_signal:
+        raise Stopped
     group = TrainerGroup(session, job) if job else None
     before = last_step(job.run.metrics) if job else 0
     try:

@@ -40,6 +40,13 @@ RAY_ENVIRONMENT = {
 }
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A signal asked for an end; the state is saved. No library catches it with its Exceptions."""
+
+
 class Session:
     """One supervisor's hold on one run."""
 
@@ -48,6 +55,7 @@ class Session:
         self.bars = StageBars()
         self.scratch = run.root / ".ray"  # Ray Train's own files; on a file system all nodes see
         self.stop_signal = 0
+        self._stops_at_once = False
         # Short, and the same for every start of this run, so nothing piles up after kills.
         digest = hashlib.sha256(str(run.root).encode()).hexdigest()[:8]
         base = tempfile.gettempdir()
@@ -69,8 +77,7 @@ class Session:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
             self._start_local_ray()
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._on_signal)
+        self._take_signals()  # Ray has set its own
         missing = missing_resources(self.config, ray.cluster_resources())
         check(
             not missing,
@@ -109,10 +116,32 @@ class Session:
         if not self.config.cluster.address:
             shutil.rmtree(self._ray_temp, ignore_errors=True)
 
+    @contextmanager
+    def stopping_at_once(self) -> Iterator[None]:
+        """Around work in this process that can be made again: a stop signal raises Stopped in it.
+
+        Elsewhere a signal is noted in `stop_signal`, for the loop that watches the trainer.
+        """
+        self._take_signals()
+        self._stops_at_once = True
+        try:
+            yield
+        finally:
+            self._stops_at_once = False
+        if self.stop_signal:  # it came at a moment when Python drops exceptions
+            raise Stopped
+
+    def _take_signals(self) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._on_signal)
+
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.stop_signal == signal.SIGINT:
-            raise KeyboardInterrupt
+        again = number == signal.SIGINT and self.stop_signal == signal.SIGINT
         self.stop_signal = number
+        if self._stops_at_once:
+            raise Stopped
+        if again:
+            raise KeyboardInterrupt
 
 
 @contextmanager
@@ -135,7 +164,7 @@ def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
-        session = Session(config, run)
+        session, before = Session(config, run), {n: signal.getsignal(n) for n in STOP_SIGNALS}
         shutil.rmtree(session.scratch, ignore_errors=True)
         session.scratch.mkdir()
         try:
@@ -143,6 +172,8 @@ def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
         finally:
             session.stop_ray()
             shutil.rmtree(session.scratch, ignore_errors=True)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _lock(descriptor: int, run: RunDir) -> None:

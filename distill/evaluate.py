@@ -5,30 +5,17 @@ Every number comes from the same samples: noise and label of id i are those of (
 describes results.json.
 """
 
-import os
-import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from distill.config import (
-    NFE_PER_STEP,
-    DataConfig,
-    EvalConfig,
-    ImageSpec,
-    TeacherConfig,
-    check,
-)
+from distill.config import DataConfig, EvalConfig, ImageSpec, TeacherConfig, check
 from distill.cost import read_cost
 from distill.curves import (
     TRUTH_SOLVER,
@@ -39,95 +26,25 @@ from distill.curves import (
     teacher_curves,
 )
 from distill.datasets import load_images
+from distill.draw import (
+    Interrupt,
+    Sampler,
+    Samples,
+    TeacherVelocity,
+    draw,
+    evaluation_samples,
+    student_sampler,
+    teacher_sampler,
+)
 from distill.export import latest_student, read_identity
 from distill.metrics import FeatureDistance, distance_name, relative_distance
 from distill.models import fingerprint
-from distill.noise import sample_labels, sample_noise
+from distill.paths import MeanVelocity
 from distill.pictures import tile, write_npz, write_png
 from distill.rundir import RunDir, write_json
-from distill.sample import Student, few_step, load_student, to_uint8
-from distill.solvers import solve
+from distill.sample import load_student, to_uint8
 from distill.teachers import build_teacher
 from distill.teachers.base import guided
-
-# (noise [B, C, H, W], label [B]) -> image [B, C, H, W]
-Sampler = Callable[[Tensor, Tensor], Tensor]
-# v(x, t [B], label) -> velocity
-TeacherVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The fixed sample set of an evaluation, on the CPU."""
-
-    noise: Float[Tensor, "N *S"]
-    labels: Int[Tensor, "N"]
-
-
-def evaluation_samples(evaluation: EvalConfig, image: ImageSpec) -> Samples:
-    """Noise and labels of the ids 0 .. num_samples - 1 of eval.seed."""
-    ids = np.arange(evaluation.num_samples)
-    noise = sample_noise(evaluation.seed, ids, image.shape)
-    labels = sample_labels(evaluation.seed, ids, image.num_classes)
-    return Samples(torch.from_numpy(noise), torch.from_numpy(labels))
-
-
-def student_sampler(student: Student, nfe: int) -> Sampler:
-    """Samples of the student at `nfe` jumps."""
-    return lambda noise, labels: few_step(student.network, noise, labels, nfe)
-
-
-def teacher_sampler(velocity: TeacherVelocity, solver: str, nfe: int) -> Sampler:
-    """End points of the teacher's ODE at `nfe` evaluations of its velocity, on the uniform grid."""
-    steps, rest = divmod(nfe, NFE_PER_STEP[solver])
-    assert steps > 0 and rest == 0
-
-    @torch.no_grad()
-    def sample(noise: Tensor, labels: Tensor) -> Tensor:
-        times = torch.tensor([0.0, 1.0], device=noise.device)
-        return solve(
-            lambda x, t: velocity(x, t.expand(len(x)), labels), noise, times, solver, steps
-        )[-1]
-
-    return sample
-
-
-def draw(
-    sampler: Sampler,
-    samples: Samples,
-    batch_size: int,
-    device: torch.device,
-    advance: Callable[[int], None] = lambda num: None,
-) -> tuple[Float[Tensor, "N *S"], float]:
-    """Images for all samples, float32 on the CPU, and seconds. `advance` hears of each batch.
-
-    On a CPU each core takes whole batches: threads inside every small operation would mostly wait
-    for each other. The batches, and so the numbers, do not depend on the number of cores.
-    """
-    noise, labels = samples.noise.split(batch_size), samples.labels.split(batch_size)
-
-    def run(noise: Tensor, labels: Tensor) -> Tensor:
-        return sampler(noise.to(device), labels.to(device)).float().cpu()
-
-    started, parts = time.perf_counter(), []
-    num_jobs = len(noise) if device.type == "cpu" else 1
-    with cores(num_jobs) as workers, ThreadPoolExecutor(workers) as pool:
-        for part in pool.map(run, noise, labels):
-            parts.append(part)
-            advance(len(part))
-    return torch.cat(parts), time.perf_counter() - started
-
-
-@contextmanager
-def cores(num_jobs: int) -> Iterator[int]:
-    """Threads to run jobs in, one per core; meanwhile torch takes one core per operation."""
-    before = torch.get_num_threads()
-    workers = min(len(os.sched_getaffinity(0)), num_jobs)
-    torch.set_num_threads(1 if workers > 1 else before)
-    try:
-        yield workers
-    finally:
-        torch.set_num_threads(before)
 
 
 class Evaluator:
@@ -138,6 +55,7 @@ class Evaluator:
     ) -> None:
         self._evaluation, self._device, self._progress = evaluation, device, progress
         self.samples = evaluation_samples(evaluation, data.image)
+        self.interrupt = Interrupt()
         self.features: FeatureDistance | None = None
         self.real_description: dict[str, Any] = {"name": data.name}
         if data.image.is_picture:
@@ -149,14 +67,18 @@ class Evaluator:
             }
         self._reference: tuple[Tensor, float] | None = None
 
-    def draw(self, sampler: Sampler, title: str) -> tuple[Tensor, float]:
-        """Images of a sampler for the sample set, with a bar."""
-        task = self._progress.add_task(title, total=len(self.samples.noise))
+    def draw(
+        self, sampler: Sampler, title: str, samples: Samples | None = None
+    ) -> tuple[Tensor, float]:
+        """Images of a sampler for the sample set, or for other `samples`, with a bar."""
+        samples = samples or self.samples
+        task = self._progress.add_task(title, total=len(samples.noise))
         result = draw(
             sampler,
-            self.samples,
+            samples,
             self._evaluation.batch_size,
             self._device,
+            self.interrupt,
             lambda num: self._progress.advance(task, num),
         )
         self._progress.remove_task(task)
@@ -194,23 +116,28 @@ def teacher_rows(
 
 
 def picture_grid(
-    run: RunDir, student: Student, velocity: TeacherVelocity, solver: str, samples: Samples
+    run: RunDir,
+    evaluator: Evaluator,
+    image: ImageSpec,
+    u: MeanVelocity,
+    velocity: TeacherVelocity,
+    solver: str,
 ) -> None:
     """Writes samples/grid.npz and a PNG: a row per sampler, the same noise and label down a
     column."""
-    num = grid_columns(len(samples.noise), student.image)
-    labels = samples.labels[:num]
-    if student.image.num_classes > 0:  # every class once, in order
+    num = grid_columns(len(evaluator.samples.noise), image)
+    labels = evaluator.samples.labels[:num]
+    if image.num_classes > 0:  # every class once, in order
         labels = torch.arange(num)
     rows = {
         f"{who},{how},{nfe}": teacher_sampler(velocity, how, nfe)
         if who == "teacher"
-        else student_sampler(student, nfe)
+        else student_sampler(u, nfe)
         for who, how, nfe in grid_rows(solver)
     }
-    chosen = Samples(samples.noise[:num], labels)
+    chosen = Samples(evaluator.samples.noise[:num], labels)
     images = torch.stack(
-        [to_uint8(draw(sampler, chosen, num, student.device)[0]) for sampler in rows.values()]
+        [to_uint8(evaluator.draw(sampler, "pictures", chosen)[0]) for sampler in rows.values()]
     ).numpy()
     write_npz(
         run.samples / "grid.npz",
@@ -247,18 +174,19 @@ def evaluate(
     student = load_student(folder, place)
     name, config = list(teachers.items())[-1]
     teacher = build_teacher(config, place)
-    velocity = guided(teacher, config.guidance)
     with progress_bar() as progress:
         evaluator = Evaluator(data, evaluation, place, progress)
+        velocity = evaluator.interrupt.watch(guided(teacher, config.guidance))
+        u = evaluator.interrupt.watch(student.network)
         truth = teacher_sampler(velocity, TRUTH_SOLVER, reference_nfe(evaluation))
         evaluator.set_reference(truth)
         student_rows = [
-            {"nfe": n} | evaluator.row(student_sampler(student, n), f"student, {n} NFE")
+            {"nfe": n} | evaluator.row(student_sampler(u, n), f"student, {n} NFE")
             for n in evaluation.nfe
         ]
         curves = teacher_rows(evaluator, velocity, config.solver, evaluation)
         if student.image.is_picture:
-            picture_grid(run, student, velocity, config.solver, evaluator.samples)
+            picture_grid(run, evaluator, student.image, u, velocity, config.solver)
     features = evaluator.features
     extractor: dict[str, Any] = {"name": "none", "sha256": ""}
     if features:

@@ -1,5 +1,9 @@
-"""The supervisor's decisions: when a training starts again, and when it is given up."""
+"""The supervisor's decisions: when a training starts again, when it is given up, how it stops."""
 
+import os
+import signal
+import threading
+import time
 from dataclasses import dataclass, field
 
 import pytest
@@ -125,3 +129,36 @@ def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
     monkeypatch.setattr(runner, "_show", lambda *_: None)
     with pytest.raises(Stopped):
         runner._work(session, Work(None, job))
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
+)
+def test_a_signal_stops_an_evaluation_at_once(number, code, tmp_path, capsys):
+    (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}"])
+    reached = []
+
+    def evaluation(session):
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        time.sleep(60)
+        reached.append("end of the evaluation")
+
+    def next_stage(session):
+        reached.append("next stage")
+
+    before, started = signal.getsignal(number), time.monotonic()
+    assert runner.supervise(config, evaluation, next_stage) == code
+    assert time.monotonic() - started < 10 and reached == []
+    assert f"stopped; the same command goes on with {config.run.dir}" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stop_signal_that_python_dropped_counts_after_the_stage(tmp_path):
+    (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}"])
+
+    class Finalised:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)  # an exception raised here is ignored by Python
+
+    assert runner.supervise(config, lambda session: Finalised() and Work(), pytest.fail) == 0

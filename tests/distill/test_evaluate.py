@@ -1,13 +1,15 @@
 """Evaluation: a student that is its teacher is Euler; nothing depends on the batch."""
 
 import json
+import time
 
 import numpy as np
 import pytest
 import torch
 
 from distill.config import ConfigError, EvalConfig
-from distill.evaluate import Samples, draw, evaluate, teacher_sampler
+from distill.draw import Interrupt, Samples, draw, teacher_sampler
+from distill.evaluate import evaluate
 from distill.metrics import relative_distance
 from distill.noise import sample_noise
 from distill.testing import GaussianFlow
@@ -35,9 +37,32 @@ def test_draw_is_the_same_for_every_batch_size():
     noise = torch.from_numpy(sample_noise(1, np.arange(50), (2,)))
     samples = Samples(noise, torch.full((50,), -1))
     sampler = teacher_sampler(gaussian_velocity, "euler", 4)
-    whole, _ = draw(sampler, samples, 50, torch.device("cpu"))
-    parts, _ = draw(sampler, samples, 7, torch.device("cpu"))
+    whole, _ = draw(sampler, samples, 50, torch.device("cpu"), Interrupt())
+    parts, _ = draw(sampler, samples, 7, torch.device("cpu"), Interrupt())
     assert torch.allclose(whole, parts, atol=1e-6)
+
+
+def test_an_interrupted_drawing_ends_at_the_next_evaluation():
+    # Batch 0 is there at once and its arrival interrupts; each other one would take 50 seconds.
+    noise = torch.arange(8.0)[:, None].expand(8, 2)
+    samples, interrupt = Samples(noise, torch.full((8,), -1)), Interrupt()
+
+    def slow(x, t, label):
+        time.sleep(0.05)
+        return x
+
+    def sampler(noise, labels):
+        is_first = bool(noise[0, 0] == 0)
+        watched = interrupt.watch(slow)
+        return noise if is_first else teacher_sampler(watched, "euler", 1000)(noise, labels)
+
+    def arrived(num):
+        raise KeyboardInterrupt
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        draw(sampler, samples, 1, torch.device("cpu"), interrupt, arrived)
+    assert time.monotonic() - started < 5
 
 
 def settings(**changes):
