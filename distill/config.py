@@ -348,16 +348,14 @@ class TrainConfig:
         Raises:
             ConfigError: the batch cannot be divided so.
         """
-        micro = self.micro_batch or self.batch_size // max(world_size, 1)
-        unit = world_size * micro
-        if unit == 0 or self.batch_size % unit:
-            unit = max(unit, world_size)
+        unit = world_size * max(self.micro_batch, 1)
+        if self.batch_size % unit:
             nearest = max(1, round(self.batch_size / unit)) * unit
             raise ConfigError(
                 f"train.batch_size={self.batch_size} must be a multiple of "
                 f"world_size*micro_batch={unit}; try {nearest}"
             )
-        return self.batch_size // unit
+        return self.batch_size // unit if self.micro_batch else 1
 
 
 @dataclass
