@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import ray
@@ -54,10 +55,16 @@ class Member:
 
     actor: Any
     task: Any
-    name: str = ""  # known once its teachers are loaded
+    ping: Any  # pending question for its name and progress
+    name: str = ""  # known once it has a process, which may have to wait for a node
     shard: int | None = None
-    ping: Any = None  # pending question for its progress
-    evaluations: int = -1
+    samples: int = -1
+    expires_s: float = inf  # its teachers must be loaded by then
+
+    @property
+    def is_loading(self) -> bool:
+        """Whether its teachers are still being loaded."""
+        return self.task is not None and self.shard is None
 
 
 @dataclass
@@ -71,7 +78,6 @@ class TeacherPool:
     trainer_reads: bool  # whether a trainer moves the cursor; without one all shards are made
     members: list[Member] = field(default_factory=list)
     deaths: int = 0  # since the last commit
-    restarts: int = 0  # of all workers, for the record
 
     def __post_init__(self) -> None:
         pool, trajectory = self.config.cluster.teachers, self.config.trajectory
@@ -116,6 +122,7 @@ class TeacherPool:
             self._fill()
         self._collect()
         self._ping(now)
+        self._expire_loads(now)
         self._handle(Tick())
         return self.is_done
 
@@ -136,7 +143,7 @@ class TeacherPool:
         """Starts the workers that are missing."""
         while len(self.members) < self.config.cluster.teachers.num_workers:
             actor = self._actor_class.remote(self.config, self.run, self.spec)
-            self.members.append(Member(actor, actor.load.remote()))
+            self.members.append(Member(actor, actor.load.remote(), actor.progress.remote()))
 
     def _scan(self) -> None:
         """Takes over what others changed in the directory, and the trainer's position."""
@@ -198,7 +205,6 @@ class TeacherPool:
         """Forgets a worker that is gone; `_fill` starts another."""
         self.members.remove(member)
         self.deaths += 1
-        self.restarts += 1
         name = member.name or "unknown"
         self._event("worker_leave", worker=name, reason=reason)
         if member.name:
@@ -212,22 +218,36 @@ class TeacherPool:
         for member in [m for m in self.members if m.ping is not None]:
             ready, _ = ray.wait([member.ping], timeout=0)
             if ready:
-                self._take_ping(member)
+                self._take_ping(member, now)
         if now >= self._next_ping_s:
             self._next_ping_s = now + self.config.cluster.teachers.lease_timeout_s / 4
             for member in self.members:
                 if member.shard is not None and member.ping is None:
                     member.ping = member.actor.progress.remote()
 
-    def _take_ping(self, member: Member) -> None:
+    def _take_ping(self, member: Member, now: float) -> None:
         ping, member.ping = member.ping, None
         try:
-            evaluations = ray.get(ping)
+            name, samples = ray.get(ping)
         except RayActorError:
             return  # its task tells the same, and is dealt with there
-        if evaluations != member.evaluations:
-            member.evaluations = evaluations
+        if not member.name:
+            member.name = name
+            member.expires_s = now + self.config.cluster.teachers.lease_timeout_s
+        if samples != member.samples:
+            member.samples = samples
             self._handle(Heartbeat(member.name))
+
+    def _expire_loads(self, now: float) -> None:
+        """Ends the workers that do not get their teachers loaded."""
+        limit = self.config.cluster.teachers.lease_timeout_s
+        for member in [m for m in self.members if m.is_loading and now >= m.expires_s]:
+            self._expire(member, f"its teachers were not loaded within {limit:g} s")
+
+    def _expire(self, member: Member, reason: str) -> None:
+        ray.kill(member.actor)
+        self._event("expire", shard=member.shard, worker=member.name, reason=reason)
+        self._bury(member, reason)
 
     # ---------------------------------------------------------------------------------------
     # The coordinator
@@ -240,14 +260,11 @@ class TeacherPool:
         match action:
             case Leased(worker, shard):
                 member = self._member(worker)
-                member.shard, member.evaluations = shard, -1
+                member.shard, member.samples = shard, -1
                 member.task = member.actor.produce.remote(shard)
                 self._event("lease", shard=shard, worker=worker)
-            case Expired(worker, shard):
-                member = self._member(worker)
-                ray.kill(member.actor)
-                self._event("expire", shard=shard, worker=worker)
-                self._bury(member, "no progress")
+            case Expired(worker, _):
+                self._expire(self._member(worker), "no progress")
             case GivenUp(shard, error):
                 raise PoolError(
                     f"shard {shard} was given up after {self.coordinator.limits.max_attempts} "

@@ -58,9 +58,9 @@ class TeacherWorker:
         sidecar = write_shard(self._run, self._spec, shard, generated, seconds, self.name)
         return {"bytes": sidecar.num_bytes, "seconds": round(seconds, 3)}
 
-    def progress(self) -> int:
-        """Samples made so far; grows while a shard is made."""
-        return self._samples
+    def progress(self) -> tuple[str, int]:
+        """Name, and samples made so far, which grow while a shard is made."""
+        return self.name, self._samples
 
     def _advance(self, num: int) -> None:
         self._samples += num

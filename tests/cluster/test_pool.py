@@ -33,9 +33,9 @@ class Actor:
     def __init__(self, ray):
         ray.actors.append(self)
         name, self.made = f"w{len(ray.actors)}", 0
-        self.load = Method(lambda: {"worker": name, "fingerprints": dict(ray.fingerprints)})
+        self.load = Method(lambda: ray.load(name))
         self.produce = Method(lambda shard: ray.behaviour(name, shard))
-        self.progress = Method(lambda: 0)
+        self.progress = Method(lambda: (name, 0) if ray.has_node else "never")
 
 
 class OneProcessRay:
@@ -44,6 +44,8 @@ class OneProcessRay:
     def __init__(self):
         self.actors, self.killed = [], []
         self.fingerprints = {"only": "f" * 64}
+        self.load = lambda name: {"worker": name, "fingerprints": dict(self.fingerprints)}
+        self.has_node = True
         self.behaviour = lambda name, shard: {"bytes": 100, "seconds": 0.0}
 
     def remote(self, cls):
@@ -117,7 +119,7 @@ def test_a_worker_that_dies_is_replaced_and_its_shard_made_again(ray, tmp_path):
     ray.behaviour = behaviour
     pool = make_pool(tmp_path)
     kinds = finish(pool)
-    assert pool.is_done and len(deaths) == 1 and pool.restarts == 1
+    assert pool.is_done and len(deaths) == 1
     assert len(ray.actors) == 3
     assert kinds.count("lease") == pool.plan.shards + 1
 
@@ -148,16 +150,47 @@ def test_a_worker_with_other_weights_is_refused(ray, tmp_path):
         finish(make_pool(tmp_path))
 
 
-def test_a_worker_that_hangs_is_ended_and_its_shard_made_again(ray, tmp_path, monkeypatch):
-    ray.behaviour = lambda name, shard: "never" if name == "w1" else {"bytes": 100, "seconds": 0.0}
+def poll_by_the_second(pool, rounds, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
-    pool = make_pool(tmp_path, lease_timeout_s=10)
-    for _ in range(60):
+    for _ in range(rounds):
         pool.poll()
         now[0] += 1.0
+
+
+def test_a_worker_that_hangs_is_ended_and_its_shard_made_again(ray, tmp_path, monkeypatch):
+    ray.behaviour = lambda name, shard: "never" if name == "w1" else {"bytes": 100, "seconds": 0.0}
+    pool = make_pool(tmp_path, lease_timeout_s=10)
+    poll_by_the_second(pool, 60, monkeypatch)
     assert pool.is_done and ray.killed[0] is ray.actors[0]
     assert [e["shard"] for e in read_lines(pool.run.events) if e["kind"] == "expire"] == [0]
+
+
+def test_a_worker_that_hangs_while_it_loads_is_ended_and_replaced(ray, tmp_path, monkeypatch):
+    load = ray.load
+    ray.load = lambda name: "never" if name == "w1" else load(name)
+    ray.behaviour = lambda name, shard: "never" if name == "w2" else {"bytes": 100, "seconds": 0.0}
+    pool = make_pool(tmp_path, lease_timeout_s=10)
+    poll_by_the_second(pool, 60, monkeypatch)
+    assert pool.is_done and len(ray.actors) == 4
+    expired = {e["worker"]: e for e in read_lines(pool.run.events) if e["kind"] == "expire"}
+    assert expired["w1"]["shard"] is None and expired["w2"]["shard"] == 0
+    assert expired["w1"]["reason"] == "its teachers were not loaded within 10 s"
+    left = {e["worker"]: e for e in read_lines(pool.run.events) if e["kind"] == "worker_leave"}
+    assert left["w1"]["reason"] == expired["w1"]["reason"]
+
+
+def test_workers_that_never_load_stop_the_pool(ray, tmp_path, monkeypatch):
+    ray.load = lambda name: "never"
+    with pytest.raises(PoolError, match=r"6 teacher workers died .* last: its teachers were not"):
+        poll_by_the_second(make_pool(tmp_path, lease_timeout_s=10), 60, monkeypatch)
+
+
+def test_a_worker_that_waits_for_a_node_is_let_wait(ray, tmp_path, monkeypatch):
+    ray.load, ray.has_node = lambda name: "never", False
+    pool = make_pool(tmp_path, lease_timeout_s=10)
+    poll_by_the_second(pool, 60, monkeypatch)
+    assert len(ray.actors) == 2 and ray.killed == []
 
 
 def test_a_shard_quarantined_after_the_end_brings_workers_back(ray, tmp_path):
