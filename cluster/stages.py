@@ -18,6 +18,7 @@ from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
 from distill.config import ImageSpec, check
+from distill.datasets import check_files
 from distill.ledger import ShardSpec, shard_spec
 from distill.models import DESCRIPTION
 from distill.publish import clean_temporaries
@@ -47,6 +48,7 @@ def pretrain(session: Session) -> Work:
     missing = {n: p for n, p in own_teachers(session.config).items() if not has_model(p)}
     if not missing:
         return Work()
+    check_files(session.config.data)
     job = TrainJob("pretrain", session.config, None, session.scratch)
     made = [job.run.model(step) for step in job.exports]
     for name, folder in missing.items():
@@ -63,6 +65,7 @@ def distil(session: Session) -> Work:
     config, plan = session.config, stream_plan(session.config)
     if is_distilled(config, session.run):
         return Work()
+    check_files(config.data)  # not needed before the evaluation, but better said now
     is_trained = steps_done(session.run) >= config.train.max_steps
     spec = run_spec(session)
     return Work(

@@ -23,11 +23,12 @@ def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor,
     Raises:
         ConfigError: files absent, cut or of another kind; settings that do not describe the images.
     """
+    check_files(data)
     match data.name:
         case "digits":
             images, labels = _digits()
         case "fashion":
-            images, labels = _fashion(Path(data.path) if data.path else FASHION_FOLDER)
+            images, labels = _fashion(*_fashion_files(data))
         case _:
             raise ConfigError(f"data.name={data.name} is not known; choose one of: digits, fashion")
     channels, size = images.shape[1], images.shape[2]
@@ -50,6 +51,17 @@ def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor,
     return images, labels
 
 
+def check_files(data: DataConfig) -> None:
+    """Raises ConfigError when a file of the data set is absent, so that it is known early."""
+    for path in _fashion_files(data) if data.name == "fashion" else []:
+        if not path.exists():
+            raise ConfigError(
+                f"{path} is not there. On Debian and Ubuntu: apt-get install "
+                "dataset-fashion-mnist. Elsewhere set data.path to a folder with the *-ubyte.gz "
+                "files of Fashion-MNIST"
+            )
+
+
 def _digits() -> tuple[Tensor, Tensor]:
     """1,797 scans of handwritten digits, 8x8, values 0 .. 16."""
     digits = load_digits()
@@ -57,12 +69,17 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(digits.target).long()
 
 
-def _fashion(folder: Path) -> tuple[Tensor, Tensor]:
+def _fashion_files(data: DataConfig) -> list[Path]:
+    """Where the training images and their labels should be."""
+    folder = Path(data.path) if data.path else FASHION_FOLDER
+    return [folder / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
+
+
+def _fashion(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
     """60,000 pictures of clothes, 28x28 (Xiao et al., 2017)."""
-    pixels = _read_idx(folder / "train-images-idx3-ubyte.gz", (FASHION_COUNT, 28, 28))
-    labels = _read_idx(folder / "train-labels-idx1-ubyte.gz", (FASHION_COUNT,))
-    images = torch.from_numpy(pixels)[:, None].float() / 127.5 - 1
-    return images, torch.from_numpy(labels).long()
+    pixels = torch.from_numpy(_read_idx(images, (FASHION_COUNT, 28, 28)))
+    classes = torch.from_numpy(_read_idx(labels, (FASHION_COUNT,)))
+    return pixels[:, None].float() / 127.5 - 1, classes.long()
 
 
 def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
@@ -70,11 +87,6 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
 
     An idx header is 0, 0, type 8, number of axes, then each length as big-endian uint32.
     """
-    if not path.exists():
-        raise ConfigError(
-            f"{path} is not there. On Debian and Ubuntu: apt-get install dataset-fashion-mnist. "
-            "Elsewhere set data.path to a folder with the *-ubyte.gz files of Fashion-MNIST"
-        )
     try:
         with gzip.open(path) as file:
             content = file.read()

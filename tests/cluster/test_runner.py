@@ -162,3 +162,14 @@ def test_a_stop_signal_that_python_dropped_counts_after_the_stage(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)  # an exception raised here is ignored by Python
 
     assert runner.supervise(config, lambda session: Finalised() and Work(), pytest.fail) == 0
+
+
+@pytest.mark.parametrize("teacher", ["the run's own", "another one"])
+def test_absent_images_are_named_before_anything_starts(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.session.Session.start_ray", lambda session: pytest.fail())
+    overrides = ["experiment=fashion", f"run.dir={tmp_path / 'run'}", f"data.path={tmp_path}"]
+    if teacher == "another one":
+        overrides.append("teacher.pretrained.path=elsewhere")
+    (config,) = compose(overrides)
+    with pytest.raises(ConfigError, match="apt-get install dataset-fashion-mnist"):
+        runner.run(config)
