@@ -113,6 +113,7 @@ class Session:
         """Ends a Ray started here; leaves a cluster."""
         if ray.is_initialized():
             ray.shutdown()
+            self._take_signals()  # Ray leaves SIGTERM to the system, behind Python's back
         if not self.config.cluster.address:
             shutil.rmtree(self._ray_temp, ignore_errors=True)
 

@@ -134,11 +134,14 @@ def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)]
 )
-def test_a_signal_stops_an_evaluation_at_once(number, code, tmp_path, capsys):
+def test_a_signal_stops_an_evaluation_at_once(number, code, tmp_path, capsys, monkeypatch):
     (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}"])
     reached = []
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.shutdown", lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
     def evaluation(session):
+        session.stop_ray()
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
         time.sleep(60)
         reached.append("end of the evaluation")
