@@ -79,7 +79,8 @@ def test_the_command_line_chooses_the_teacher_over_bezier():
 def test_a_chosen_name_moves_the_run_and_its_own_teacher():
     config = one("experiment=digits", "run.name=other")
     assert config.run.dir == "runs/other"
-    assert config.teacher["pretrained"].path == "runs/other/teacher/models/step_00001200"
+    last = config.pretrain.train.max_steps
+    assert config.teacher["pretrained"].path == f"runs/other/teacher/models/step_{last:08d}"
 
 
 def test_one_override_scales_the_whole_fashion_run():
