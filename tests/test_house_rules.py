@@ -1,0 +1,46 @@
+"""Rules of CONTRIBUTING.md that a program can check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*(ROOT / "distill").rglob("*.py"), *(ROOT / "cluster").rglob("*.py")])
+NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
+
+MAX_FUNCTION_LINES = 60
+MAX_FILE_LINES = 300
+# Settings are one dataclass after another; a reader looks one up and leaves.
+LONG_FILES = {"distill/config.py": 400}
+
+
+def code_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring."""
+    body = function.body[1:] if ast.get_docstring(function) else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_a_file_is_read_in_one_sitting_and_a_function_fits_a_screen(path):
+    text = path.read_text()
+    limit = LONG_FILES.get(str(path.relative_to(ROOT)), MAX_FILE_LINES)
+    assert len(text.splitlines()) <= limit
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert code_lines(node) <= MAX_FUNCTION_LINES, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=NAMES)
+def test_nothing_is_sniffed_unpickled_or_caught_broadly(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Name):
+            assert node.id != "hasattr"
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "pickle" or node.attr == "UnpicklingError"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+            settings = {k.arg: ast.unparse(k.value) for k in node.keywords}
+            assert settings.get("weights_only") == "True"
+        if isinstance(node, ast.ExceptHandler) and path.name != "runner.py":
+            caught = ast.unparse(node.type) if node.type else "everything"
+            assert caught not in ("Exception", "BaseException", "everything")
