@@ -49,7 +49,7 @@ class PoolError(RuntimeError):
     """The pool cannot go on. The message says why, with the worker's traceback."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Member:
     """An actor as the pool sees it. `task` is its pending load or shard, None when it is idle."""
 
@@ -151,7 +151,8 @@ class TeacherPool:
         for shard in sorted(known.keys() - found.keys()):
             self._event("quarantine", shard=shard)
             self._handle(Quarantined(shard))
-        for shard in sorted(found.keys() - known.keys()):
+        held = {member.shard for member in self.members}  # their own report is about to come
+        for shard in sorted(found.keys() - known.keys() - held):
             self._handle(Committed(shard, found[shard]))
         self._handle(CursorMoved(self._cursor()))
 
@@ -167,6 +168,8 @@ class TeacherPool:
         ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0)
         for task in ready:
             member = tasks[task]
+            if member not in self.members:  # ended by what came before it in this round
+                continue
             member.task = None
             try:
                 result = ray.get(task)

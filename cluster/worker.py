@@ -29,7 +29,7 @@ class TeacherWorker:
         self._config, self._run, self._spec = config, run, spec
         self._device = "cuda" if config.cluster.teachers.gpus_per_worker > 0 else "cpu"
         self._teachers: dict[str, FrozenTeacher] = {}
-        self._samples = 0
+        self._evaluations = 0
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def load(self) -> dict[str, Any]:
@@ -52,15 +52,15 @@ class TeacherWorker:
             self._config.seed,
             shard,
             self._device,
-            self._advance,
+            self._beat,
         )
         seconds = time.monotonic() - started
         sidecar = write_shard(self._run, self._spec, shard, generated, seconds, self.name)
         return {"bytes": sidecar.num_bytes, "seconds": round(seconds, 3)}
 
     def progress(self) -> tuple[str, int]:
-        """Name, and samples made so far, which grow while a shard is made."""
-        return self.name, self._samples
+        """Name, and evaluations of the teachers so far, which grow while a shard is made."""
+        return self.name, self._evaluations
 
-    def _advance(self, num: int) -> None:
-        self._samples += num
+    def _beat(self) -> None:
+        self._evaluations += 1

@@ -70,6 +70,7 @@ class DeepSpeedEngine:
             lr=0.0,
             betas=(config.betas[0], config.betas[1]),
         )
+        weights = {name: p.detach().float().clone() for name, p in network.named_parameters()}
         self._engine, self._zero, _, _ = deepspeed.initialize(
             model=network, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
         )
@@ -78,6 +79,11 @@ class DeepSpeedEngine:
         self._adam_state = [_empty_adam_state(master) for master in self._masters]
         for master, state in zip(self._masters, self._adam_state, strict=True):
             self._zero.optimizer.state[master] = state
+        self._averages: dict[str, Average] = {}
+        for fragment in self.fragments():  # DeepSpeed made them from weights rounded to bf16
+            if fragment.kind == MASTER:
+                whole = weights[fragment.name].flatten()
+                fragment.data.copy_(whole.narrow(0, fragment.start, fragment.data.numel()))
         self._averages = {
             TARGET: Average(config.ema_target, self._masters),
             EVALUATION: Average(config.ema_evaluation, self._masters),

@@ -7,7 +7,7 @@ needs, without a conversion. `distill.manifest` says which checkpoints are whole
 
 from __future__ import annotations
 
-import os
+import hashlib
 import shutil
 import uuid
 from collections import defaultdict
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from distill.engine import Engine, FragmentReader, average_kind
@@ -28,7 +28,6 @@ from distill.manifest import (
     committed_steps,
     latest_verified,
     read_manifest,
-    sha256_file,
     step_name,
     verify,
 )
@@ -90,10 +89,9 @@ def _write_rank_file(path: Path, engine: Engine) -> tuple[bytes, int]:
         SEPARATOR.join((f.kind, f.name, str(f.start))): f.data.detach().cpu().clone()
         for f in engine.fragments()
     }
-    save_file(tensors, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return bytes.fromhex(sha256_file(path)), path.stat().st_size
+    data = to_bytes(tensors)
+    write_atomic(path, data)
+    return hashlib.sha256(data).digest(), len(data)
 
 
 def _manifest(
@@ -132,7 +130,7 @@ def _retain(checkpoints: Path, keep_last: int) -> None:
         for folder in newest_first[keep_last:]:
             doomed = folder.with_name(f"{folder.name}.tmp-deleted")
             folder.rename(doomed)  # a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
         for folder in checkpoints.glob("step_*.tmp-*"):
             shutil.rmtree(folder, ignore_errors=True)
 

@@ -62,12 +62,12 @@ def generate_shard(
     seed: int,
     shard: int,
     device: torch.device | str,
-    advance: Callable[[int], None] = lambda num: None,
+    beat: Callable[[], None] = lambda: None,
 ) -> GeneratedShard:
     """The trajectories of ids shard n .. (shard + 1) n - 1 for n = `trajectory.samples_per_shard`.
 
-    `teachers` and `configs` have the same names in the same order, weakest first. `advance` hears
-    of each finished batch's size: a place for heartbeats and progress; what it raises ends the
+    `teachers` and `configs` have the same names in the same order, weakest first. `beat` is
+    called before every evaluation of a velocity: a place for heartbeats; what it raises ends the
     work.
 
     Raises:
@@ -87,11 +87,10 @@ def generate_shard(
         label = torch.from_numpy(labels[part]).to(device)
         for index, (name, field) in enumerate(fields.items()):
             before = field.evaluations, field.forwards
-            path = integrate(field, noise, label, configs[name], trajectory.grid)
+            path = integrate(field, noise, label, configs[name], trajectory.grid, beat)
             states[part, index] = path.transpose(0, 1).float().cpu()
             nfe += (field.evaluations - before[0]) * len(noise)
             forwards += (field.forwards - before[1]) * len(noise)
-        advance(len(noise))
     check_finite(states, ids, list(teachers))
     return GeneratedShard(states, labels, ids, nfe, forwards)
 
@@ -103,6 +102,7 @@ def integrate(
     label: Int[Tensor, "B"],
     config: TeacherConfig,
     grid: int,
+    beat: Callable[[], None],
 ) -> Float[Tensor, "K1 B *S"]:
     """States of the teacher's ODE at t = 0, 1/K .. 1 from `noise`, K = `grid`.
 
@@ -115,10 +115,13 @@ def integrate(
         f"teacher.steps={config.steps} must be a multiple of trajectory.grid={grid}; "
         f"try {max(1, substeps) * grid}",
     )
+
+    def velocity(x: Tensor, t: Tensor) -> Tensor:
+        beat()
+        return field(x, t.expand(len(x)), label)
+
     times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
-    return solve(
-        lambda x, t: field(x, t.expand(len(x)), label), noise, times, config.solver, substeps
-    )
+    return solve(velocity, noise, times, config.solver, substeps)
 
 
 def check_finite(states: Float[Tensor, "N M K1 *S"], ids: np.ndarray, names: list[str]) -> None:

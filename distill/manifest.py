@@ -72,12 +72,14 @@ def verify(folder: Path) -> list[str]:
         problems.append(f"{folder}: the manifest is of step {manifest['step']}")
     for name, entry in manifest["files"].items():
         path = folder / name
-        if not path.is_file():
-            problems.append(f"{path}: missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{path}: {path.stat().st_size} bytes instead of {entry['bytes']}")
-        elif sha256_file(path) != entry["sha256"]:
-            problems.append(f"{path}: sha256 differs from the manifest")
+        try:
+            size = path.stat().st_size
+            if size != entry["bytes"]:
+                problems.append(f"{path}: {size} bytes instead of {entry['bytes']}")
+            elif sha256_file(path) != entry["sha256"]:
+                problems.append(f"{path}: sha256 differs from the manifest")
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
     return problems
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import shutil
 import uuid
 from dataclasses import asdict
@@ -11,13 +10,13 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill.config import ConfigError, DiTConfig, ImageSpec, NetworkConfig, UNetConfig
 from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
-from distill.rundir import sync_directory, write_json
+from distill.rundir import sync_directory, write_atomic, write_json
 
 FORMAT = "bowstring-model-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -44,9 +43,7 @@ def save_model(
     temporary.mkdir()
     try:
         tensors = {name: value.detach().float().cpu().contiguous() for name, value in state.items()}
-        save_file(tensors, temporary / WEIGHTS)
-        with (temporary / WEIGHTS).open("rb+") as file:
-            os.fsync(file.fileno())
+        write_atomic(temporary / WEIGHTS, save(tensors))
         write_json(temporary / DESCRIPTION, describe(network, image, meta))
         if folder.exists():
             old = folder.with_name(f".{folder.name}.old-{unique}")

@@ -134,6 +134,7 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 line = "\n" + line
         os.write(file.fileno(), line.encode())
+        os.fsync(file.fileno())  # a checkpoint must not be ahead of the record of its data
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -65,6 +65,7 @@ def train(
         finite = all(bool(torch.isfinite(result.total)) for result in results)
         flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
         if flags[0]:
+            log.write(step)
             checkpoint.save(run.checkpoints, step, engine, config.keep_last, origin)
             raise TrainingError(_describe_failure(results, batch, step))
         lr = learning_rate(step, config)
@@ -73,13 +74,13 @@ def train(
             raise TrainingError(f"step {step}: the gradient norm is {grad_norm}")
 
         done, stop = step + 1, bool(flags[1])
-        log.add(batch, results)
+        log.add(batch, results, lr, grad_norm)
         due = stop or done % config.save_every == 0 or done == config.max_steps
         if due or done % config.log_every == 0:
-            log.write(done, lr, grad_norm)
+            log.write(done)
         if due:
             checkpoint.save(run.checkpoints, done, engine, config.keep_last, origin)
-            log.event({"kind": "save", "step": done})
+            log.saved(done)
         if stop:
             return done
     return max(start, config.max_steps)
@@ -103,6 +104,7 @@ class TrainLog:
         self._ids: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._names: list[str] = []
+        self._last: dict[str, float] = {}
         damaged = [step for step in committed_steps(run.checkpoints) if step > start]
         if damaged:  # newer ones did not verify
             self.event({"kind": "fallback", "step": start, "damaged": damaged})
@@ -113,15 +115,25 @@ class TrainLog:
         if self._engine.rank == 0:
             append_line(self._run.events, record)
 
-    def add(self, batch: TrajectoryBatch, results: list[LossTerms]) -> None:
+    def saved(self, done: int) -> None:
+        """Notes a checkpoint. The time it took belongs to no window of steps."""
+        self.event({"kind": "save", "step": done})
+        self._since, self._waited = time.monotonic(), self._wait_s()
+
+    def add(
+        self, batch: TrajectoryBatch, results: list[LossTerms], lr: float, grad_norm: float
+    ) -> None:
         """Takes in one step."""
+        self._last = {"lr": lr, "grad_norm": grad_norm}
         self._names = list(results[0].terms)
         self._ids.append(batch.ids.cpu())
         rows = [torch.stack([r.total.detach(), *r.terms.values()]).float() for r in results]
         self._sums.append(torch.stack(rows).mean(dim=0))
 
-    def write(self, done: int, lr: float, grad_norm: float) -> None:
-        """Writes the steps since the last call. Collective."""
+    def write(self, done: int) -> None:
+        """Writes the steps since the last call, if there are any. Collective."""
+        if not self._ids:
+            return
         # Rank r holds the positions r, r + W, ..: put the global batches together again.
         ids = self._engine.gather(torch.stack(self._ids)).permute(1, 2, 0).reshape(-1)
         values = self._engine.gather(torch.stack(self._sums).mean(dim=0)).mean(dim=0).tolist()
@@ -140,8 +152,7 @@ class TrainLog:
                 "step": done,
                 "loss": values[0],
                 "terms": dict(zip(self._names, values[1:], strict=True)),
-                "lr": lr,
-                "grad_norm": grad_norm,
+                **self._last,
                 "samples_per_s": len(ids) / wall,
                 "step_s": wall / len(self._ids),
                 "data_wait_fraction": (waited - self._waited) / wall,

@@ -66,6 +66,17 @@ def zero_rank(rank: int, world_size: int, root: str, settings: dict) -> int:
     return fit(engine, root, config)
 
 
+def bf16_masters_rank(rank: int, world_size: int) -> float:
+    from cluster.zero import DeepSpeedEngine
+
+    network = build_network(NETWORK, IMAGE, seed=3)
+    weights = {name: p.detach().clone().flatten() for name, p in network.named_parameters()}
+    engine = DeepSpeedEngine(network, config_of(precision="bf16"), CPU)
+    masters = [f for f in engine.fragments() if f.kind == "master"]
+    gaps = [(f.data - weights[f.name][f.start : f.start + len(f.data)]).abs() for f in masters]
+    return max(float(gap.max()) for gap in gaps)
+
+
 def refused_rank(rank: int, world_size: int) -> str:
     from cluster.zero import DeepSpeedEngine
 
@@ -126,6 +137,10 @@ def test_a_run_goes_on_at_another_world_size(tmp_path, single):
     expected = read_state(reference, 4)
     for key, value in read_state(root, 4).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-3, atol=2e-6, msg=key)
+
+
+def test_bf16_starts_from_the_float32_weights(tmp_path):
+    assert run_ranks(bf16_masters_rank, 1, tmp_path / "ranks") == [0.0]
 
 
 def test_a_stage_that_is_not_supported_is_refused_with_the_way_out(tmp_path):

@@ -74,13 +74,13 @@ def test_unconditional_labels_are_none():
     assert (shard.labels == np.full(10, -1)).all()
 
 
-def test_progress_hears_every_batch_and_can_stop_the_work():
-    sizes = []
-    generate(advance=sizes.append)
-    assert sizes == [4, 4, 2]
-    stop = FaultInjector(sizes.append, at=1, error=InterruptedError("lease lost"))
+def test_a_heartbeat_comes_with_every_evaluation_and_can_stop_the_work():
+    beats = []
+    shard = generate(beat=lambda: beats.append(1))
+    assert len(beats) == 3 * shard.nfe // 10  # 10 samples in 3 batches
+    stop = FaultInjector(lambda: None, at=5, error=InterruptedError("lease lost"))
     with pytest.raises(InterruptedError, match="lease lost"):
-        generate(advance=stop)
+        generate(beat=stop)
     assert stop.count == 1
 
 

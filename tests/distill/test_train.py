@@ -128,6 +128,19 @@ def test_a_loss_that_is_not_finite_stops_with_names_and_keeps_the_state(tmp_path
     assert len(losses(tmp_path)) == 6
 
 
+def test_the_record_of_what_was_read_is_never_behind_a_checkpoint(tmp_path):
+    class Breaks:
+        def loss(self, batch, student, target, step):
+            result = build_objective(ReflowConfig(), 0).loss(batch, student, target, step)
+            result.total = result.total * (float("nan") if step == 6 else 1.0)
+            return result
+
+    with pytest.raises(TrainingError):
+        fit(tmp_path, config_of(log_every=5), Breaks())
+    windows = [e for e in read_lines(RunDir(tmp_path).events) if e["kind"] == "steps"]
+    assert [(w["first"], w["last"]) for w in windows] == [(0, 3), (4, 4), (5, 5)]
+
+
 def test_the_learning_rate_is_a_function_of_the_step():
     config = config_of(max_steps=100, warmup_steps=9, lr=1.0)
     assert learning_rate(0, config) == pytest.approx(0.1)
@@ -186,7 +199,7 @@ def test_a_full_disk_leaves_no_trace_and_says_so(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         fit(tmp_path, config_of())
     assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
