@@ -39,7 +39,7 @@ class WorkersConfig:
 class TeacherPoolConfig(WorkersConfig):
     """The teacher pool."""
 
-    lease_timeout_s: float = 120.0  # for one batch of samples, and for loading the teachers
+    lease_timeout_s: float = 120.0  # for one velocity evaluation, and for loading the teachers
     max_attempts: int = 3  # a shard that failed this often is given up, with its traceback
 
 
