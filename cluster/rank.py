@@ -6,8 +6,6 @@ The same code trains a teacher on real images ("pretrain") and the student on tr
 
 from __future__ import annotations
 
-import fcntl
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +27,7 @@ from distill.networks import build_network
 from distill.objectives import build_objective
 from distill.objectives.base import Objective
 from distill.pretrain import ImageStream
-from distill.rundir import RunDir, append_line
+from distill.rundir import RunDir, append_line, lock_file
 from distill.stream import TrajectoryStream
 from distill.train import train
 from distill.trajectory import TrajectoryBatch
@@ -202,15 +200,7 @@ def _only_trainer(run: RunDir, engine: Engine) -> Iterator[None]:
         yield
         return
     run.root.mkdir(parents=True, exist_ok=True)
-    with (run.root / "trainer.lock").open("w") as file:
-        deadline = time.monotonic() + LOCK_TIMEOUT_S
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.2)
+    with run.trainer_lock.open("w") as file:
+        lock_file(file.fileno(), LOCK_TIMEOUT_S)
         engine.any(False)
         yield

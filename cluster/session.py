@@ -6,7 +6,6 @@ however it ends: Ray's daemons are its children and die with it, and workers die
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -16,7 +15,6 @@ import shutil
 import signal
 import socket
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +25,7 @@ import ray
 from cluster.config import RunConfig
 from cluster.progress import StageBars
 from distill.config import ConfigError, check
-from distill.rundir import RunDir
+from distill.rundir import RunDir, lock_file
 
 LOCK_PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
 LONGEST_TEMP = 40  # characters; Ray's socket paths below it must stay under 107
@@ -178,18 +176,13 @@ def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
 
 
 def _lock(descriptor: int, run: RunDir) -> None:
-    deadline = time.monotonic() + LOCK_PATIENCE_S
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise ConfigError(
-                    f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
-                    "wait for it, or take another run with run.name=NAME"
-                ) from None
-            time.sleep(0.1)
+    try:
+        lock_file(descriptor, LOCK_PATIENCE_S)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
+            "wait for it, or take another run with run.name=NAME"
+        ) from None
 
 
 def missing_resources(config: RunConfig, available: dict[str, float]) -> list[str]:

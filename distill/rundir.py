@@ -6,6 +6,7 @@ from its files.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import time
@@ -83,6 +84,11 @@ class RunDir:
         return self.root / "run.lock"
 
     @property
+    def trainer_lock(self) -> Path:
+        """Held by rank 0 of a live trainer group."""
+        return self.root / "trainer.lock"
+
+    @property
     def teacher(self) -> RunDir:
         """The pre-training of a teacher is a run of its own, inside."""
         return RunDir(self.root / "teacher")
@@ -90,6 +96,23 @@ class RunDir:
     def model(self, step: int) -> Path:
         """Folder of the model exported at `step`."""
         return self.root / "models" / f"step_{step:08d}"
+
+
+def lock_file(descriptor: int, patience_s: float) -> None:
+    """Takes the exclusive lock of an open file. It ends with the process that holds it.
+
+    Raises:
+        BlockingIOError: another process held it for `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
 def sync_directory(path: Path) -> None:
