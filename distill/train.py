@@ -6,6 +6,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -59,8 +60,9 @@ def train(
         batch = read(step).to(engine.device)
         results = []
         for micro in batch.split(accumulation):
-            results.append(objective.loss(micro, engine.student, engine.target, step))
-            engine.backward(results[-1].total, last=len(results) == accumulation)
+            result = objective.loss(micro, engine.student, engine.target, step)
+            results.append(Losses.of(result))
+            engine.backward(result.total, last=len(results) == accumulation)
 
         finite = all(bool(torch.isfinite(result.total)) for result in results)
         flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
@@ -86,7 +88,21 @@ def train(
     return max(start, config.max_steps)
 
 
-def _describe_failure(results: list[LossTerms], batch: TrajectoryBatch, step: int) -> str:
+@dataclass(frozen=True)
+class Losses:
+    """Values of one micro-batch's loss, detached so that no graph outlives its step."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, result: LossTerms) -> Losses:
+        """The values of `result`."""
+        terms = {name: value.detach() for name, value in result.terms.items()}
+        return cls(result.total.detach(), terms)
+
+
+def _describe_failure(results: list[Losses], batch: TrajectoryBatch, step: int) -> str:
     bad = {name for r in results for name, value in r.terms.items() if not torch.isfinite(value)}
     where = f"terms {sorted(bad)} are not finite here" if bad else "another rank's loss is not"
     return f"step {step}: loss is not finite; {where}; sample ids {batch.ids.tolist()}"
@@ -121,13 +137,13 @@ class TrainLog:
         self._since, self._waited = time.monotonic(), self._wait_s()
 
     def add(
-        self, batch: TrajectoryBatch, results: list[LossTerms], lr: float, grad_norm: float
+        self, batch: TrajectoryBatch, results: list[Losses], lr: float, grad_norm: float
     ) -> None:
         """Takes in one step."""
         self._last = {"lr": lr, "grad_norm": grad_norm}
         self._names = list(results[0].terms)
         self._ids.append(batch.ids.cpu())
-        rows = [torch.stack([r.total.detach(), *r.terms.values()]).float() for r in results]
+        rows = [torch.stack([r.total, *r.terms.values()]).float() for r in results]
         self._sums.append(torch.stack(rows).mean(dim=0))
 
     def write(self, done: int) -> None:

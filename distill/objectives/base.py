@@ -20,12 +20,17 @@ class LossTerms:
     """The result of an objective.
 
     Attributes:
-        total: weighted sum, a mean over the batch; the only tensor that carries gradient.
-        terms: unweighted value of every term that was computed, detached, by name.
+        weights: what each term counts, by name; a number, or a scalar without gradient.
+        terms: every term that was computed, a scalar mean over the batch, with gradient.
     """
 
-    total: Tensor
-    terms: dict[str, Tensor]
+    weights: dict[str, float | Float[Tensor, ""]]
+    terms: dict[str, Float[Tensor, ""]]
+
+    @property
+    def total(self) -> Float[Tensor, ""]:
+        """sum_k weights[k] terms[k]: the loss."""
+        return torch.stack([self.weights[name] * term for name, term in self.terms.items()]).sum()
 
 
 @runtime_checkable
@@ -42,10 +47,11 @@ class Objective(Protocol):
 
 
 def weighted_sum(terms: dict[str, tuple[float, Float[Tensor, "B"]]]) -> LossTerms:
-    """Sum of weight * mean over the terms, given as (weight, value per sample)."""
-    means = {name: value.mean() for name, (_, value) in terms.items()}
-    total = torch.stack([weight * means[name] for name, (weight, _) in terms.items()]).sum()
-    return LossTerms(total, {name: value.detach() for name, value in means.items()})
+    """Means over the batch of the terms, given as (weight, value per sample)."""
+    return LossTerms(
+        {name: weight for name, (weight, _) in terms.items()},
+        {name: value.mean() for name, (_, value) in terms.items()},
+    )
 
 
 # -----------------------------------------------------------------------------------------------
