@@ -3,120 +3,43 @@
 Events and the time go in, actions come out. It knows no Ray, no torch and no clock, and it keeps
 nothing of its own: it is rebuilt from the shards found on disk.
 
-    free --ask--> leased --committed--> on disk --quarantined--> free
-      ^              |
-      '-- expired, failed, worker left; failed `max_attempts` times: given up
+    free --ask--> leased --committed--> on disk --room needed--> evicted
+      ^              |                     |
+      |              |                     '-- quarantined --> free
+      '--------------'-- expired, failed, worker left; failed `max_attempts` times: given up
 
 A lease is given for the lowest free shard p, and only if (back-pressure)
 
     p < cursor + block_shards + ready_ahead   and   bytes on disk + bytes of leases <= max_bytes
+
+When bytes are what is lacking, blocks below `released` are evicted, the oldest first: no checkpoint
+that is kept would read them again. An evicted shard counts as made.
 """
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, field
+from math import inf
 
-# -----------------------------------------------------------------------------------------------
-# Events
-
-
-@dataclass(frozen=True)
-class Joined:
-    """A worker is ready to work."""
-
-    worker: str
-
-
-@dataclass(frozen=True)
-class Left:
-    """A worker is gone, by its own will or not."""
-
-    worker: str
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A worker wants a lease. The wish stands until it gets one."""
-
-    worker: str
-
-
-@dataclass(frozen=True)
-class Heartbeat:
-    """A worker is seen making progress."""
-
-    worker: str
-
-
-@dataclass(frozen=True)
-class Committed:
-    """A shard stands on disk with its sidecar, whoever made it."""
-
-    shard: int
-    num_bytes: int
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A worker raised while it made its shard."""
-
-    worker: str
-    traceback: str
-
-
-@dataclass(frozen=True)
-class CursorMoved:
-    """The trainer reads the block that starts at `first_shard`."""
-
-    first_shard: int
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """A shard failed its check and was set aside; it must be made again."""
-
-    shard: int
-
-
-@dataclass(frozen=True)
-class Tick:
-    """Time has passed."""
-
-
-Event = Joined | Left | Asked | Heartbeat | Committed | Failed | CursorMoved | Quarantined | Tick
-
-# -----------------------------------------------------------------------------------------------
-# Actions
-
-
-@dataclass(frozen=True)
-class Leased:
-    """`worker` shall make `shard`."""
-
-    worker: str
-    shard: int
-
-
-@dataclass(frozen=True)
-class Expired:
-    """`worker` made no progress for too long; its shard is free again and it counts as gone."""
-
-    worker: str
-    shard: int
-
-
-@dataclass(frozen=True)
-class GivenUp:
-    """`shard` failed too often; it is leased no more."""
-
-    shard: int
-    traceback: str
-
-
-Action = Leased | Expired | GivenUp
-
-# -----------------------------------------------------------------------------------------------
-# State
+from cluster.messages import (
+    Action,
+    Asked,
+    Committed,
+    CursorMoved,
+    Event,
+    Evicted,
+    Expired,
+    Failed,
+    GivenUp,
+    Heartbeat,
+    Joined,
+    Leased,
+    Left,
+    Quarantined,
+    Released,
+    Tick,
+)
 
 
 @dataclass(frozen=True)
@@ -152,31 +75,54 @@ class Lease:
 
 @dataclass
 class Coordinator:
-    """The state. `committed` maps the shards on disk to their bytes; all else starts empty."""
+    """The state. `committed` maps the shards on disk to their bytes; `evicted` are those that were
+    on disk. All else starts empty.
+    """
 
     limits: Limits
     committed: dict[int, int]
+    evicted: set[int] = field(default_factory=set)
     cursor: int = 0  # first shard of the block that is read
+    released: int = 0  # shards below may be evicted
     leases: dict[int, Lease] = field(default_factory=dict)  # by shard
     workers: set[str] = field(default_factory=set)
-    waiting: list[str] = field(default_factory=list)  # workers that asked, longest wait first
+    waiting: dict[str, None] = field(default_factory=dict)  # that asked, longest wait first
     attempts: dict[int, int] = field(default_factory=dict)  # failures by shard
     given_up: dict[int, str] = field(default_factory=dict)  # traceback by shard
 
-    @property
-    def is_done(self) -> bool:
-        """Whether every shard of the run stands on disk."""
-        return self.num_committed == self.limits.num_shards
+    def __post_init__(self) -> None:
+        assert not self.evicted & self.committed.keys()
+        self._bytes = sum(self.committed.values())
+        self._shard_bytes = max(self.limits.shard_bytes, *self.committed.values(), 0)
+        made = (*self.committed, *self.evicted)
+        self._num_made = sum(shard < self.limits.num_shards for shard in made)
+        self._shard_of: dict[str, int] = {}  # by worker
+        self._next_expiry_s = inf  # no lease runs out before
+        self._frontier = 0  # every shard below is taken, or in `_freed`
+        self._freed: list[int] = []  # a heap; some may be taken again
+        self._oldest = 0  # no shard below is on disk
 
     @property
-    def num_committed(self) -> int:
-        """Shards of this run on disk; those of a longer run before do not count."""
-        return sum(shard < self.limits.num_shards for shard in self.committed)
+    def is_done(self) -> bool:
+        """Whether every shard of the run was made."""
+        return self._num_made == self.limits.num_shards
+
+    @property
+    def num_made(self) -> int:
+        """Shards of this run on disk or evicted; those of a longer run before do not count."""
+        return self._num_made
 
     @property
     def is_blocked(self) -> bool:
         """Whether back-pressure is what keeps the next shard from being leased."""
-        return self._next_free() is not None and self._next_shard() is None
+        shard = self._next_free()
+        return shard is not None and not (self._in_window(shard) and self._has_room())
+
+    @property
+    def needs_room(self) -> bool:
+        """Whether bytes alone keep the next shard from being leased."""
+        shard = self._next_free()
+        return shard is not None and self._in_window(shard) and not self._has_room()
 
     def handle(self, event: Event, now_s: float) -> list[Action]:
         """The actions that follow from `event` at time `now_s` (seconds on any steady clock)."""
@@ -185,7 +131,7 @@ class Coordinator:
 
     def lease_of(self, worker: str) -> int | None:
         """The shard `worker` is making."""
-        return next((shard for shard, lease in self.leases.items() if lease.worker == worker), None)
+        return self._shard_of.get(worker)
 
     def _apply(self, event: Event, now_s: float) -> list[Action]:
         match event:
@@ -195,39 +141,61 @@ class Coordinator:
                 self._forget(worker)
             case Asked(worker):
                 assert worker in self.workers, f"{worker} asked before it joined"
-                if worker not in self.waiting and self.lease_of(worker) is None:
-                    self.waiting.append(worker)
+                if self.lease_of(worker) is None:
+                    self.waiting.setdefault(worker)
             case Heartbeat(worker):
                 shard = self.lease_of(worker)
                 if shard is not None:
                     self.leases[shard].expires_s = now_s + self.limits.lease_timeout_s
             case Committed(shard, num_bytes):
-                self.committed[shard] = num_bytes
-                self.leases.pop(shard, None)
-                self.attempts.pop(shard, None)
+                self._commit(shard, num_bytes)
             case Failed(worker, traceback):
                 return self._fail(worker, traceback)
             case CursorMoved(first_shard):
                 self.cursor = first_shard
+            case Released(first_shard):
+                self.released = first_shard
             case Quarantined(shard):
-                self.committed.pop(shard, None)
+                if shard in self.committed:
+                    self._bytes -= self.committed.pop(shard)
+                    self._num_made -= shard < self.limits.num_shards
+                    self._free(shard)
             case Tick():
                 pass
         return []
 
+    # ---------------------------------------------------------------------------------------
+    # Workers
+
+    def _commit(self, shard: int, num_bytes: int) -> None:
+        if shard not in self.committed and shard not in self.evicted:
+            self._num_made += shard < self.limits.num_shards
+        self.evicted.discard(shard)  # a producer believed dead has put it there again
+        self._bytes += num_bytes - self.committed.get(shard, 0)
+        self.committed[shard] = num_bytes
+        self._shard_bytes = max(self._shard_bytes, num_bytes)
+        self._oldest = min(self._oldest, shard)
+        self.attempts.pop(shard, None)
+        if shard in self.leases:
+            del self._shard_of[self.leases.pop(shard).worker]
+
     def _forget(self, worker: str) -> None:
         self.workers.discard(worker)
-        if worker in self.waiting:
-            self.waiting.remove(worker)
-        shard = self.lease_of(worker)
+        self.waiting.pop(worker, None)
+        self._take_back(worker)
+
+    def _take_back(self, worker: str) -> int | None:
+        """The shard the worker had a lease for, which is free again."""
+        shard = self._shard_of.pop(worker, None)
         if shard is not None:
             del self.leases[shard]
+            self._free(shard)
+        return shard
 
     def _fail(self, worker: str, traceback: str) -> list[Action]:
-        shard = self.lease_of(worker)
+        shard = self._take_back(worker)
         if shard is None:  # the lease ran out before, or another worker committed the shard
             return []
-        del self.leases[shard]
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         if self.attempts[shard] < self.limits.max_attempts:
             return []
@@ -235,6 +203,8 @@ class Coordinator:
         return [GivenUp(shard, traceback)]
 
     def _expire(self, now_s: float) -> list[Action]:
+        if now_s < self._next_expiry_s:
+            return []
         expired = [
             (shard, lease.worker)
             for shard, lease in self.leases.items()
@@ -242,32 +212,68 @@ class Coordinator:
         ]
         for _, worker in expired:
             self._forget(worker)
+        # Heartbeats only put an expiry off, so until then none needs to be looked for.
+        self._next_expiry_s = min((x.expires_s for x in self.leases.values()), default=inf)
         return [Expired(worker, shard) for shard, worker in expired]
 
+    # ---------------------------------------------------------------------------------------
+    # Shards
+
     def _grant(self, now_s: float) -> list[Action]:
-        granted: list[Action] = []
-        while self.waiting and (shard := self._next_shard()) is not None:
-            worker = self.waiting.pop(0)
-            self.leases[shard] = Lease(worker, now_s + self.limits.lease_timeout_s)
-            granted.append(Leased(worker, shard))
-        return granted
+        actions: list[Action] = []
+        while self.waiting:
+            shard = self._next_free()
+            if shard is None or not self._in_window(shard):
+                break
+            actions += self._make_room()
+            if not self._has_room():
+                break
+            worker = next(iter(self.waiting))
+            del self.waiting[worker]
+            expires_s = now_s + self.limits.lease_timeout_s
+            self.leases[shard], self._shard_of[worker] = Lease(worker, expires_s), shard
+            self._next_expiry_s = min(self._next_expiry_s, expires_s)
+            actions.append(Leased(worker, shard))
+        return actions
+
+    def _in_window(self, shard: int) -> bool:
+        return shard < self.cursor + self.limits.block_shards + self.limits.ready_ahead
+
+    def _has_room(self) -> bool:
+        """Whether one more shard fits, once all that are leased are on disk."""
+        reserved = (len(self.leases) + 1) * self._shard_bytes
+        return self._bytes + reserved <= self.limits.max_bytes
+
+    def _make_room(self) -> list[Action]:
+        """Evicts the oldest blocks that may go until one more shard fits."""
+        gone: list[int] = []
+        while not self._has_room():
+            while self._oldest < self.released and self._oldest not in self.committed:
+                self._oldest += 1
+            if self._oldest >= self.released:
+                break
+            end = self._oldest - self._oldest % self.limits.block_shards + self.limits.block_shards
+            for shard in range(self._oldest, min(end, self.released)):
+                if shard in self.committed:
+                    self._bytes -= self.committed.pop(shard)
+                    self.evicted.add(shard)
+                    gone.append(shard)
+        return [Evicted(tuple(gone))] if gone else []
+
+    def _is_taken(self, shard: int) -> bool:
+        made = shard in self.committed or shard in self.evicted
+        return made or shard in self.leases or shard in self.given_up
+
+    def _free(self, shard: int) -> None:
+        if shard < self._frontier:
+            heapq.heappush(self._freed, shard)
 
     def _next_free(self) -> int | None:
-        taken = self.committed.keys() | self.leases.keys() | self.given_up.keys()
-        return next((shard for shard in range(self.limits.num_shards) if shard not in taken), None)
-
-    def _next_shard(self) -> int | None:
-        """The lowest free shard, or None when there is none or back-pressure holds it."""
-        shard = self._next_free()
-        if (
-            shard is None
-            or shard >= self.cursor + self.limits.block_shards + self.limits.ready_ahead
-        ):
-            return None
-        shard_bytes = max(self.limits.shard_bytes, *self.committed.values(), 0)
-        if (
-            sum(self.committed.values()) + (len(self.leases) + 1) * shard_bytes
-            > self.limits.max_bytes
-        ):
-            return None
-        return shard
+        """The lowest shard that nobody has made or makes."""
+        while self._freed and self._is_taken(self._freed[0]):
+            heapq.heappop(self._freed)
+        if self._freed:
+            return self._freed[0]
+        while self._frontier < self.limits.num_shards and self._is_taken(self._frontier):
+            self._frontier += 1
+        return self._frontier if self._frontier < self.limits.num_shards else None

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from cluster.config import RunConfig
+from cluster.eviction import read_evicted
 from cluster.identity import check_identity, is_own
 from cluster.plan import stream_plan
 from distill.config import TeacherConfig
@@ -54,9 +55,10 @@ def steps_done(run: RunDir) -> int:
 
 
 def has_all_shards(config: RunConfig, run: RunDir) -> bool:
-    """Whether every shard that the run's steps need is on disk."""
-    planned = stream_plan(config).shards
-    return sum(shard < planned for shard in committed(run)) == planned
+    """Whether every shard that the run's steps need was made: it is on disk, or evicted."""
+    planned, found = stream_plan(config).shards, committed(run)
+    made = found.keys() | read_evicted(run, found)
+    return sum(shard < planned for shard in made) == planned
 
 
 def is_distilled(config: RunConfig, run: RunDir) -> bool:

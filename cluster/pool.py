@@ -9,20 +9,24 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.config import RunConfig
-from cluster.coordinator import (
+from cluster.coordinator import Coordinator, Limits
+from cluster.cursor import read_cursor
+from cluster.eviction import OldestCheckpoint, evict, first_shard_read, read_evicted
+from cluster.job import stream_order
+from cluster.member import Member
+from cluster.messages import (
     Action,
     Asked,
     Committed,
-    Coordinator,
     CursorMoved,
     Event,
+    Evicted,
     Expired,
     Failed,
     GivenUp,
@@ -30,11 +34,10 @@ from cluster.coordinator import (
     Joined,
     Leased,
     Left,
-    Limits,
     Quarantined,
+    Released,
     Tick,
 )
-from cluster.cursor import read_cursor
 from cluster.plan import StreamPlan
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError, check
@@ -47,24 +50,6 @@ DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before th
 
 class PoolError(RuntimeError):
     """The pool cannot go on. The message says why, with the worker's traceback."""
-
-
-@dataclass(eq=False)
-class Member:
-    """An actor as the pool sees it. `task` is its pending load or shard, None when it is idle."""
-
-    actor: Any
-    task: Any
-    ping: Any  # pending question for its name and progress
-    name: str = ""  # known once it has a process, which may have to wait for a node
-    shard: int | None = None
-    samples: int = -1
-    expires_s: float = inf  # its teachers must be loaded by then
-
-    @property
-    def is_loading(self) -> bool:
-        """Whether its teachers are still being loaded."""
-        return self.task is not None and self.shard is None
 
 
 @dataclass
@@ -90,7 +75,10 @@ class TeacherPool:
             lease_timeout_s=pool.lease_timeout_s,
             max_attempts=pool.max_attempts,
         )
-        self.coordinator = Coordinator(limits, committed(self.run), cursor=self._cursor())
+        found = committed(self.run)
+        evicted = read_evicted(self.run, found)
+        self.coordinator = Coordinator(limits, found, evicted, cursor=self._cursor())
+        self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
         self._next_scan_s = self._next_ping_s = 0.0
         self._actor_class = ray.remote(TeacherWorker).options(
             num_cpus=pool.cpus_per_worker,
@@ -102,7 +90,7 @@ class TeacherPool:
 
     @property
     def is_done(self) -> bool:
-        """Whether every shard of the run stands on disk."""
+        """Whether every shard of the run was made."""
         return self.coordinator.is_done
 
     def poll(self) -> bool:
@@ -155,6 +143,9 @@ class TeacherPool:
         for shard in sorted(found.keys() - known.keys() - held):
             self._handle(Committed(shard, found[shard]))
         self._handle(CursorMoved(self._cursor()))
+        if self.coordinator.needs_room:
+            step, block_shards = self._oldest.look(), self.config.trajectory.block_shards
+            self._handle(Released(first_shard_read(self._order, block_shards, step)))
 
     def _cursor(self) -> int:
         """First shard of the block the trainer reads."""
@@ -268,6 +259,8 @@ class TeacherPool:
                 self._event("lease", shard=shard, worker=worker)
             case Expired(worker, _):
                 self._expire(self._member(worker), "no progress")
+            case Evicted(shards):
+                evict(self.run, shards, self._oldest.step)
             case GivenUp(shard, error):
                 raise PoolError(
                     f"shard {shard} was given up after {self.coordinator.limits.max_attempts} "

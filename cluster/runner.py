@@ -144,7 +144,7 @@ def _show(session: Session, pool: TeacherPool | None, job: TrainJob | None, befo
     if pool is not None:
         state = pool.coordinator
         note = "waits for the trainer" if state.is_blocked else ""
-        session.bars.show("trajectory shards", state.num_committed, state.limits.num_shards, note)
+        session.bars.show("trajectory shards", state.num_made, state.limits.num_shards, note)
     if job is not None:
         title = "teacher, steps" if job.stage == "pretrain" else "student, steps"
         done, note = last_step(job.run.metrics), ""

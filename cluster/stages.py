@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.eviction import check_room
 from cluster.facts import (
     has_all_shards,
     is_distilled,
@@ -147,12 +148,7 @@ def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
 
 
 def _pool(session: Session, spec: ShardSpec, plan: StreamPlan, trainer_reads: bool) -> TeacherPool:
-    trajectory = session.config.trajectory
     clean_temporaries(session.run)
     assert plan.blocks == stream_order(session.config).num_blocks(session.config.train.max_steps)
-    check(
-        plan.num_bytes <= trajectory.max_bytes,
-        f"trajectory.max_bytes={trajectory.max_bytes:,} is less than the {plan.num_bytes:,} bytes "
-        f"of the {plan.shards} shards of this run; raise it, or train fewer steps",
-    )
+    check_room(session.config, session.run, plan, trainer_reads)
     return TeacherPool(session.config, session.run, spec, plan, trainer_reads)

@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.config import RunConfig
 from cluster.configfile import load_config
+from cluster.eviction import read_evicted
 from cluster.plan import stream_plan
 from distill.cost import goodput
 from distill.ledger import committed
@@ -95,15 +96,17 @@ def pairs_per_s(events: list[dict[str, Any]], samples_per_shard: int) -> float |
 def shards(
     run: RunDir, config: RunConfig, step: int, events: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """Committed and planned shards, backlog, leases, quarantines and bytes."""
+    """Committed and planned shards, backlog, leases, quarantines and bytes on disk."""
     plan, trajectory = stream_plan(config), config.trajectory
     found = committed(run)
+    evicted = read_evicted(run, found)
     block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
     unread = [shard for shard in found if shard >= block * trajectory.block_shards]
     return {
-        "committed": len(found),
+        "committed": len(found) + len(evicted),
         "planned": plan.shards,
-        "samples": len(found) * trajectory.samples_per_shard,
+        "evicted": len(evicted),
+        "samples": (len(found) + len(evicted)) * trajectory.samples_per_shard,
         "pairs_per_s": pairs_per_s(events, trajectory.samples_per_shard),
         "backlog": len(unread) if step < config.train.max_steps else 0,
         "ready_ahead": trajectory.ready_ahead,

@@ -48,8 +48,10 @@ def render(found: dict[str, Any]) -> Group:
         head.add_row("waits for", found["waiting_for"])
     good = train["goodput"]
     head.add_row("goodput", "-" if good is None else f"{good:.1%} of the training's wall time")
+    gone = f", {stock['evicted']:,} of them deleted for room" if stock["evicted"] else ""
     head.add_row(
-        "shards", f"{stock['committed']:,} of {stock['planned']:,}, {stock['bytes']:,} bytes"
+        "shards",
+        f"{stock['committed']:,} of {stock['planned']:,}{gone}, {stock['bytes']:,} bytes on disk",
     )
     head.add_row(
         "production", f"{_number(stock['pairs_per_s'])} pairs/s, backlog {stock['backlog']} shards"

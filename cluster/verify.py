@@ -1,7 +1,8 @@
 """The audit of a run: is anything lost, doubled or corrupt? From files only, read-only, no torch.
 
 Three things are proven:
-- every shard on disk is byte for byte what was committed, and of this run;
+- every shard on disk is byte for byte what was committed, and of this run; of one that was deleted
+  for room that is its sidecar, and no checkpoint would read it again;
 - every checkpoint is byte for byte what its manifest says;
 - the trainer consumed exactly the planned sequence. Each window of steps in events.jsonl carries a
   hash of its sample ids; it must equal the hash of what `distill.order` plans for those steps, and
@@ -11,7 +12,6 @@ Three things are proven:
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from cluster.consumption import audit_consumption, planned_sha256
+from cluster.eviction import first_shard_read, recorded
 from cluster.identity import read_identity
 from distill.config import ConfigError
 from distill.ledger import (
@@ -31,21 +33,21 @@ from distill.ledger import (
     ShardSpec,
     Sidecar,
     committed,
+    read_sidecar,
     verify_shard,
 )
 from distill.manifest import committed_steps, verify
 from distill.order import Order
 from distill.rundir import RunDir, read_lines
 
-HASH_STEPS = 4096  # steps whose ids are in memory at once
-
 
 def audit(run: RunDir) -> dict[str, Any]:
     """The proof as plain values, ready for JSON.
 
     ok: nothing is missing, duplicate, corrupt, consumed otherwise than planned, or torn.
-    shards, samples: those on disk that are sound.
-    missing: shards that the consumed steps needed and that are not on disk.
+    shards, samples: those that are sound; `evicted` of the shards are proven by their sidecar and
+        the events alone, since their tar was deleted for room.
+    missing: shards that the consumed steps needed, and that are neither on disk nor evicted.
     duplicate: sample ids that stand in two shards.
     corrupt: shards whose bytes or index differ, or that are of another run.
     consumed_steps: steps done, as events.jsonl tells.
@@ -62,14 +64,16 @@ def audit(run: RunDir) -> dict[str, Any]:
     if record is None:
         raise ConfigError(f"{run.identity} does not exist, so there is nothing to compare with")
     stream = record["stream"]
-    shards = _audit_shards(run)
     order = Order(
         seed=stream["seed"],
         block_samples=stream["samples_per_shard"] * stream["block_shards"],
         passes=stream["passes"],
         batch_size=stream["batch_size"],
     )
-    consumed = _audit_consumption(run, order)
+    shards, checkpoints = _audit_shards(run), _audit_checkpoints(run)
+    oldest = min(checkpoints["verified"], default=0)
+    _audit_evicted(run, shards, first_shard_read(order, stream["block_shards"], oldest))
+    consumed = audit_consumption(run, order)
     needed = order.num_blocks(consumed.steps) * stream["block_shards"]
     per_shard = stream["samples_per_shard"]
     for shard, sidecar in shards.misplaced.items():
@@ -82,16 +86,16 @@ def audit(run: RunDir) -> dict[str, Any]:
         if n not in shards.sidecars and n not in bad
     ]
     foreign = _of_another_run(shards.sidecars, stream, record["teachers"])
-    checkpoints = _audit_checkpoints(run)
     found: dict[str, Any] = {
         "ok": True,
         "shards": len(shards.sidecars),
         "samples": sum(len(sidecar.ids) for sidecar in shards.sidecars.values()),
+        "evicted": len(shards.evicted),
         "missing": missing,
         "duplicate": _duplicates(shards),
         "corrupt": shards.corrupt + foreign,
         "consumed_steps": consumed.steps,
-        "consumed_sha256": _planned_sha256(order, 0, consumed.steps),
+        "consumed_sha256": planned_sha256(order, 0, consumed.steps),
         "consumption": consumed.problems,
         "checkpoints": checkpoints,
         "quarantined": _quarantined(run),
@@ -113,7 +117,9 @@ class _Shards:
 
     sidecars: dict[int, Sidecar] = field(default_factory=dict)  # of the sound ones
     misplaced: dict[int, Sidecar] = field(default_factory=dict)  # under another shard's name
+    evicted: set[int] = field(default_factory=set)  # sound ones without their tar
     corrupt: list[dict[str, Any]] = field(default_factory=list)
+    lost: dict[int, str] = field(default_factory=dict)  # a file of theirs cannot be opened
     orphans: list[str] = field(default_factory=list)  # a tar that is not committed
 
 
@@ -127,7 +133,7 @@ def _audit_shards(run: RunDir) -> _Shards:
             if kind == "tar":
                 found.orphans.append(name)
             elif kind == "json":
-                found.corrupt.append({"shard": int(stem), "problem": f"{name} has no tar"})
+                found.lost[int(stem)] = f"{name} has no tar"
 
     def check(shard: int) -> Sidecar | CorruptShard | OSError:
         try:
@@ -146,9 +152,34 @@ def _audit_shards(run: RunDir) -> _Shards:
                 found.sidecars[shard] = result
             elif isinstance(result, MisplacedShard):
                 found.misplaced[shard] = result.sidecar
+            elif isinstance(result, OSError):
+                found.lost[shard] = str(result)
             else:
                 found.corrupt.append({"shard": shard, "problem": str(result)})
     return found
+
+
+def _audit_evicted(run: RunDir, found: _Shards, first_read: int) -> None:
+    """Tells the shards that were deleted for room from those that are lost.
+
+    No checkpoint reads a shard below `first_read`. Record and events are read after the shards: a
+    live run may have deleted some meanwhile.
+    """
+    named = recorded(run)
+    told = {s for e in read_lines(run.events) if e.get("kind") == "evict" for s in e["shards"]}
+    for shard, problem in sorted(found.lost.items()):
+        if shard in named & told and shard < first_read:
+            try:
+                found.sidecars[shard] = read_sidecar(run, shard)
+                found.evicted.add(shard)
+                continue
+            except (CorruptShard, OSError) as error:
+                problem = str(error)
+        elif shard in named:
+            problem += ", and it was deleted though " + (
+                "a checkpoint reads it" if shard in told else "no event says so"
+            )
+        found.corrupt.append({"shard": shard, "problem": problem})
 
 
 def _of_another_run(
@@ -223,47 +254,3 @@ def _audit_checkpoints(run: RunDir) -> dict[str, Any]:
         else:
             verified.append(step)
     return {"verified": verified, "bad": bad}
-
-
-# -----------------------------------------------------------------------------------------------
-# Consumption
-
-
-@dataclass
-class _Consumption:
-    """Steps that stand, and what is wrong with how they came."""
-
-    steps: int = 0
-    problems: list[str] = field(default_factory=list)
-
-
-def _audit_consumption(run: RunDir, order: Order) -> _Consumption:
-    """Replays events.jsonl: windows of steps, and restarts that fell back."""
-    found = _Consumption()
-    checked: dict[tuple[int, int], str] = {}
-    for event in read_lines(run.events):
-        if event.get("kind") == "resume":
-            step = event["step"]
-            if step > found.steps:
-                found.problems.append(f"resumed at step {step} after only {found.steps} steps")
-            found.steps = step
-        elif event.get("kind") == "steps":
-            first, last = event["first"], event["last"]
-            if first != found.steps:
-                found.problems.append(f"steps {first}-{last} came after {found.steps} steps")
-            if (first, last) not in checked:
-                checked[first, last] = _planned_sha256(order, first, last + 1)
-            if event["ids_sha256"] != checked[first, last]:
-                found.problems.append(f"steps {first}-{last} read other samples than planned")
-            found.steps = last + 1
-    return found
-
-
-def _planned_sha256(order: Order, first: int, end: int) -> str:
-    """Hexadecimal sha256 of the planned ids of steps first .. end - 1, little-endian int64."""
-    digest = hashlib.sha256()
-    for start in range(first, end, HASH_STEPS):
-        stop = min(end, start + HASH_STEPS)
-        ids, _ = order.entries_between(start * order.batch_size, stop * order.batch_size)
-        digest.update(ids.astype("<i8").tobytes())
-    return digest.hexdigest()

@@ -39,6 +39,11 @@ class RunDir:
         return self.root / "shards"
 
     @property
+    def evicted(self) -> Path:
+        """evicted.json: shards that were deleted for room."""
+        return self.root / "evicted.json"
+
+    @property
     def quarantine(self) -> Path:
         """Bad shards, each with its reason."""
         return self.root / "quarantine"

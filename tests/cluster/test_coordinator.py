@@ -5,11 +5,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.coordinator import (
+from cluster.coordinator import Coordinator, Limits
+from cluster.messages import (
     Asked,
     Committed,
-    Coordinator,
     CursorMoved,
+    Evicted,
     Expired,
     Failed,
     GivenUp,
@@ -17,8 +18,8 @@ from cluster.coordinator import (
     Joined,
     Leased,
     Left,
-    Limits,
     Quarantined,
+    Released,
     Tick,
 )
 
@@ -77,7 +78,7 @@ def test_a_late_commit_of_an_expired_lease_counts_once():
     coordinator.handle(Committed(0, 100), 11.0)
     coordinator.handle(Committed(1, 100), 11.0)
     assert coordinator.handle(Asked("b"), 11.0) == [Leased("b", 2)]
-    assert coordinator.num_committed == 2
+    assert coordinator.num_made == 2
 
 
 def test_a_shard_that_keeps_failing_is_given_up_with_its_traceback():
@@ -102,6 +103,47 @@ def test_a_quarantined_shard_is_made_again_even_behind_the_cursor():
     assert coordinator.is_done
     coordinator.handle(CursorMoved(6), 0.0)
     assert coordinator.handle(Quarantined(1), 0.0) == [Leased("a", 1)]
+
+
+def test_the_oldest_blocks_make_room_once_no_checkpoint_reads_them():
+    full = dict.fromkeys(range(4), 100)
+    coordinator, leases = start(replace(LIMITS, max_bytes=400), committed=full, workers=("a",))
+    assert leases == [] and coordinator.needs_room
+    # The block that holds the lowest shard goes as a whole, and no further one.
+    assert coordinator.handle(Released(4), 0.0) == [Evicted((0, 1)), Leased("a", 4)]
+    assert sorted(coordinator.committed) == [2, 3] and coordinator.evicted == {0, 1}
+    assert coordinator.num_made == 4
+
+
+def test_nothing_is_evicted_while_there_is_room():
+    coordinator, _ = start(committed=dict.fromkeys(range(4), 100))
+    assert coordinator.handle(Released(4), 0.0) == [] and coordinator.evicted == set()
+
+
+def test_an_evicted_shard_is_made_and_not_leased_again():
+    coordinator = Coordinator(LIMITS, dict.fromkeys(range(2, 8), 100), evicted={0, 1})
+    assert coordinator.is_done
+    coordinator.handle(Joined("a"), 0.0)
+    assert coordinator.handle(Asked("a"), 0.0) == []
+
+
+def test_a_hole_in_a_released_block_is_made_again_and_goes_later():
+    limits = replace(LIMITS, max_bytes=300)
+    coordinator, _ = start(limits, committed=dict.fromkeys((0, 2, 3), 100), workers=())
+    coordinator.handle(Released(4), 0.0)
+    coordinator.handle(Joined("a"), 0.0)
+    assert coordinator.handle(Asked("a"), 0.0) == [Evicted((0,)), Leased("a", 1)]
+    coordinator.handle(Committed(1, 100), 0.0)
+    assert coordinator.handle(Asked("a"), 0.0) == [Evicted((1,)), Leased("a", 4)]
+
+
+def test_a_tar_that_reappears_counts_its_bytes_and_goes_again():
+    limits = replace(LIMITS, max_bytes=200)
+    coordinator = Coordinator(limits, {2: 100}, evicted={0, 1}, released=4)
+    coordinator.handle(Committed(0, 100), 0.0)  # of a producer that was believed dead
+    assert coordinator.evicted == {1} and coordinator.num_made == 3
+    coordinator.handle(Joined("a"), 0.0)
+    assert coordinator.handle(Asked("a"), 0.0) == [Evicted((0,)), Leased("a", 3)]
 
 
 @settings(max_examples=60, deadline=None)

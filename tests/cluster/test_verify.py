@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from cluster.eviction import evict
 from cluster.identity import hash_of
 from cluster.verify import audit
 from distill.config import ConfigError
@@ -108,6 +109,41 @@ def test_quarantine_is_a_loss_only_until_it_is_made_good(run):
     write_tiny_shards(run, tiny_spec(), [1])
     found = audit(run)
     assert found["ok"] and len(found["quarantined"]) == 1
+
+
+def test_an_evicted_shard_is_proven_by_its_sidecar_and_the_events(run):
+    """Checkpoint 2 is the oldest; it stands at the second block, shards 2 and 3."""
+    digest = audit(run)["consumed_sha256"]
+    evict(run, (0, 1), step=2)
+    assert not tar_path(run, 0).exists() and sidecar_path(run, 0).exists()
+    found = audit(run)
+    assert found["ok"], found
+    assert (found["shards"], found["samples"], found["evicted"]) == (6, 24, 2)
+    assert found["consumed_sha256"] == digest
+
+
+def test_a_shard_that_a_checkpoint_reads_must_not_be_evicted(run):
+    evict(run, (0, 1, 2), step=2)
+    found = audit(run)
+    assert not found["ok"] and [entry["shard"] for entry in found["corrupt"]] == [2]
+    assert "a checkpoint reads it" in found["corrupt"][0]["problem"]
+
+
+def test_an_eviction_without_event_or_sidecar_is_a_loss(run):
+    evict(run, (0, 1), step=2)
+    sidecar_path(run, 1).unlink()
+    found = audit(run)
+    assert not found["ok"] and [entry["shard"] for entry in found["missing"]] == [1]
+    run.events.write_text("".join(line for line in run.events.open() if '"evict"' not in line))
+    found = audit(run)
+    assert "no event says so" in found["corrupt"][0]["problem"]
+
+
+def test_a_sidecar_of_an_evicted_shard_is_checked(run):
+    evict(run, (0, 1), step=2)
+    text = sidecar_path(run, 1).read_text()
+    sidecar_path(run, 1).write_text(text.replace('"nfe": 4', '"nfe": 5'))
+    assert [entry["shard"] for entry in audit(run)["corrupt"]] == [1]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "sidecar", "no tar"])
