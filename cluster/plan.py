@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from math import ceil, prod
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -31,9 +29,9 @@ from distill.config import (
     check,
 )
 from distill.curves import grid_columns, grid_rows, is_truth, reference_nfe, teacher_curves
+from distill.layout import sidecar_bytes, tar_bytes
+from distill.ledger import shard_spec
 from distill.order import Order
-
-TAR_BLOCK, TAR_RECORD = 512, 10240  # a member is padded to blocks, an archive to records
 
 
 @dataclass(frozen=True)
@@ -99,9 +97,9 @@ class StreamPlan:
 
     Attributes:
         blocks, shards, samples: how many are made.
-        sample_bytes: bytes of one sample in its tar, headers and padding included.
-        shard_bytes: bytes of one shard.
-        num_bytes: bytes of all shards together; at most trajectory.max_bytes lie on disk at once.
+        sample_bytes: bytes of one sample on disk: its part of a tar and of a sidecar.
+        shard_bytes: bytes of one tar.
+        num_bytes: bytes of all tars together; at most trajectory.max_bytes lie on disk at once.
     """
 
     blocks: int
@@ -112,37 +110,22 @@ class StreamPlan:
     num_bytes: int
 
 
-def npy_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    """Size of a .npy file as `distill.shards` writes it: header in multiples of 64, then values."""
-    described = np.dtype(dtype).newbyteorder("<")
-    text = f"{{'descr': '{described.str}', 'fortran_order': False, 'shape': {shape}, }}"
-    return ceil((10 + len(text) + 1) / 64) * 64 + prod(shape) * described.itemsize
-
-
-def member_bytes(size: int) -> int:
-    """Bytes of a tar member of `size` bytes: one header block and padded content."""
-    return TAR_BLOCK + ceil(size / TAR_BLOCK) * TAR_BLOCK
-
-
 def stream_plan(config: RunConfig) -> StreamPlan:
     """Blocks, shards, samples and bytes that the training steps of a configuration need."""
     trajectory = config.trajectory
     order = Order(config.seed, trajectory.block_samples, trajectory.passes, config.train.batch_size)
     blocks = order.num_blocks(config.train.max_steps)
     shards = blocks * trajectory.block_shards
-    points = trajectory.grid + (1 if trajectory.store_noise else 0)
-    shape = (len(config.teacher), points, *config.data.image.shape)
-    meta = len(json.dumps({"id": shards * trajectory.samples_per_shard, "label": -1}))
-    sample = member_bytes(npy_bytes(shape, trajectory.dtype)) + member_bytes(meta)
-    shard = trajectory.samples_per_shard * sample + 2 * TAR_BLOCK
-    shard = ceil(shard / TAR_RECORD) * TAR_RECORD
+    fingerprints = {name: 64 * "0" for name in config.teacher}
+    spec = shard_spec(config.seed, config.data.image, trajectory, config.teacher, fingerprints)
+    tar, sidecar = tar_bytes(spec, shards - 1), sidecar_bytes(spec, shards - 1)
     return StreamPlan(
         blocks=blocks,
         shards=shards,
         samples=shards * trajectory.samples_per_shard,
-        sample_bytes=sample,
-        shard_bytes=shard,
-        num_bytes=shards * shard,
+        sample_bytes=round((tar + sidecar) / trajectory.samples_per_shard),
+        shard_bytes=tar,
+        num_bytes=shards * tar,
     )
 
 

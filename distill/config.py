@@ -96,13 +96,8 @@ class DiTConfig(NetworkConfig):
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        check_positive(
-            "student",
-            patch_size=self.patch_size,
-            width=self.width,
-            depth=self.depth,
-            num_heads=self.num_heads,
-        )
+        check_positive("student", patch_size=self.patch_size, width=self.width)
+        check_positive("student", depth=self.depth, num_heads=self.num_heads)
         check(
             self.width % self.num_heads == 0,
             f"student.width={self.width} must be a multiple of student.num_heads={self.num_heads}",
@@ -117,18 +112,12 @@ class UNetConfig(NetworkConfig):
     width: int = 64
     channel_mults: list[int] = field(default_factory=lambda: [1, 2, 2])
     blocks_per_level: int = 2
-    attention_sizes: list[int] = field(
-        default_factory=lambda: [16]
-    )  # feature map heights that get attention
+    attention_sizes: list[int] = field(default_factory=lambda: [16])  # map heights that get it
     num_heads: int = 4
 
     def __post_init__(self) -> None:
-        check_positive(
-            "student",
-            width=self.width,
-            blocks_per_level=self.blocks_per_level,
-            num_heads=self.num_heads,
-        )
+        check_positive("student", width=self.width, num_heads=self.num_heads)
+        check_positive("student", blocks_per_level=self.blocks_per_level)
         check(len(self.channel_mults) > 0, "student.channel_mults=[] needs at least one level")
         check(
             self.width % self.num_heads == 0,
@@ -165,11 +154,12 @@ class TeacherConfig:
 class TrajectoryConfig:
     """The trajectory stream: what a shard holds and in which order it is read (docs/formats.md)."""
 
-    grid: int = 8  # K: states are stored at t = 0, 1/K .. 1
+    grid: int = 8  # K: the solver passes t = 0, 1/K .. 1
+    store_points: list[int] = field(default_factory=list)  # k of the stored k/K; []: 0 .. K
     samples_per_shard: int = 256
     block_shards: int = 4  # shards shuffled together
     passes: int = 4  # times each block is read before the next
-    dtype: str = "float16"  # stored dtype
+    dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
     store_noise: bool = True  # false: the reader makes it again from the sample id
     batch_size: int = 256  # samples a teacher integrates at once; fixed per run
     ready_ahead: int = 16  # shards at most beyond the block that is read
@@ -186,12 +176,23 @@ class TrajectoryConfig:
             batch_size=self.batch_size,
             wait_timeout_s=self.wait_timeout_s,
         )
-        check_choice("trajectory.dtype", self.dtype, ("float16", "float32"))
+        check_choice("trajectory.dtype", self.dtype, ("float16", "bfloat16", "float32"))
+        check(
+            self.points == sorted({*self.points})
+            and (self.points[0], self.points[-1]) == (0, self.grid),
+            f"trajectory.store_points={self.store_points} must rise from 0, the noise, to "
+            f"trajectory.grid={self.grid}, the image",
+        )
         check(
             self.ready_ahead >= self.block_shards,
             f"trajectory.ready_ahead={self.ready_ahead} must be at least trajectory.block_shards="
             f"{self.block_shards}, or the reader would wait for a block that may not be made",
         )
+
+    @property
+    def points(self) -> list[int]:
+        """The grid points k that are stored, t = k/K; 0 and K are among them."""
+        return list(self.store_points) or list(range(self.grid + 1))
 
     @property
     def block_samples(self) -> int:
@@ -321,9 +322,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int = 100  # steps
     keep_last: int = 2  # checkpoints
-    label_dropout: float = (
-        0.1  # chance that a label becomes "none"; only where a teacher is trained
-    )
+    label_dropout: float = 0.1  # chance that a label becomes "none"; of a teacher's training only
 
     def __post_init__(self) -> None:
         check_positive(

@@ -24,14 +24,15 @@ class GeneratedShard:
     """Trajectories of consecutive sample ids, on the CPU.
 
     Attributes:
-        states: [N, M, K+1, C, H, W] float32; state 0 is the noise, the same for every teacher.
+        states: [N, M, P, C, H, W] float32 at the P stored points of the grid; state 0 is the noise,
+            the same for every teacher.
         labels: class of each sample, -1 for "none".
         ids: sample ids.
         nfe: evaluations of the guided velocity, summed over samples and teachers.
         forwards: samples that went through a network: guidance costs two forwards an evaluation.
     """
 
-    states: Float[Tensor, "N M K1 *S"]
+    states: Float[Tensor, "N M P *S"]
     labels: Int[np.ndarray, "N"]
     ids: Int[np.ndarray, "N"]
     nfe: int
@@ -79,7 +80,7 @@ def generate_shard(
     ids = np.arange(shard * count, (shard + 1) * count, dtype=np.int64)
     labels = sample_labels(seed, ids, image.num_classes)
     fields = {name: guided(teacher, configs[name].guidance) for name, teacher in teachers.items()}
-    states = torch.empty(count, len(teachers), trajectory.grid + 1, *image.shape)
+    states = torch.empty(count, len(teachers), len(trajectory.points), *image.shape)
     nfe = forwards = 0
     for first in range(0, count, trajectory.batch_size):
         part = slice(first, min(first + trajectory.batch_size, count))
@@ -88,7 +89,7 @@ def generate_shard(
         for index, (name, field) in enumerate(fields.items()):
             before = field.evaluations, field.forwards
             path = integrate(field, noise, label, configs[name], trajectory.grid, beat)
-            states[part, index] = path.transpose(0, 1).float().cpu()
+            states[part, index] = path[trajectory.points].transpose(0, 1).float().cpu()
             nfe += (field.evaluations - before[0]) * len(noise)
             forwards += (field.forwards - before[1]) * len(noise)
     check_finite(states, ids, list(teachers))

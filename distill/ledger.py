@@ -63,8 +63,8 @@ class ShardSpec:
 
     Attributes:
         seed: the run's seed.
-        times: the stored grid t_0 = 0 .. t_K = 1.
-        dtype: "float16" or "float32", as stored.
+        times: of the stored states, from 0 to 1.
+        dtype: "float16", "bfloat16" or "float32", as stored (`distill.layout`).
         store_noise: whether state 0 is stored. If not, the reader makes it from the sample id, in
             float32, so without the rounding of the stored dtype.
         image: (C, H, W).
@@ -82,7 +82,7 @@ class ShardSpec:
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's stored states: (M, K+1, C, H, W), or K without stored noise."""
+        """Shape of a sample's stored states: (M, points, C, H, W), the noise only if stored."""
         points = len(self.times) - (0 if self.store_noise else 1)
         return (len(self.teachers), points, *self.image)
 
@@ -122,10 +122,9 @@ def shard_spec(
     fingerprints: dict[str, str],
 ) -> ShardSpec:
     """The spec of a run's shards. `fingerprints` holds the sha256 of every teacher's weights."""
-    grid = trajectory.grid
     return ShardSpec(
         seed=seed,
-        times=tuple(k / grid for k in range(grid + 1)),
+        times=tuple(k / trajectory.grid for k in trajectory.points),
         dtype=trajectory.dtype,
         store_noise=trajectory.store_noise,
         image=image.shape,

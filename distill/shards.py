@@ -1,17 +1,16 @@
 """One shard of trajectories as a WebDataset tar: write, read whole, read one sample.
 
-Members of sample i, key `<id, 12 digits>`: `meta.json` {"id", "label"} and `states.npy`
-[M, K+1, C, H, W] in the stored dtype, without state 0 when noise is not stored. No pickle. Equal
-states give equal bytes: names, order, times and headers are fixed.
+Members of sample i, key `<id, 12 digits>`: `meta.json` {"id", "label", "dtype"} and `states.npy`
+[M, points, C, H, W] in the stored dtype (`distill.layout`), without state 0 when noise is not
+stored. No pickle. Equal states give equal bytes: names, order, times and headers are fixed.
 """
 
 import errno
 import hashlib
-import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from webdataset.writer import TarWriter
 
+from distill.layout import meta_json, npy_header, padded, state_bytes, stored_dtype
 from distill.ledger import (
     CorruptShard,
     ShardSpec,
@@ -31,8 +31,6 @@ from distill.ledger import (
 from distill.publish import publish, temporary_path
 from distill.rundir import RunDir
 
-TAR_BLOCK = 512  # a member's content is padded to a multiple of this
-
 
 @runtime_checkable
 class Trajectories(Protocol):
@@ -40,7 +38,7 @@ class Trajectories(Protocol):
 
     @property
     def states(self) -> Tensor:
-        """[N, M, K+1, C, H, W] float32 on the CPU."""
+        """[N, M, points, C, H, W] float32 on the CPU, the noise first."""
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -91,7 +89,7 @@ def write_shard(
             sha256=sha256,
             labels=tuple(generated.labels.tolist()),
             offsets=tuple(offsets),
-            member_bytes=len(npy_header(spec)) + states[0].nbytes,
+            member_bytes=state_bytes(spec),
             nfe=generated.nfe,
             forwards=generated.forwards,
             seconds=round(seconds, 3),
@@ -105,8 +103,8 @@ def write_shard(
             temporary.unlink(missing_ok=True)
 
 
-def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[np.floating]:
-    """[N, M, stored points, C, H, W] in the stored dtype."""
+def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[Any]:
+    """[N, M, stored points, C, H, W] as `stored_dtype`."""
     states = generated.states if spec.store_noise else generated.states[:, :, 1:]
     assert states.shape == (spec.samples_per_shard, *spec.sample_shape), states.shape
     stored = states.to(getattr(torch, spec.dtype)).contiguous()
@@ -116,7 +114,19 @@ def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[np.floating]
             f"states of {generated.ids[0]}..{generated.ids[-1]} reach {largest:.3g}, which "
             f"trajectory.dtype={spec.dtype} cannot hold; set trajectory.dtype=float32"
         )
-    return stored.numpy()
+    return stored.view(torch.int16).numpy().view(np.uint16) if _is_bits(spec) else stored.numpy()
+
+
+def as_tensor(spec: ShardSpec, states: NDArray[Any]) -> Tensor:
+    """Stored states as a tensor of the stored dtype. It shares the memory."""
+    if _is_bits(spec):
+        return torch.from_numpy(states.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(states)
+
+
+def _is_bits(spec: ShardSpec) -> bool:
+    """Whether NumPy sees bits rather than values."""
+    return spec.dtype == "bfloat16"
 
 
 def _write_failure(run: RunDir, shard: int, num_bytes: int, error: OSError) -> str:
@@ -129,18 +139,6 @@ def _write_failure(run: RunDir, shard: int, num_bytes: int, error: OSError) -> s
         f"shard {shard} ({num_bytes:,} bytes) could not be written to {run.shards}: "
         f"{error.strerror}{advice}"
     )
-
-
-def npy_header(spec: ShardSpec) -> bytes:
-    """The header of a sample's states.npy: NPY format 1.0, padded to a multiple of 64 bytes.
-
-    Written here, not by NumPy, whose padding differs between versions.
-    """
-    descr = np.dtype(spec.dtype).newbyteorder("<").str
-    text = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {spec.sample_shape}, }}"
-    size = -(-(10 + len(text) + 1) // 64) * 64
-    text = text.ljust(size - 11) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
 
 
 class _Sink:
@@ -166,11 +164,11 @@ class _Sink:
 
 
 def _write_tar(
-    path: Path, spec: ShardSpec, generated: Trajectories, states: NDArray[np.floating]
+    path: Path, spec: ShardSpec, generated: Trajectories, states: NDArray[Any]
 ) -> tuple[int, str, list[int]]:
     """Size and sha256 of the tar, flushed to disk, and where each states.npy starts in it."""
     header, offsets = npy_header(spec), []
-    little = np.dtype(spec.dtype).newbyteorder("<")
+    little = stored_dtype(spec).newbyteorder("<")
     with path.open("xb") as file:
         sink = _Sink(file)
         writer = TarWriter(sink, encoder=False, compress=False, mtime=0, user="bowstring")
@@ -178,12 +176,11 @@ def _write_tar(
             generated.ids.tolist(), generated.labels.tolist(), states, strict=True
         ):
             content = header + state.astype(little, copy=False).tobytes()
-            meta = json.dumps({"id": index, "label": label}).encode()
+            meta = meta_json(spec, index, label)
             writer.write(
                 {"__key__": f"{index:012d}", "meta.json": meta, "states.npy": content}
             )  # members in the order of their names, so states.npy ends here
-            padded = -(-len(content) // TAR_BLOCK) * TAR_BLOCK
-            offsets.append(writer.tarstream.offset - padded)
+            offsets.append(writer.tarstream.offset - padded(len(content)))
         writer.close()
         file.flush()
         os.fsync(file.fileno())
@@ -198,10 +195,10 @@ def read_shard(
     run: RunDir,
     spec: ShardSpec,
     shard: int,
-    states: NDArray[np.floating],
+    states: NDArray[Any],
     labels: NDArray[np.int64],
 ) -> Sidecar:
-    """The sidecar, after filling `states` [N, *spec.sample_shape] (stored dtype) and `labels` [N].
+    """The sidecar, after filling `states` [N, *spec.sample_shape] of `stored_dtype`, `labels` [N].
 
     The whole tar is read in one go and its sha256 checked.
 
@@ -223,8 +220,8 @@ def read_shard(
     return sidecar
 
 
-def read_sample(run: RunDir, sidecar: Sidecar, sample_id: int) -> NDArray[np.floating]:
-    """Stored states [M, points, C, H, W] of one sample, by one positioned read.
+def read_sample(run: RunDir, sidecar: Sidecar, sample_id: int) -> NDArray[Any]:
+    """Stored states [M, points, C, H, W] of one sample (`stored_dtype`), by one positioned read.
 
     Size and member header are checked, the sha256 is not.
 
@@ -239,14 +236,13 @@ def read_sample(run: RunDir, sidecar: Sidecar, sample_id: int) -> NDArray[np.flo
     return _decode(run, sidecar, index, memoryview(content)).copy()
 
 
-def _decode(run: RunDir, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[np.floating]:
+def _decode(run: RunDir, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[Any]:
     """The array in a states.npy, a view of `content`."""
     header, spec = npy_header(sidecar.spec), sidecar.spec
-    size = int(np.prod(spec.sample_shape)) * np.dtype(spec.dtype).itemsize
-    if bytes(content[: len(header)]) != header or len(content) != len(header) + size:
+    if bytes(content[: len(header)]) != header or len(content) != state_bytes(spec):
         raise CorruptShard(
             f"{tar_path(run, sidecar.shard)}: sample {sidecar.ids[index]} is not the array that "
             "its sidecar promises"
         )
-    dtype = np.dtype(spec.dtype).newbyteorder("<")
+    dtype = stored_dtype(spec).newbyteorder("<")
     return np.frombuffer(content[len(header) :], dtype=dtype).reshape(spec.sample_shape)

@@ -16,12 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, TrajectoryConfig, check
+from distill.layout import stored_dtype
 from distill.ledger import CorruptShard, ShardSpec, is_committed
 from distill.noise import sample_noise
 from distill.order import Order
 from distill.publish import mark, quarantine
 from distill.rundir import RunDir
-from distill.shards import read_shard
+from distill.shards import as_tensor, read_shard
 from distill.trajectory import TrajectoryBatch
 
 POLL_S = 0.1  # how often a missing shard is looked for
@@ -203,7 +204,7 @@ class _Loading(threading.Thread):
 
     def _fill(self) -> None:
         spec, count = self._spec, self._spec.samples_per_shard
-        states = np.empty((len(self._shards) * count, *spec.sample_shape), dtype=spec.dtype)
+        states = np.empty((len(self._shards) * count, *spec.sample_shape), dtype=stored_dtype(spec))
         labels = np.empty(len(states), dtype=np.int64)
         missing = list(self._shards)
         while missing and not self.cancelled:
@@ -222,7 +223,7 @@ class _Loading(threading.Thread):
         noise = None if spec.store_noise else sample_noise(spec.seed, ids, spec.image)
         self._block = Block(
             first_id=int(ids[0]),
-            states=torch.from_numpy(states),
+            states=as_tensor(spec, states),
             labels=torch.from_numpy(labels),
             noise=None if noise is None else torch.from_numpy(noise),
         )

@@ -15,7 +15,7 @@ class TrajectoryBatch:
         states: X [B, M, K+1, C, H, W] float32, images in [-1, 1]; M teachers on shared noise,
             weakest first. State 0 is the noise x_0 (the same for every teacher), state K the
             teacher's output.
-        times: the grid t_0 = 0 .. t_K = 1.
+        times: of the states, t_0 = 0 .. t_K = 1; equally spaced unless some were not stored.
         weights: convex weight of each teacher, sums to 1.
         labels: class of each sample, -1 for "none".
         ids: sample ids.

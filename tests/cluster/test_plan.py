@@ -24,7 +24,7 @@ from distill.config import (
 )
 from distill.evaluate import evaluate
 from distill.generate import GeneratedShard
-from distill.ledger import shard_spec
+from distill.ledger import shard_spec, sidecar_path
 from distill.networks import build_network
 from distill.networks.dit import DiT
 from distill.objectives import build_objective
@@ -154,6 +154,9 @@ def test_blocks_cover_the_reads_and_no_more():
         [],
         ["trajectory.store_noise=false", "trajectory.dtype=float32"],
         ["objective=bezier", "trajectory.samples_per_shard=40", "trajectory.grid=16"],
+        ["trajectory.dtype=bfloat16", "trajectory.store_points=[0,2,4]"],
+        ["trajectory.samples_per_shard=5", "trajectory.store_noise=false"],
+        ["data.size=32", "data.channels=3", "trajectory.store_points=[0,4]"],
     ],
 )
 def test_shard_bytes_are_those_of_a_real_shard(overrides, tmp_path):
@@ -161,7 +164,7 @@ def test_shard_bytes_are_those_of_a_real_shard(overrides, tmp_path):
     trajectory, image = config.trajectory, config.data.image
     fingerprints = {name: "0" * 64 for name in config.teacher}
     spec = shard_spec(config.seed, image, trajectory, config.teacher, fingerprints)
-    num, points = trajectory.samples_per_shard, trajectory.grid + 1
+    num, points = trajectory.samples_per_shard, len(trajectory.points)
     generated = GeneratedShard(
         states=torch.zeros(num, len(config.teacher), points, *image.shape),
         labels=np.full(num, 7, dtype=np.int64),
@@ -169,8 +172,11 @@ def test_shard_bytes_are_those_of_a_real_shard(overrides, tmp_path):
         nfe=0,
         forwards=0,
     )
-    written = write_shard(RunDir(tmp_path), spec, 0, generated, seconds=0.0, producer="test")
-    assert stream_plan(config).shard_bytes == written.num_bytes
+    run = RunDir(tmp_path)
+    written = write_shard(run, spec, 0, generated, seconds=0.0, producer="test")
+    plan, sidecar = stream_plan(config), sidecar_path(run, 0).stat().st_size
+    assert plan.shard_bytes == written.num_bytes
+    assert plan.sample_bytes == pytest.approx((written.num_bytes + sidecar) / num, rel=0.01)
 
 
 def test_cost_is_hours_times_price():

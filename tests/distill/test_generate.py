@@ -1,5 +1,7 @@
 """Generated shards: pure functions of (seed, shard, teachers, solver, grid)."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,6 +41,18 @@ def test_states_do_not_depend_on_the_shard_size():
     wide = TrajectoryConfig(grid=4, samples_per_shard=30, batch_size=4, block_shards=1)
     whole = generate(shard=0, trajectory=wide)
     torch.testing.assert_close(whole.states[20:], generate().states, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("points", [[0, 4], [0, 1, 4], [0, 2, 3, 4]])
+def test_the_stored_points_are_those_of_the_whole_grid_bit_for_bit(points):
+    some = replace(TRAJECTORY, store_points=points)
+    assert torch.equal(generate(trajectory=some).states, generate().states[:, :, points])
+
+
+@pytest.mark.parametrize("points", [[0], [4], [1, 4], [0, 3], [0, 2, 2, 4], [0, 3, 1, 4], [-1, 4]])
+def test_stored_points_go_from_noise_to_image(points):
+    with pytest.raises(ConfigError, match=r"trajectory.store_points=.* must rise from 0"):
+        replace(TRAJECTORY, store_points=points)
 
 
 def test_states_follow_the_flow_of_the_class():

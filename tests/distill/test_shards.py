@@ -4,11 +4,14 @@ import errno
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +19,7 @@ import torch
 import webdataset
 
 from distill import ledger
+from distill.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
 from distill.ledger import (
     CorruptShard,
     ForeignShard,
@@ -28,7 +32,7 @@ from distill.ledger import (
 )
 from distill.publish import clean_temporaries, mark, quarantine, temporary_path
 from distill.rundir import RunDir
-from distill.shards import npy_header, read_sample, read_shard, write_shard
+from distill.shards import as_tensor, read_sample, read_shard, write_shard
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
 
@@ -39,7 +43,7 @@ def run(tmp_path) -> RunDir:
 
 def read(run, spec, shard):
     """(states, labels) as stored."""
-    states = np.empty((spec.samples_per_shard, *spec.sample_shape), dtype=spec.dtype)
+    states = np.empty((spec.samples_per_shard, *spec.sample_shape), dtype=stored_dtype(spec))
     labels = np.empty(spec.samples_per_shard, dtype=np.int64)
     read_shard(run, spec, shard, states, labels)
     return states, labels
@@ -54,18 +58,18 @@ def names(run) -> list[str]:
 # Round trip and format
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("store_noise", [True, False])
 def test_round_trip_is_bit_exact(run, dtype, store_noise):
     spec = tiny_spec(dtype=dtype, store_noise=store_noise)
     made = tiny_shard(spec, 5)
     sidecar = write_shard(run, spec, 5, made, 1.5, "test")
     states, labels = read(run, spec, 5)
-    expected = made.states[:, :, 0 if store_noise else 1 :].to(getattr(torch, dtype)).numpy()
-    assert np.array_equal(states, expected) and np.array_equal(labels, made.labels)
+    expected = made.states[:, :, 0 if store_noise else 1 :].to(getattr(torch, dtype))
+    assert torch.equal(as_tensor(spec, states), expected) and np.array_equal(labels, made.labels)
     assert verify_shard(run, 5) == read_sidecar(run, 5) == sidecar
     for index, sample in enumerate(made.ids.tolist()):
-        assert np.array_equal(read_sample(run, sidecar, sample), expected[index])
+        assert torch.equal(as_tensor(spec, read_sample(run, sidecar, sample)), expected[index])
     assert names(run) == ["00000005.json", "00000005.tar"]
     assert committed(run) == {5: tar_path(run, 5).stat().st_size}
 
@@ -79,8 +83,61 @@ def test_opens_with_plain_webdataset(run):
     assert [sample["__key__"] for sample in samples] == [f"{i:012d}" for i in made.ids]
     for index, sample in enumerate(samples):
         assert np.array_equal(sample["states.npy"], made.states[index].half().numpy())
-        meta = {"id": int(made.ids[index]), "label": int(made.labels[index])}
+        meta = {"id": int(made.ids[index]), "label": int(made.labels[index]), "dtype": "float16"}
         assert sample["meta.json"] == meta
+
+
+def snippets(section: str) -> list[str]:
+    """The Python blocks of a section of docs/formats.md."""
+    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    part = text.partition(f"## {section}\n")[2].partition("\n## ")[0]
+    return re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_five_lines_of_the_documentation_read_a_shard(run, dtype):
+    spec = tiny_spec(dtype=dtype)
+    write_tiny_shards(run, spec, [0])
+    (reader, bits) = snippets("Shards")
+    assert len([line for line in reader.splitlines() if line]) == 5
+    # The lines of the page, run for every sample; the last one is for bfloat16.
+    body = reader.rstrip() + "\n" + "".join(f"    {line}\n" for line in bits.splitlines())
+    body += "    found.append((states, label))\n"
+    found = []
+    path = str(tar_path(run, 0))
+    exec(body.replace("runs/digits/shards/00000000.tar", path), {"found": found})
+    made = tiny_shard(spec, 0)
+    expected = made.states.to(getattr(torch, dtype)).float().numpy()
+    assert [label for _, label in found] == made.labels.tolist()
+    assert np.array_equal(np.stack([states for states, _ in found]).astype(np.float32), expected)
+
+
+def test_bfloat16_holds_what_float16_cannot(run):
+    spec, made = tiny_spec(dtype="bfloat16"), tiny_shard(tiny_spec(), 0)
+    made.states[1, 0, 2] = 1e6
+    write_shard(run, spec, 0, made, 1.0, "test")
+    found = as_tensor(spec, read(run, spec, 0)[0])
+    assert torch.equal(found, made.states.bfloat16()) and found[1, 0, 2].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("store_noise", [True, False])
+@pytest.mark.parametrize("image", [(1, 8, 8), (3, 32, 32), (4, 32, 32)])
+@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 0.25, 0.5, 1.0)])
+def test_sizes_are_known_before_anything_is_written(run, dtype, store_noise, image, times):
+    """The tar to the byte, tar and sidecar together within 1 %, for shards of any shape."""
+    for count, teachers in ((2, 1), (37, 3)):
+        spec = replace(
+            tiny_spec(count, teachers=teachers, dtype=dtype, store_noise=store_noise),
+            image=image,
+            times=times,
+        )
+        sidecar = write_shard(run, spec, count, tiny_shard(spec, count), 1.5, "host-1234")
+        size = tar_path(run, count).stat().st_size
+        whole = size + sidecar_path(run, count).stat().st_size
+        assert tar_bytes(spec, count) == size == sidecar.num_bytes
+        assert sidecar.member_bytes == state_bytes(spec)
+        assert tar_bytes(spec, count) + sidecar_bytes(spec, count) == pytest.approx(whole, rel=0.01)
 
 
 def test_sidecar_says_what_the_format_promises(run):
@@ -104,10 +161,11 @@ def test_two_producers_write_the_same_bytes(run, tmp_path):
 
 
 def test_header_is_numpys():
-    for spec in (tiny_spec(), tiny_spec(dtype="float32", teachers=1, grid=100)):
-        size = int(np.prod(spec.sample_shape)) * np.dtype(spec.dtype).itemsize
+    wide = tiny_spec(dtype="float32", teachers=1, grid=100)
+    for spec in (tiny_spec(), tiny_spec(dtype="bfloat16"), wide):
+        size = int(np.prod(spec.sample_shape)) * stored_dtype(spec).itemsize
         array = np.load(io.BytesIO(npy_header(spec) + bytes(size)), allow_pickle=False)
-        assert array.shape == spec.sample_shape and array.dtype == spec.dtype
+        assert array.shape == spec.sample_shape and array.dtype == stored_dtype(spec)
         assert len(npy_header(spec)) % 64 == 0
 
 

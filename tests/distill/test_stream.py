@@ -2,14 +2,15 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from distill import stream as stream_module
-from distill.config import ConfigError, TrajectoryConfig
-from distill.ledger import ForeignShard, ShardSpec, committed, tar_path
+from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.ledger import ForeignShard, ShardSpec, committed, shard_spec, tar_path
 from distill.noise import sample_noise
 from distill.order import Order
 from distill.rundir import RunDir
@@ -86,6 +87,30 @@ def test_noise_that_is_not_stored_is_made_again_in_float32(run):
         assert torch.equal(batch.states[:, teacher, 0], noise)
     made = torch.cat([tiny_shard(spec, shard).states for shard in range(3)])
     assert torch.equal(batch.states[:, :, 1:], made[batch.ids][:, :, 1:].half().float())
+
+
+@pytest.mark.parametrize("store_noise", [True, False])
+def test_a_batch_has_the_times_of_the_stored_points(run, store_noise):
+    trajectory = TrajectoryConfig(grid=4, store_points=[0, 3, 4], store_noise=store_noise)
+    teachers = {"only": TeacherConfig(path="-", solver="euler", steps=4)}
+    spec = shard_spec(3, ImageSpec(1, 2, 10), trajectory, teachers, {"only": 64 * "0"})
+    spec = replace(spec, samples_per_shard=4)
+    assert spec.sample_shape == (1, 3 if store_noise else 2, 1, 2, 2)
+    write_tiny_shards(run, spec, range(3))
+    batch = open_stream(run, spec).read(0)
+    batch.check()
+    assert batch.times.tolist() == [0.0, 0.75, 1.0]
+    made = torch.cat([tiny_shard(spec, shard).states for shard in range(3)])[batch.ids]
+    torch.testing.assert_close(batch.states, made, rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_states_come_back_as_they_were_rounded(run):
+    spec = tiny_spec(dtype="bfloat16")
+    write_tiny_shards(run, spec, range(3))
+    batch = open_stream(run, spec).read(0)
+    made = torch.cat([tiny_shard(spec, shard).states for shard in range(3)])[batch.ids]
+    assert batch.states.dtype == torch.float32
+    assert torch.equal(batch.states, made.bfloat16().float())
 
 
 def test_reader_waits_for_missing_shards_and_says_so(run):
