@@ -23,6 +23,8 @@ from cluster.netcost import NetworkCost, network_cost
 from distill.config import (
     NFE_PER_STEP,
     BezierConfig,
+    ConsistencyConfig,
+    MeanFlowConfig,
     ObjectiveConfig,
     TeacherConfig,
     TraFlowConfig,
@@ -62,7 +64,11 @@ class Calls:
         )
 
 
-ONE, CONSISTENCY, EULERIAN = Calls(1), Calls(1, 2, 1), Calls(1, 2)
+ONE, CONSISTENCY = Calls(1), Calls(1, 2, 1)
+# A forward-mode derivative costs two forwards. Double backward runs forward, back, and back through
+# both: about three times one evaluation with its gradient.
+EULERIAN = {"finite_difference": Calls(1, 1), "jvp": Calls(1, 2)}
+VELOCITY = {"finite_difference": Calls(2), "jvp": Calls(1, 2), "double_backward": Calls(3)}
 
 
 def objective_calls(objective: ObjectiveConfig) -> Calls:
@@ -71,19 +77,24 @@ def objective_calls(objective: ObjectiveConfig) -> Calls:
         case TraFlowConfig():
             weighted = (
                 (objective.weight_output, ONE),
-                (objective.weight_velocity, Calls(2)),
+                (objective.weight_states, ONE),
+                (objective.weight_velocity, VELOCITY[objective.derivative]),
                 (objective.weight_consistency, CONSISTENCY),
                 (objective.weight_flow_matching, ONE),
             )
         case BezierConfig():
             weighted = (
                 (objective.weight_drift, ONE),
-                (objective.weight_map, EULERIAN),
+                (objective.weight_map, EULERIAN[objective.derivative]),
                 (objective.weight_end, ONE),
                 (0.0, ONE),
             )
+        case MeanFlowConfig():
+            return EULERIAN[objective.derivative]
+        case ConsistencyConfig():
+            return CONSISTENCY
         case _:
-            return {"consistency": CONSISTENCY, "meanflow": EULERIAN}.get(objective.name, ONE)
+            return ONE
     return sum((calls for weight, calls in weighted if weight > 0), Calls())
 
 
@@ -118,7 +129,7 @@ def stream_plan(config: RunConfig) -> StreamPlan:
     shards = blocks * trajectory.block_shards
     fingerprints = {name: 64 * "0" for name in config.teacher}
     spec = shard_spec(config.seed, config.data.image, trajectory, config.teacher, fingerprints)
-    tar, sidecar = tar_bytes(spec, shards - 1), sidecar_bytes(spec, shards - 1)
+    tar, sidecar = tar_bytes(spec), sidecar_bytes(spec, shards - 1)
     return StreamPlan(
         blocks=blocks,
         shards=shards,

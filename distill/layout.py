@@ -3,13 +3,15 @@
     float16, float32   as they are
     bfloat16           NPY has no such type: its 16 bits as uint16, the upper half of a float32
 
-A tar pads every member to blocks of 512 bytes behind a header of one block, and ends with two empty
-blocks, padded to a record of 10,240 bytes.
+In the tar a sample is header, meta.json, header, states.npy; each part begins at a block of 512
+bytes and the first three take one each, so all samples take the same room. Two empty blocks end
+the tar, padded to a record of 10,240 bytes.
 """
 
 from __future__ import annotations
 
 import json
+import tarfile
 from math import ceil, prod
 
 import numpy as np
@@ -17,6 +19,7 @@ import numpy as np
 from distill.ledger import ShardSpec, Sidecar
 
 TAR_BLOCK, TAR_RECORD = 512, 10240
+META, STATES = "meta.json", "states.npy"
 STORED = {"float16": "float16", "bfloat16": "uint16", "float32": "float32"}
 
 
@@ -47,28 +50,40 @@ def state_bytes(spec: ShardSpec) -> int:
     return len(npy_header(spec)) + prod(spec.sample_shape) * stored_dtype(spec).itemsize
 
 
-def padded(num_bytes: int) -> int:
-    """Room that content of `num_bytes` takes in a tar, without its header."""
-    return ceil(num_bytes / TAR_BLOCK) * TAR_BLOCK
+def tar_header(name: str, num_bytes: int) -> bytes:
+    """The header of a tar member. All but name and size is fixed."""
+    member = tarfile.TarInfo(name)
+    member.size, member.mode, member.mtime = num_bytes, 0o444, 0
+    member.uname, member.gname = "bowstring", "bigdata"
+    return member.tobuf(tarfile.USTAR_FORMAT)
 
 
-def tar_bytes(spec: ShardSpec, shard: int) -> int:
-    """Length of a shard's tar. Labels of any length fit the block that meta.json takes."""
-    meta = len(meta_json(spec, spec.ids(shard)[-1], -1))
-    sample = 2 * TAR_BLOCK + padded(meta) + padded(state_bytes(spec))
-    return ceil((spec.samples_per_shard * sample + 2 * TAR_BLOCK) / TAR_RECORD) * TAR_RECORD
+def sample_room(spec: ShardSpec) -> int:
+    """Bytes from one sample's first header to the next one's."""
+    return (3 + ceil(state_bytes(spec) / TAR_BLOCK)) * TAR_BLOCK
+
+
+def state_offset(spec: ShardSpec, index: int) -> int:
+    """Where the content of states.npy of a shard's sample starts."""
+    return index * sample_room(spec) + 3 * TAR_BLOCK
+
+
+def tar_bytes(spec: ShardSpec) -> int:
+    """Length of a shard's tar."""
+    used = spec.samples_per_shard * sample_room(spec) + 2 * TAR_BLOCK
+    return ceil(used / TAR_RECORD) * TAR_RECORD
 
 
 def sidecar_bytes(spec: ShardSpec, shard: int) -> int:
     """Length of a shard's sidecar, but for a few digits of what is known only once it is made."""
-    size, count = tar_bytes(spec, shard), spec.samples_per_shard
+    count = spec.samples_per_shard
     sidecar = Sidecar(
         shard=shard,
         spec=spec,
-        num_bytes=size,
+        num_bytes=tar_bytes(spec),
         sha256=64 * "0",
         labels=(0,) * count,
-        offsets=tuple(size * index // count for index in range(count)),
+        offsets=tuple(state_offset(spec, index) for index in range(count)),
         member_bytes=state_bytes(spec),
         nfe=100 * count,
         forwards=100 * count,

@@ -8,17 +8,29 @@ stored. No pickle. Equal states give equal bytes: names, order, times and header
 import errno
 import hashlib
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from webdataset.writer import TarWriter
 
-from distill.layout import meta_json, npy_header, padded, state_bytes, stored_dtype
+from distill.layout import (
+    META,
+    STATES,
+    TAR_BLOCK,
+    meta_json,
+    npy_header,
+    sample_room,
+    state_bytes,
+    state_offset,
+    stored_dtype,
+    tar_bytes,
+    tar_header,
+)
 from distill.ledger import (
     CorruptShard,
     ShardSpec,
@@ -30,6 +42,8 @@ from distill.ledger import (
 )
 from distill.publish import publish, temporary_path
 from distill.rundir import RunDir
+
+WRITE_BYTES = 1_000_000  # of a tar, written and hashed at once
 
 
 @runtime_checkable
@@ -81,14 +95,14 @@ def write_shard(
     temporary = temporary_path(tar_path(run, shard))
     try:
         run.shards.mkdir(parents=True, exist_ok=True)
-        num_bytes, sha256, offsets = _write_tar(temporary, spec, generated, states)
+        sha256 = _write_tar(temporary, spec, generated, states)
         sidecar = Sidecar(
             shard=shard,
             spec=spec,
-            num_bytes=num_bytes,
+            num_bytes=tar_bytes(spec),
             sha256=sha256,
             labels=tuple(generated.labels.tolist()),
-            offsets=tuple(offsets),
+            offsets=tuple(state_offset(spec, index) for index in range(len(states))),
             member_bytes=state_bytes(spec),
             nfe=generated.nfe,
             forwards=generated.forwards,
@@ -107,8 +121,9 @@ def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[Any]:
     """[N, M, stored points, C, H, W] as `stored_dtype`."""
     states = generated.states if spec.store_noise else generated.states[:, :, 1:]
     assert states.shape == (spec.samples_per_shard, *spec.sample_shape), states.shape
-    stored = states.to(getattr(torch, spec.dtype)).contiguous()
-    if not bool(stored.isfinite().all()):
+    dtype = getattr(torch, spec.dtype)
+    stored = states.to(dtype).contiguous()
+    if not bool(torch.stack(states.aminmax()).to(dtype).isfinite().all()):  # rounding is monotone
         largest = float(states.abs().max())
         raise ValueError(
             f"states of {generated.ids[0]}..{generated.ids[-1]} reach {largest:.3g}, which "
@@ -141,50 +156,45 @@ def _write_failure(run: RunDir, shard: int, num_bytes: int, error: OSError) -> s
     )
 
 
-class _Sink:
-    """A file that hashes what it is given, and swallows writes after one has failed: the tar stream
-    tries again when it is collected.
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._failed = False
-        self.digest = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: bytes) -> int:
-        """Number of bytes taken."""
-        if not self._failed:
-            self._failed = True
-            self._file.write(data)
-            self._failed = False
-            self.digest.update(data)
-            self.size += len(data)
-        return len(data)
-
-
-def _write_tar(
-    path: Path, spec: ShardSpec, generated: Trajectories, states: NDArray[Any]
-) -> tuple[int, str, list[int]]:
-    """Size and sha256 of the tar, flushed to disk, and where each states.npy starts in it."""
-    header, offsets = npy_header(spec), []
-    little = stored_dtype(spec).newbyteorder("<")
+def _write_tar(path: Path, spec: ShardSpec, generated: Trajectories, states: NDArray[Any]) -> str:
+    """The sha256 of the tar in `path`, which is new and flushed to disk."""
+    digest = hashlib.sha256()
     with path.open("xb") as file:
-        sink = _Sink(file)
-        writer = TarWriter(sink, encoder=False, compress=False, mtime=0, user="bowstring")
-        for index, label, state in zip(
-            generated.ids.tolist(), generated.labels.tolist(), states, strict=True
-        ):
-            content = header + state.astype(little, copy=False).tobytes()
-            meta = meta_json(spec, index, label)
-            writer.write(
-                {"__key__": f"{index:012d}", "meta.json": meta, "states.npy": content}
-            )  # members in the order of their names, so states.npy ends here
-            offsets.append(writer.tarstream.offset - padded(len(content)))
-        writer.close()
+        for piece in _tar_pieces(spec, generated, states):
+            file.write(piece)
+            digest.update(piece)
         file.flush()
         os.fsync(file.fileno())
-    return sink.size, sink.digest.hexdigest(), offsets
+    return digest.hexdigest()
+
+
+def _tar_pieces(
+    spec: ShardSpec, generated: Trajectories, states: NDArray[Any]
+) -> Iterator[NDArray[np.uint8]]:
+    """The tar, some samples at a time: webdataset's own writer gives the same bytes, slower."""
+    head, size, start = _bytes(npy_header(spec)), state_bytes(spec), state_offset(spec, 0)
+    content = states.astype(stored_dtype(spec).newbyteorder("<"), copy=False)
+    content = content.reshape(len(states), -1).view(np.uint8)
+    at_once = max(1, WRITE_BYTES // sample_room(spec))
+    for first in range(0, len(states), at_once):
+        part = slice(first, first + at_once)
+        rows = np.zeros((len(content[part]), sample_room(spec)), dtype=np.uint8)
+        rows[:, start : start + len(head)] = head
+        rows[:, start + len(head) : start + size] = content[part]
+        for row, index, label in zip(
+            rows, generated.ids[part], generated.labels[part], strict=True
+        ):
+            meta = meta_json(spec, int(index), int(label))
+            assert len(meta) <= TAR_BLOCK
+            row[:TAR_BLOCK] = _bytes(tar_header(f"{index:012d}.{META}", len(meta)))
+            row[TAR_BLOCK : TAR_BLOCK + len(meta)] = _bytes(meta)
+            row[2 * TAR_BLOCK : start] = _bytes(tar_header(f"{index:012d}.{STATES}", size))
+        yield rows.reshape(-1)
+    yield np.zeros(tar_bytes(spec) - len(states) * sample_room(spec), dtype=np.uint8)
+
+
+def _bytes(data: bytes) -> NDArray[np.uint8]:
+    return np.frombuffer(data, dtype=np.uint8)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 import webdataset
 
-from distill import ledger
+from distill import ledger, shards
 from distill.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
 from distill.ledger import (
     CorruptShard,
@@ -135,9 +135,9 @@ def test_sizes_are_known_before_anything_is_written(run, dtype, store_noise, ima
         sidecar = write_shard(run, spec, count, tiny_shard(spec, count), 1.5, "host-1234")
         size = tar_path(run, count).stat().st_size
         whole = size + sidecar_path(run, count).stat().st_size
-        assert tar_bytes(spec, count) == size == sidecar.num_bytes
+        assert tar_bytes(spec) == size == sidecar.num_bytes
         assert sidecar.member_bytes == state_bytes(spec)
-        assert tar_bytes(spec, count) + sidecar_bytes(spec, count) == pytest.approx(whole, rel=0.01)
+        assert tar_bytes(spec) + sidecar_bytes(spec, count) == pytest.approx(whole, rel=0.01)
 
 
 def test_sidecar_says_what_the_format_promises(run):
@@ -158,6 +158,23 @@ def test_two_producers_write_the_same_bytes(run, tmp_path):
     write_tiny_shards(run, spec, [3])
     write_tiny_shards(RunDir(tmp_path / "other"), spec, [3])
     assert tar_path(run, 3).read_bytes() == tar_path(RunDir(tmp_path / "other"), 3).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_the_bytes_are_those_of_webdatasets_own_writer(run, monkeypatch, dtype):
+    monkeypatch.setattr(shards, "WRITE_BYTES", 5000)  # several pieces, the last one smaller
+    spec = replace(tiny_spec(7, dtype=dtype), image=(3, 9, 9))
+    made = tiny_shard(spec, 123456)
+    write_shard(run, spec, 123456, made, 1.0, "test")
+    plain = io.BytesIO()
+    writer = webdataset.TarWriter(plain, compress=False, mtime=0, user="bowstring")
+    for index, label, states in zip(made.ids, made.labels, made.states, strict=True):
+        bits = states.to(getattr(torch, dtype))
+        array = bits.view(torch.int16).numpy().view("u2") if dtype == "bfloat16" else bits.numpy()
+        meta = {"id": int(index), "label": int(label), "dtype": dtype}
+        writer.write({"__key__": f"{index:012d}", "meta.json": meta, "states.npy": array})
+    writer.close()
+    assert tar_path(run, 123456).read_bytes() == plain.getvalue()
 
 
 def test_header_is_numpys():
@@ -240,7 +257,7 @@ def test_shard_of_another_run_is_refused_and_left(run):
     assert tar_path(run, 0).read_bytes() == before and not run.quarantine.exists()
 
 
-# Dies by SIGKILL at its n-th write, flush or link, for n = 1, 2, .. until a shard is committed.
+# Dies by SIGKILL at its n-th piece of a tar, flush or link, for n = 1, 2, .. until it commits.
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
@@ -263,7 +280,8 @@ status, at = 1, 0
 while status != 0:
     at += 1
     if os.fork() == 0:
-        shards._Sink.write = deadly(shards._Sink.write, at)
+        shards.WRITE_BYTES = 16_000
+        shards._bytes = deadly(shards._bytes, at)
         os.fsync, os.link = deadly(os.fsync, at), deadly(os.link, at)
         write_tiny_shards(RunDir(Path(sys.argv[1]) / str(at)), tiny_spec(32), [0])
         os._exit(0)
