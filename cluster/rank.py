@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
@@ -24,6 +23,7 @@ from distill.export import export_checkpoint
 from distill.manifest import latest_verified, step_name
 from distill.models import DESCRIPTION, load_model
 from distill.networks import build_network
+from distill.networks.layers import AbstractNetwork
 from distill.objectives import build_objective
 from distill.objectives.base import Objective
 from distill.pretrain import ImageStream
@@ -43,7 +43,7 @@ def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool
         if engine.rank == 0:
             append_line(job.run.events, {"kind": "init", "weights": origin})
         config = job.config.objective if job.stage == "train" else ReflowConfig()
-        objective = build_objective(config, job.config.seed)
+        objective = build_objective(config, job.config.seed, device, engine.gradient_norms)
         return train_with_exports(job, engine, open_source(job, engine), objective, should_stop)
 
 
@@ -51,7 +51,7 @@ def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool
 # Weights
 
 
-def initial_network(job: TrainJob) -> tuple[nn.Module, str]:
+def initial_network(job: TrainJob) -> tuple[AbstractNetwork, str]:
     """The network before the first step, and in words where its weights come from.
 
     A student starts as its last native teacher when that has the same architecture: the branch of

@@ -221,16 +221,27 @@ class TraFlowConfig(ObjectiveConfig):
 
     name: str = "traflow"
     weight_output: float = 1.0
-    weight_velocity: float = 1.0
-    weight_consistency: float = 1.0
+    weight_states: float = 1.0
+    weight_velocity: float = 0.03
+    weight_consistency: float = 0.0
     weight_flow_matching: float = 0.0
-    p_full: float = 1.0  # chance that the output jump is the whole one, noise to data
+    weights: str = "fixed"  # fixed | adaptive (by the gradient's norm, relative to the first term)
+    sampler_nfe: list[int] = field(
+        default_factory=lambda: [2, 4, 8]
+    )  # jumps of the states term: those of a sampler with so many steps; []: any on the grid
     velocity_mode: str = "trajectory"  # straight | trajectory
+    derivative: str = "finite_difference"  # jvp | double_backward | finite_difference
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("objective.weights", self.weights, ("fixed", "adaptive"))
         check_choice("objective.velocity_mode", self.velocity_mode, ("straight", "trajectory"))
-        check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
+        derivatives = ("jvp", "double_backward", "finite_difference")
+        check_choice("objective.derivative", self.derivative, derivatives)
+        check(
+            all(n > 0 for n in self.sampler_nfe),
+            f"objective.sampler_nfe={self.sampler_nfe} must be above 0",
+        )
 
 
 @dataclass

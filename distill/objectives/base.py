@@ -1,18 +1,30 @@
-"""What the objectives share: protocol, result, distances, random draws, picks from the grid."""
+"""What the objectives share: protocol, terms, distances, random draws, derivatives.
 
+An objective is a few terms. A term says which evaluations of the student it needs, and what its
+value is once they are made. So the evaluations of all terms go through the network as one batch.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from distill.config import ObjectiveConfig
 from distill.noise import uniform
 from distill.paths import MeanVelocity, expand_as
 from distill.trajectory import TrajectoryBatch
 
 # Step of the finite difference of u along a path. Float32 rounding grows as 1/h, the error as h.
 FINITE_STEP = 5e-3
+
+# [len(losses)] norms of the gradient of each loss, averaged over ranks, for the last layer's weight
+GradientNorms = Callable[[list[Tensor]], Float[Tensor, "N"]]
+# D(a, b) per sample
+Distance = Callable[[Float[Tensor, "B *S"], Float[Tensor, "B *S"]], Float[Tensor, "B"]]
 
 
 @dataclass
@@ -46,11 +58,46 @@ class Objective(Protocol):
         """
 
 
-def weighted_sum(terms: dict[str, tuple[float, Float[Tensor, "B"]]]) -> LossTerms:
-    """Means over the batch of the terms, given as (weight, value per sample)."""
+@dataclass(frozen=True)
+class Call:
+    """An evaluation u(x, t, s) of the student, with gradient to its weights."""
+
+    x: Float[Tensor, "B *S"]
+    t: Float[Tensor, "B"]
+    s: Float[Tensor, "B"]
+
+    def landing(self, u: Float[Tensor, "B *S"]) -> Float[Tensor, "B *S"]:
+        """G(x, t, s) = x + (s - t) u, for `u` the result of this call."""
+        return self.x + expand_as(self.s - self.t, self.x) * u
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of a loss.
+
+    Attributes:
+        weight: what it counts.
+        calls: evaluations of the student.
+        value: value per sample, from the results of `calls`, in their order.
+    """
+
+    weight: float
+    calls: list[Call]
+    value: Callable[..., Float[Tensor, "B"]]
+
+
+def loss_terms(terms: dict[str, Term], student: MeanVelocity, label: Int[Tensor, "B"]) -> LossTerms:
+    """Means over the batch of all terms, from one evaluation of the student."""
+    calls = [call for term in terms.values() for call in term.calls]
+    results: Iterator[Tensor] = iter(())
+    if calls:
+        x = torch.cat([call.x for call in calls])
+        t, s = torch.cat([call.t for call in calls]), torch.cat([call.s for call in calls])
+        results = iter(student(x, t, s, label.repeat(len(calls))).chunk(len(calls)))
+    values = {n: term.value(*[next(results) for _ in term.calls]) for n, term in terms.items()}
     return LossTerms(
-        {name: weight for name, (weight, _) in terms.items()},
-        {name: value.mean() for name, (_, value) in terms.items()},
+        {name: term.weight for name, term in terms.items()},
+        {name: value.mean() for name, value in values.items()},
     )
 
 
@@ -58,23 +105,46 @@ def weighted_sum(terms: dict[str, tuple[float, Float[Tensor, "B"]]]) -> LossTerm
 # Distances
 
 
-def distance(
-    kind: str, prediction: Float[Tensor, "B *S"], target: Float[Tensor, "B *S"]
-) -> Float[Tensor, "B"]:
-    """D(a, b) per sample, over the d values of a sample.
-
-    l2:           |a - b|^2 / d
-    pseudo_huber: sqrt(|a - b|^2 + c^2) - c, c = 0.00054 d (Lee et al., 2024, "Improving the
-                  Training of Rectified Flows"); it grows like |a - b|, so outliers weigh less.
-    """
-    gap = prediction - target
+def squared_gap(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+    """|a - b|^2, in float32 or better."""
+    gap = a - b
     dtype = torch.promote_types(gap.dtype, torch.float32)
-    square = gap.to(dtype).flatten(1).square().sum(dim=1)
-    dim = prediction[0].numel()
-    if kind == "l2":
-        return square / dim
-    c = 0.00054 * dim
-    return (square + c * c).sqrt() - c
+    return gap.to(dtype).flatten(1).square().sum(dim=1)
+
+
+def l2(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+    """|a - b|^2 / d for the d values of a sample."""
+    return squared_gap(a, b) / a[0].numel()
+
+
+def pseudo_huber(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+    """sqrt(|a - b|^2 + c^2) - c, c = 0.00054 d (Lee et al., 2024, "Improving the Training of
+    Rectified Flows"). It grows like |a - b|, so outliers weigh less.
+    """
+    c = 0.00054 * a[0].numel()
+    return (squared_gap(a, b) + c * c).sqrt() - c
+
+
+@dataclass(frozen=True)
+class Distances:
+    """D of an objective: between states of a path, which are images, and between velocities."""
+
+    states: Distance
+    velocities: Distance
+
+
+def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
+    """The distances of `objective.distance`. LPIPS looks at images, so velocities then take
+    pseudo-Huber.
+
+    Raises:
+        ConfigError: the backbone of LPIPS cannot be read.
+    """
+    match config.distance:
+        case "l2":
+            return Distances(l2, l2)
+        case _:
+            return Distances(pseudo_huber, pseudo_huber)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -107,30 +177,65 @@ def pick(states: Float[Tensor, "B K1 *S"], index: Int[Tensor, "B"]) -> Float[Ten
 
 
 # -----------------------------------------------------------------------------------------------
-# The Eulerian flow-map identity, shared by MeanFlow and the Bezier map
+# Derivatives of the student
+
+
+def time_derivative(
+    u: MeanVelocity,
+    x: Float[Tensor, "B *S"],
+    t: Float[Tensor, "B"],
+    s: Float[Tensor, "B"],
+    label: Int[Tensor, "B"],
+) -> Float[Tensor, "B *S"]:
+    """sg[ du(x, t, s)/ds ] by forward mode, tangent 1 on s."""
+    with torch.no_grad():
+        return torch.func.jvp(lambda s_: u(x, t, s_, label), (s,), (torch.ones_like(s),))[1]
+
+
+def with_time_derivative(
+    u: MeanVelocity,
+    x: Float[Tensor, "B *S"],
+    t: Float[Tensor, "B"],
+    s: Float[Tensor, "B"],
+    label: Int[Tensor, "B"],
+) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"]]:
+    """u(x, t, s) and du/ds by double backward; gradient reaches the weights through both.
+
+    For any w, g(w) = d(w . u)/ds is linear in w; so du/ds = dg/dw for the gradient of sum g.
+    """
+    s = s.clone().requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+        value = u(x, t, s, label)
+    w = torch.zeros_like(value, requires_grad=True)
+    (g,) = torch.autograd.grad(value, s, w, create_graph=True)
+    (du_ds,) = torch.autograd.grad(g.sum(), w, create_graph=True)
+    return value, du_ds
 
 
 def eulerian_target(
     u: MeanVelocity,
-    x: Float[Tensor, "B *S"],
+    here: Float[Tensor, "B *S"],
+    call: Call,
     v: Float[Tensor, "B *S"],
-    t: Float[Tensor, "B"],
-    s: Float[Tensor, "B"],
     label: Int[Tensor, "B"],
     derivative: str,
 ) -> Float[Tensor, "B *S"]:
-    """sg[ v + (s - t) d/dt u(x_t, t, s) ], the target of u(x, t, s), without gradient.
+    """sg[ v + (s - t) d/dt u(x_t, t, s) ], the target of here = u(x, t, s), without gradient.
 
     Along a path with dx/dt = v, (s - t) u = int_t^s v, so u = v + (s - t) du/dt with the total
     derivative du/dt = J_x u v + d_t u (MeanFlow, Geng et al. 2025, eq. 6, with time reversed).
-    `derivative` is "jvp" (forward mode, exact) or "finite_difference" (two plain forwards).
+    `derivative` is "jvp" (forward mode, exact) or "finite_difference" (one more plain forward).
     """
+    x, t, s = call.x, call.t, call.s
     with torch.no_grad():
         if derivative == "jvp":
             du_dt = torch.func.jvp(
                 lambda x_, t_: u(x_, t_, s, label), (x, t), (v, torch.ones_like(t))
             )[1]
         else:
-            ahead = u(x + FINITE_STEP * v, t + FINITE_STEP, s, label)
-            du_dt = (ahead - u(x, t, s, label)) / FINITE_STEP
+            # Ahead where the step stays within [t, s], else back, and never outside [0, 1].
+            stays = (t + FINITE_STEP <= s) | (t < FINITE_STEP)
+            h = torch.where(stays, FINITE_STEP, -FINITE_STEP).to(t)
+            moved = u(x + expand_as(h, x) * v, t + h, s, label)
+            du_dt = (moved - here.detach()) / expand_as(h, x)
         return v + expand_as(s - t, x) * du_dt

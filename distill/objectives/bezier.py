@@ -15,12 +15,20 @@ Sampling goes through the map G: a single Euler step of the drift does not land 
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import BezierConfig
-from distill.objectives.base import LossTerms, distance, draw, eulerian_target, weighted_sum
-from distill.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity, jump
+from distill.objectives.base import (
+    Call,
+    Distances,
+    LossTerms,
+    Term,
+    draw,
+    eulerian_target,
+    loss_terms,
+)
+from distill.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity
 from distill.trajectory import TrajectoryBatch
 
 
@@ -49,28 +57,54 @@ def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[T
 class Bezier:
     """Drift, map and end losses on the curve."""
 
-    def __init__(self, config: BezierConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: BezierConfig, distances: Distances, seed: int) -> None:
+        self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> LossTerms:
-        config, label, terms = self.config, batch.labels, {}
+        config, terms = self.config, {}
         points = control_points(batch, config.variant, config.degree)
         t = draw(self.seed, "bezier/t", step, batch)
-        x, v = bezier_point(points, t), bezier_velocity(points, t)
         if config.weight_drift > 0:
-            value = distance(config.distance, student(x, t, t, label), v)
-            terms["drift"] = (config.weight_drift, value)
+            terms["drift"] = self.drift_term(points, t)
         if config.weight_map > 0:
             s = t + (1 - t) * draw(self.seed, "bezier/s", step, batch)
-            goal = eulerian_target(student, x, v, t, s, label, config.derivative)
-            value = distance(config.distance, student(x, t, s, label), goal)
-            terms["map"] = (config.weight_map, value)
+            terms["map"] = self.map_term(points, t, s, student, batch.labels)
         if config.weight_end > 0:
             full = draw(self.seed, "bezier/full", step, batch) < config.p_full
-            t_end = t.where(~full, torch.zeros_like(t))
-            x_end = bezier_point(points, t_end)
-            output = jump(student, x_end, t_end, torch.ones_like(t), label)
-            terms["end"] = (config.weight_end, distance(config.distance, output, points[:, -1]))
-        return weighted_sum(terms)
+            terms["end"] = self.end_term(points, t.where(~full, torch.zeros_like(t)))
+        return loss_terms(terms, student, batch.labels)
+
+    def drift_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> Term:
+        """D( u(B(t), t, t), B'(t) )."""
+        v = bezier_velocity(points, t)
+        call = Call(bezier_point(points, t), t, t)
+        return Term(self.config.weight_drift, [call], lambda u: self.distances.velocities(u, v))
+
+    def map_term(
+        self,
+        points: Float[Tensor, "B n1 *S"],
+        t: Float[Tensor, "B"],
+        s: Float[Tensor, "B"],
+        student: MeanVelocity,
+        label: Int[Tensor, "B"],
+    ) -> Term:
+        """D( u(B(t), t, s), sg[ B'(t) + (s - t) d/dt u ] )."""
+        v = bezier_velocity(points, t)
+        call = Call(bezier_point(points, t), t, s)
+
+        def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+            goal = eulerian_target(student, u, call, v, label, self.config.derivative)
+            return self.distances.velocities(u, goal)
+
+        return Term(self.config.weight_map, [call], value)
+
+    def end_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> Term:
+        """D( G(B(t), t, 1), P_n )."""
+        call = Call(bezier_point(points, t), t, torch.ones_like(t))
+        return Term(
+            self.config.weight_end,
+            [call],
+            lambda u: self.distances.states(call.landing(u), points[:, -1]),
+        )

@@ -12,42 +12,55 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.config import ConsistencyConfig
-from distill.objectives.base import LossTerms, distance, draw, draw_index, pick, weighted_sum
+from distill.objectives.base import (
+    Call,
+    Distance,
+    Distances,
+    LossTerms,
+    Term,
+    draw,
+    draw_index,
+    loss_terms,
+    pick,
+)
 from distill.paths import MeanVelocity, jump
 from distill.trajectory import TrajectoryBatch
 
 
 def consistency_term(
     batch: TrajectoryBatch,
-    student: MeanVelocity,
     target: MeanVelocity,
     seed: int,
     step: int,
-    kind: str,
-) -> Float[Tensor, "B"]:
-    """L_con per sample, with a < b <= c drawn uniformly on the grid and s = t_c."""
+    distance: Distance,
+    weight: float,
+) -> Term:
+    """L_con, with a < b <= c drawn uniformly on the grid and s = t_c."""
     times, label = batch.times, batch.labels
     last = len(times) - 1
     a = draw_index(draw(seed, "consistency/a", step, batch), 0, last - 1)
     b = draw_index(draw(seed, "consistency/b", step, batch), a + 1, last)
     c = draw_index(draw(seed, "consistency/c", step, batch), b, last)
     s, one = times[c], torch.ones_like(times[c])
+    from_a = Call(pick(batch.best, a), times[a], s)
 
-    from_a = jump(student, pick(batch.best, a), times[a], s, label)
-    with torch.no_grad():
-        from_b = jump(target, pick(batch.best, b), times[b], s, label)
-        from_b = jump(target, from_b, s, one, label)
-    return distance(kind, jump(target, from_a, s, one, label), from_b)
+    def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+        with torch.no_grad():
+            goal = jump(target, pick(batch.best, b), times[b], s, label)
+            goal = jump(target, goal, s, one, label)
+        return distance(jump(target, from_a.landing(u), s, one, label), goal)
+
+    return Term(weight, [from_a], value)
 
 
 class Consistency:
     """The baseline: self-consistency alone."""
 
-    def __init__(self, config: ConsistencyConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: ConsistencyConfig, distances: Distances, seed: int) -> None:
+        self.distances, self.seed = distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> LossTerms:
-        value = consistency_term(batch, student, target, self.seed, step, self.config.distance)
-        return weighted_sum({"consistency": (1.0, value)})
+        term = consistency_term(batch, target, self.seed, step, self.distances.states, 1.0)
+        return loss_terms({"consistency": term}, student, batch.labels)

@@ -3,22 +3,26 @@
 import torch
 
 from distill.config import EndpointConfig
-from distill.objectives.base import LossTerms, distance, weighted_sum
-from distill.paths import MeanVelocity, jump
+from distill.objectives.base import Call, Distance, Distances, LossTerms, Term, loss_terms
+from distill.paths import MeanVelocity
 from distill.trajectory import TrajectoryBatch
 
 
-class Endpoint:
-    """The baseline: one jump from noise to the teacher's output."""
+def output_term(batch: TrajectoryBatch, distance: Distance, weight: float) -> Term:
+    """D( G(x_0, 0, 1), X_K ): one jump from noise to the teacher's output."""
+    zero = torch.zeros_like(batch.noise.flatten(1)[:, 0])
+    jump = Call(batch.noise, zero, zero + 1)
+    return Term(weight, [jump], lambda u: distance(jump.landing(u), batch.best[:, -1]))
 
-    def __init__(self, config: EndpointConfig, seed: int) -> None:
-        self.config = config
+
+class Endpoint:
+    """The baseline: the teacher's output alone."""
+
+    def __init__(self, config: EndpointConfig, distances: Distances) -> None:
+        self.distances = distances
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> LossTerms:
-        x_0 = batch.noise
-        zero = torch.zeros(len(x_0), device=x_0.device, dtype=x_0.dtype)
-        output = jump(student, x_0, zero, zero + 1, batch.labels)
-        value = distance(self.config.distance, output, batch.best[:, -1])
-        return weighted_sum({"output": (1.0, value)})
+        terms = {"output": output_term(batch, self.distances.states, 1.0)}
+        return loss_terms(terms, student, batch.labels)

@@ -4,8 +4,19 @@ x_t = (1 - t) x_0 + t x_1 and v = x_1 - x_0 on the teacher's pairs. With chance 
 which is plain flow matching.
 """
 
+from jaxtyping import Float
+from torch import Tensor
+
 from distill.config import MeanFlowConfig
-from distill.objectives.base import LossTerms, distance, draw, eulerian_target, weighted_sum
+from distill.objectives.base import (
+    Call,
+    Distances,
+    LossTerms,
+    Term,
+    draw,
+    eulerian_target,
+    loss_terms,
+)
 from distill.paths import MeanVelocity, interpolate
 from distill.trajectory import TrajectoryBatch
 
@@ -13,8 +24,8 @@ from distill.trajectory import TrajectoryBatch
 class MeanFlow:
     """The baseline: the Eulerian flow-map identity."""
 
-    def __init__(self, config: MeanFlowConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: MeanFlowConfig, distances: Distances, seed: int) -> None:
+        self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
@@ -22,8 +33,11 @@ class MeanFlow:
         t = draw(self.seed, "meanflow/t", step, batch)
         s = t + (1 - t) * draw(self.seed, "meanflow/s", step, batch)
         s = s.where(draw(self.seed, "meanflow/diagonal", step, batch) >= self.config.p_diagonal, t)
-        x_0, x_1 = batch.noise, batch.best[:, -1]
-        x_t = interpolate(x_0, x_1, t)
-        goal = eulerian_target(student, x_t, x_1 - x_0, t, s, batch.labels, self.config.derivative)
-        value = distance(self.config.distance, student(x_t, t, s, batch.labels), goal)
-        return weighted_sum({"map": (1.0, value)})
+        x_0, x_1, label = batch.noise, batch.best[:, -1], batch.labels
+        call = Call(interpolate(x_0, x_1, t), t, s)
+
+        def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+            goal = eulerian_target(student, u, call, x_1 - x_0, label, self.config.derivative)
+            return self.distances.velocities(u, goal)
+
+        return loss_terms({"map": Term(1.0, [call], value)}, student, label)

@@ -11,7 +11,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distill.config import ReflowConfig
-from distill.objectives.base import LossTerms, distance, draw, weighted_sum
+from distill.objectives.base import (
+    Call,
+    Distance,
+    Distances,
+    LossTerms,
+    Term,
+    draw,
+    loss_terms,
+)
 from distill.paths import MeanVelocity, interpolate
 from distill.trajectory import TrajectoryBatch
 
@@ -28,18 +36,19 @@ def u_shaped(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 
 
 def flow_matching_term(
-    batch: TrajectoryBatch, student: MeanVelocity, t: Float[Tensor, "B"], kind: str
-) -> Float[Tensor, "B"]:
-    """D( u(x_t, t, t), x_1 - x_0 ) per sample."""
+    batch: TrajectoryBatch, t: Float[Tensor, "B"], distance: Distance, weight: float
+) -> Term:
+    """D( u(x_t, t, t), x_1 - x_0 )."""
     x_0, x_1 = batch.noise, batch.best[:, -1]
-    return distance(kind, student(interpolate(x_0, x_1, t), t, t, batch.labels), x_1 - x_0)
+    call = Call(interpolate(x_0, x_1, t), t, t)
+    return Term(weight, [call], lambda u: distance(u, x_1 - x_0))
 
 
 class Reflow:
     """The baseline, and the loss of pre-training."""
 
-    def __init__(self, config: ReflowConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(self, config: ReflowConfig, distances: Distances, seed: int) -> None:
+        self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
@@ -47,5 +56,5 @@ class Reflow:
         t = draw(self.seed, "reflow/t", step, batch)
         if self.config.times == "u_shaped":
             t = u_shaped(t)
-        value = flow_matching_term(batch, student, t, self.config.distance)
-        return weighted_sum({"flow_matching": (1.0, value)})
+        term = flow_matching_term(batch, t, self.distances.velocities, 1.0)
+        return loss_terms({"flow_matching": term}, student, batch.labels)

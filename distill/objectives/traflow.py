@@ -1,85 +1,256 @@
 """TraFlow: trajectory distillation of a rectified flow (arXiv 2502.16972; docs/method.md).
 
-    L = w_out L_out + w_vel L_vel + w_con L_con + w_fm L_fm
+    L = w_out L_out + w_sta L_sta + w_vel L_vel + w_con L_con + w_fm L_fm
 
-    L_out = D( G(X_a, t_a, t_b), X_b )                  the teacher's output and states between
-    L_vel = D( dG(x_t, t, s)/ds, teacher's change at s )  its velocity
-    L_con = self-consistency along the trajectory       see `consistency_term`
-    L_fm  = D( u(x_t, t, t), x_1 - x_0 )                an anchor on the diagonal
+    L_out = D( G(X_0, 0, 1), X_K )                        the teacher's output
+    L_sta = D( G(X_a, t_a, t_b), X_b )                    its states, jump by jump of the sampler
+    L_vel = D( dG(x_t, t, s)/ds, its change at s )        its velocity
+    L_con = self-consistency along the trajectory         see `consistency_term`
+    L_fm  = D( u(x_t, t, t), x_1 - x_0 )                  an anchor on the diagonal
 
 G(x, t, s) = x + (s - t) u(x, t, s). X_0 .. X_K are the best teacher's states on the stored grid.
-A term of weight 0 is not computed.
+A term of weight 0 is not computed. SCoT, a later version of the paper, is a configuration of this
+(configs/objective/scot.yaml).
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import TraFlowConfig
-from distill.objectives.base import LossTerms, distance, draw, draw_index, pick, weighted_sum
+from distill.config import ConfigError, TraFlowConfig
+from distill.objectives.base import (
+    Call,
+    Distance,
+    Distances,
+    GradientNorms,
+    LossTerms,
+    Term,
+    draw,
+    draw_index,
+    loss_terms,
+    pick,
+    time_derivative,
+    with_time_derivative,
+)
 from distill.objectives.consistency import consistency_term
+from distill.objectives.endpoint import output_term
 from distill.objectives.reflow import flow_matching_term
-from distill.paths import MeanVelocity, expand_as, interpolate, jump
+from distill.paths import MeanVelocity, expand_as, interpolate
 from distill.trajectory import TrajectoryBatch
+
+ADAPTIVE_RANGE = (0.01, 10.0)  # SCoT clips the adaptive weight of the velocity term so
 
 
 class TraFlow:
     """Output, velocity and self-consistency targets."""
 
-    def __init__(self, config: TraFlowConfig, seed: int) -> None:
-        self.config, self.seed = config, seed
+    def __init__(
+        self,
+        config: TraFlowConfig,
+        distances: Distances,
+        seed: int,
+        gradient_norms: GradientNorms | None = None,
+    ) -> None:
+        """`gradient_norms` is what adaptive weights need, and only they."""
+        self.config, self.distances, self.seed = config, distances, seed
+        self.gradient_norms = gradient_norms
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> LossTerms:
-        config, terms = self.config, {}
+        config, seed, images = self.config, self.seed, self.distances.states
+        terms = {}
         if config.weight_output > 0:
-            terms["output"] = (config.weight_output, self.output_term(batch, student, step))
+            terms["output"] = output_term(batch, images, config.weight_output)
+        if config.weight_states > 0:
+            a, b = draw_jump(batch.times, config.sampler_nfe, seed, step, batch)
+            terms["states"] = states_term(batch, a, b, images, config.weight_states)
         if config.weight_velocity > 0:
-            terms["velocity"] = (config.weight_velocity, self.velocity_term(batch, student, step))
+            terms["velocity"] = self.velocity_term(batch, student, step)
         if config.weight_consistency > 0:
-            value = consistency_term(batch, student, target, self.seed, step, config.distance)
-            terms["consistency"] = (config.weight_consistency, value)
+            weight = config.weight_consistency
+            terms["consistency"] = consistency_term(batch, target, seed, step, images, weight)
         if config.weight_flow_matching > 0:
-            t = draw(self.seed, "flow_matching/t", step, batch)
-            value = flow_matching_term(batch, student, t, config.distance)
-            terms["flow_matching"] = (config.weight_flow_matching, value)
-        return weighted_sum(terms)
+            t, weight = draw(seed, "flow_matching/t", step, batch), config.weight_flow_matching
+            terms["flow_matching"] = flow_matching_term(batch, t, self.distances.velocities, weight)
+        result = loss_terms(terms, student, batch.labels)
+        if config.weights == "adaptive":
+            assert self.gradient_norms is not None
+            return balanced(result, self.gradient_norms)
+        return result
 
-    def output_term(
-        self, batch: TrajectoryBatch, student: MeanVelocity, step: int
-    ) -> Float[Tensor, "B"]:
-        """L_out per sample: a = 0, b = K with chance `p_full`, else a < b uniform on the grid."""
-        last = len(batch.times) - 1
-        full = draw(self.seed, "output/full", step, batch) < self.config.p_full
-        a = draw_index(draw(self.seed, "output/a", step, batch), 0, last - 1)
-        b = draw_index(draw(self.seed, "output/b", step, batch), a + 1, last)
-        a, b = a.where(~full, torch.zeros_like(a)), b.where(~full, torch.full_like(b, last))
-        x_a, x_b = pick(batch.best, a), pick(batch.best, b)
-        output = jump(student, x_a, batch.times[a], batch.times[b], batch.labels)
-        return distance(self.config.distance, output, x_b)
+    def velocity_term(self, batch: TrajectoryBatch, student: MeanVelocity, step: int) -> Term:
+        """L_vel with a uniform in 0 .. K-1 and b in a .. K-1, at t = t_a and s = t_b.
 
-    def velocity_term(
-        self, batch: TrajectoryBatch, student: MeanVelocity, step: int
-    ) -> Float[Tensor, "B"]:
-        """L_vel per sample, by the change of G over one grid interval [s, s + h].
-
-        trajectory: x_t = X_a; ( G(X_a, t_a, t_{b+1}) - G(X_a, t_a, t_b) ) / h against
-                    ( X_{b+1} - X_b ) / h, a <= b. It agrees with the teacher's own flow map.
-        straight:   x_t = (1 - t_a) x_0 + t_a x_1, against x_1 - x_0. It agrees with the flow map
-                    of the reflowed model, and with the teacher's only where its paths are straight.
+        trajectory: x_t = X_a, against the teacher's own change at s.
+        straight:   x_t = (1 - t) x_0 + t x_1, against x_1 - x_0. It agrees with the flow map of
+                    the reflowed model, and with the teacher's only where its paths are straight.
         """
-        times, label = batch.times, batch.labels
+        times, config = batch.times, self.config
         last = len(times) - 1
         a = draw_index(draw(self.seed, "velocity/a", step, batch), 0, last - 1)
         b = draw_index(draw(self.seed, "velocity/b", step, batch), a, last - 1)
-        t, s, ahead = times[a], times[b], times[b + 1]
-        if self.config.velocity_mode == "trajectory":
-            x_t = pick(batch.best, a)
-            change = pick(batch.best, b + 1) - pick(batch.best, b)
-            slope = change / expand_as(ahead - s, change)
-        else:
-            x_0, x_1 = batch.noise, batch.best[:, -1]
-            x_t, slope = interpolate(x_0, x_1, t), x_1 - x_0
-        rise = jump(student, x_t, t, ahead, label) - jump(student, x_t, t, s, label)
-        return distance(self.config.distance, rise / expand_as(ahead - s, rise), slope)
+        x_0, x_1 = batch.noise, batch.best[:, -1]
+        is_straight = config.velocity_mode == "straight"
+        x_t = interpolate(x_0, x_1, times[a]) if is_straight else pick(batch.best, a)
+        distance, weight = self.distances.velocities, config.weight_velocity
+        if config.derivative == "finite_difference":
+            slope = x_1 - x_0 if is_straight else change(batch, b)
+            return finite_change_term(
+                x_t, times[a], times[b], times[b + 1], slope, distance, weight
+            )
+        slope = x_1 - x_0 if is_straight else state_derivative(batch, b)
+        form = jvp_term if config.derivative == "jvp" else double_backward_term
+        return form(x_t, times[a], times[b], slope, student, batch.labels, distance, weight)
+
+
+# -----------------------------------------------------------------------------------------------
+# The states between
+
+
+def draw_jump(
+    times: Float[Tensor, "K1"], nfe: list[int], seed: int, step: int, batch: TrajectoryBatch
+) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
+    """Grid indices a < b of a sampler's jump n/N -> (n+1)/N, N uniform in `nfe`, then n.
+
+    With an empty `nfe`, any a < b of the grid: a uniform in 0 .. K-1, b in a+1 .. K.
+
+    Raises:
+        ConfigError: the grid does not hold a time that the sampler visits.
+    """
+    u, w = draw(seed, "states/a", step, batch), draw(seed, "states/b", step, batch)
+    if not nfe:
+        last = len(times) - 1
+        a = draw_index(u, 0, last - 1)
+        return a, draw_index(w, a + 1, last)
+    visited = [torch.linspace(0, 1, n + 1, dtype=times.dtype, device=times.device) for n in nfe]
+    gaps = (torch.cat(visited)[:, None] - times).abs()
+    if bool((gaps.min(dim=1).values > 1e-6).any()):
+        raise ConfigError(
+            f"objective.sampler_nfe={nfe} visits times that are not stored; trajectory.grid must "
+            "be a multiple of each of them"
+        )
+    index = gaps.argmin(dim=1)
+    count = torch.tensor(nfe, device=times.device)
+    first = (count + 1).cumsum(0) - (count + 1)  # where the times of each N start in `index`
+    level = draw_index(u, 0, len(nfe) - 1)
+    place = first[level] + draw_index(w, torch.zeros_like(level), count[level] - 1)
+    return index[place], index[place + 1]
+
+
+def states_term(
+    batch: TrajectoryBatch,
+    a: Int[Tensor, "B"],
+    b: Int[Tensor, "B"],
+    distance: Distance,
+    weight: float,
+) -> Term:
+    """D( G(X_a, t_a, t_b), X_b )."""
+    jump = Call(pick(batch.best, a), batch.times[a], batch.times[b])
+    return Term(weight, [jump], lambda u: distance(jump.landing(u), pick(batch.best, b)))
+
+
+# -----------------------------------------------------------------------------------------------
+# The velocity, in three forms that agree on the value
+
+
+def change(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
+    """(X_{b+1} - X_b) / (t_{b+1} - t_b)."""
+    rise = pick(batch.best, b + 1) - pick(batch.best, b)
+    return rise / expand_as(batch.times[b + 1] - batch.times[b], rise)
+
+
+def state_derivative(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
+    """dX/dt at t_b from the parabola through the three nearest states; error of order h^2.
+
+    On an even grid, between the ends: (X_{b+1} - X_{b-1}) / (t_{b+1} - t_{b-1}).
+    """
+    times = batch.times
+    middle = b.clamp(1, max(len(times) - 2, 1))
+    if len(times) == 2:
+        return change(batch, torch.zeros_like(b))
+    nodes = [middle - 1, middle, middle + 1]
+    total = torch.zeros_like(batch.noise)
+    for i in range(3):  # derivative of Lagrange's polynomials at t_b
+        j, k = (n for n in range(3) if n != i)
+        t_i, t_j, t_k = times[nodes[i]], times[nodes[j]], times[nodes[k]]
+        slope = (2 * times[b] - t_j - t_k) / ((t_i - t_j) * (t_i - t_k))
+        total = total + expand_as(slope, total) * pick(batch.best, nodes[i])
+    return total
+
+
+def finite_change_term(
+    x_t: Float[Tensor, "B *S"],
+    t: Float[Tensor, "B"],
+    s: Float[Tensor, "B"],
+    ahead: Float[Tensor, "B"],
+    slope: Float[Tensor, "B *S"],
+    distance: Distance,
+    weight: float,
+) -> Term:
+    """D( (G(x_t, t, s + h) - G(x_t, t, s)) / h, slope ), gradient through both jumps.
+
+    h is one interval of the stored grid, so with the teacher's change as slope it is exact.
+    """
+    near, far = Call(x_t, t, s), Call(x_t, t, ahead)
+
+    def value(u_near: Float[Tensor, "B *S"], u_far: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+        rise = far.landing(u_far) - near.landing(u_near)
+        return distance(rise / expand_as(ahead - s, rise), slope)
+
+    return Term(weight, [near, far], value)
+
+
+def jvp_term(
+    x_t: Float[Tensor, "B *S"],
+    t: Float[Tensor, "B"],
+    s: Float[Tensor, "B"],
+    slope: Float[Tensor, "B *S"],
+    student: MeanVelocity,
+    label: Int[Tensor, "B"],
+    distance: Distance,
+    weight: float,
+) -> Term:
+    """D( u, slope - (s - t) sg[du/ds] ), since dG/ds = u + (s - t) du/ds. The stable form."""
+    call = Call(x_t, t, s)
+
+    def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+        du_ds = time_derivative(student, x_t, t, s, label)
+        return distance(u, slope - expand_as(s - t, u) * du_ds)
+
+    return Term(weight, [call], value)
+
+
+def double_backward_term(
+    x_t: Float[Tensor, "B *S"],
+    t: Float[Tensor, "B"],
+    s: Float[Tensor, "B"],
+    slope: Float[Tensor, "B *S"],
+    student: MeanVelocity,
+    label: Int[Tensor, "B"],
+    distance: Distance,
+    weight: float,
+) -> Term:
+    """D( u + (s - t) du/ds, slope ), gradient through the derivative too."""
+
+    def value() -> Float[Tensor, "B"]:
+        u, du_ds = with_time_derivative(student, x_t, t, s, label)
+        return distance(u + expand_as(s - t, u) * du_ds, slope)
+
+    return Term(weight, [], value)
+
+
+# -----------------------------------------------------------------------------------------------
+# Weights
+
+
+def balanced(result: LossTerms, gradient_norms: GradientNorms) -> LossTerms:
+    """Each weight w_k times |grad L_1| / |grad L_k| at the last layer, clipped; L_1 the first term.
+
+    So every term pulls as hard as the first (VQ-GAN, Esser et al. 2021; CTM; SCoT). The norms are
+    those of the loss averaged over ranks, so the weights are the same on all of them.
+    """
+    norms = gradient_norms(list(result.terms.values()))
+    ratios = (norms[0] / norms.clamp_min(1e-12)).clamp(*ADAPTIVE_RANGE)
+    weights = zip(result.weights.items(), ratios, strict=True)
+    return LossTerms({name: weight * ratio for (name, weight), ratio in weights}, result.terms)

@@ -17,7 +17,7 @@ from distill.config import (
 )
 from distill.networks import build_network
 from distill.objectives import build_objective
-from distill.objectives.base import distance, draw, draw_index
+from distill.objectives.base import draw, draw_index, l2, loss_terms, pseudo_huber
 from distill.objectives.bezier import control_points
 from distill.objectives.reflow import flow_matching_term, u_shaped
 from distill.testing import GaussianFlow
@@ -27,12 +27,12 @@ IMAGE = ImageSpec(1, 4, 3)
 GRID = torch.linspace(0, 1, 9, dtype=torch.float64)
 FLOW = GaussianFlow(torch.full(IMAGE.shape, 0.5, dtype=torch.float64), 0.3)
 
-TERMS = ("output", "velocity", "consistency", "flow_matching")
+TERMS = ("output", "states", "velocity", "consistency", "flow_matching")
 
 
 def traflow(*terms: str, **settings) -> TraFlowConfig:
     weights = {f"weight_{term}": float(term in terms) for term in TERMS}
-    return TraFlowConfig(**{**weights, "distance": "l2", "p_full": 0.5, **settings})
+    return TraFlowConfig(**{**weights, "distance": "l2", "sampler_nfe": [], **settings})
 
 
 def batch_of(states: Tensor, times: Tensor = GRID) -> TrajectoryBatch:
@@ -233,7 +233,9 @@ def test_the_straight_drift_is_reflow():
     bezier = build_objective(BezierConfig(variant="straight", **settings), 0)
     ours = bezier.loss(batch, student, student, 2).total
     t = draw(0, "bezier/t", 2, batch)  # the two objectives name their draws differently
-    torch.testing.assert_close(ours, flow_matching_term(batch, student, t, "l2").mean())
+    reflow = flow_matching_term(batch, t, l2, 1.0)
+    expected = loss_terms({"flow_matching": reflow}, student, batch.labels).total
+    torch.testing.assert_close(ours, expected)
 
 
 def test_endpoint_guides_are_the_outputs_weakest_first():
@@ -287,7 +289,7 @@ def test_pseudo_huber_is_quadratic_near_and_linear_far():
     c = 0.00054 * 100
 
     def at(r: float) -> float:
-        return float(distance("pseudo_huber", a + r / 10, a))  # |a - b| = r
+        return float(pseudo_huber(a + r / 10, a))  # |a - b| = r
 
     assert at(1e-4) == pytest.approx(1e-8 / (2 * c), rel=1e-3)
     assert at(100.0) == pytest.approx(100 - c, rel=1e-3)
