@@ -8,6 +8,7 @@ DeepSpeed writes no checkpoint here: we hand out the pieces by parameter name an
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -28,8 +29,11 @@ from distill.engine import (
     FragmentReader,
     average_kind,
     frozen_copy,
+    is_gradient_finite,
+    last_layer_gradients,
     parameter_groups,
 )
+from distill.networks.layers import AbstractNetwork
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -54,10 +58,26 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, object]:
     }
 
 
+class _LossModule(nn.Module):
+    """The network as DeepSpeed sees it: a module whose forward takes the loss and returns it.
+
+    DeepSpeed hooks itself to what a forward returns, and any pass back through that starts its
+    reduction and divides by the accumulation steps: `autograd.grad` and a double backward as well
+    as the step's own. So it gets the loss to hook to, and the network is called directly.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss.view_as(loss)  # another tensor: the hook belongs to this pass alone
+
+
 class DeepSpeedEngine:
     """One rank of ZeRO stage 1 or 2. The process group must be up."""
 
-    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
         if config.zero_stage not in (1, 2):
             raise ConfigError(f"train.zero_stage={config.zero_stage} is not supported; use 1 or 2")
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
@@ -72,8 +92,11 @@ class DeepSpeedEngine:
         )
         weights = {name: p.detach().float().clone() for name, p in network.named_parameters()}
         self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=network, optimizer=optimizer, config=deepspeed_config(config, self.world_size)
+            model=_LossModule(network),
+            optimizer=optimizer,
+            config=deepspeed_config(config, self.world_size),
         )
+        self._network = network
         self._params = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._masters: list[Tensor] = self._zero.single_partition_of_fp32_groups
         self._adam_state = [_empty_adam_state(master) for master in self._masters]
@@ -100,7 +123,7 @@ class DeepSpeedEngine:
         }
 
     def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._engine(x.to(self._dtype), t, s, label).float()
+        return self._network(x.to(self._dtype), t, s, label).float()
 
     def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
         if self._target_is_stale:
@@ -109,16 +132,27 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
-        self._engine.backward(loss)
+        self._engine.backward(self._engine(loss))
+
+    def gradient_norms(self, losses: list[Tensor]) -> Tensor:
+        grads = last_layer_gradients(self._network, losses)
+        dist.all_reduce(grads)
+        return (grads / self.world_size).norm(dim=1)
+
+    def has_finite_gradient(self, loss: Tensor) -> bool:
+        return is_gradient_finite(loss, self._params.values())
 
     def step(self, step: int, lr: float) -> float:
         for group in self._zero.param_groups:
             group["lr"] = lr
-        self._engine.step()
-        for average in self._averages.values():
-            average.update(step, self._masters)
-        self._target_is_stale = True
-        return float(self._engine.get_global_grad_norm())
+        self._engine.step()  # DeepSpeed too drops a step whose norm is not finite
+        norm = float(self._engine.get_global_grad_norm())
+        assert self._engine.was_step_applied() == math.isfinite(norm)
+        if math.isfinite(norm):
+            for average in self._averages.values():
+                average.update(step, self._masters)
+            self._target_is_stale = True
+        return norm
 
     def fragments(self) -> Iterator[Fragment]:
         for name, param in self._params.items():

@@ -8,7 +8,7 @@ parameters, so a checkpoint of one opens in the other and on any number of ranks
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from distill.config import TrainConfig
 from distill.ema import Average
+from distill.networks.layers import AbstractNetwork
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 TARGET, EVALUATION = "target", "evaluation"
@@ -71,10 +72,25 @@ class Engine(Protocol):
         `last` marks the last micro-batch of a step.
         """
 
+    def gradient_norms(self, losses: list[Tensor]) -> Tensor:
+        """[len(losses)] float32: |d loss / d w| of each scalar, a mean over this rank's samples.
+
+        w is the weight of the network's last layer. The gradient is averaged over ranks before its
+        norm is taken, so the number of ranks changes nothing. Keeps the graph and leaves the
+        gradients that `backward` gathers alone. Collective.
+        """
+
+    def has_finite_gradient(self, loss: Tensor) -> bool:
+        """Whether the gradient of this rank's `loss` is finite in every weight.
+
+        Keeps the graph and leaves the gradients that `backward` gathers alone. Not collective.
+        """
+
     def step(self, step: int, lr: float) -> float:
         """Averages gradients over ranks and micro-batches, clips, updates weights and averages.
 
-        Returns the global gradient norm before clipping.
+        Returns the global gradient norm before clipping, the same on every rank. When it is not
+        finite, nothing is applied, and the gradients are dropped.
         """
 
     def fragments(self) -> Iterator[Fragment]:
@@ -100,6 +116,18 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
+def last_layer_gradients(network: AbstractNetwork, losses: list[Tensor]) -> Tensor:
+    """[len(losses), n] float32: gradient of each scalar by the n entries of `last_layer`."""
+    rows = [torch.autograd.grad(loss, network.last_layer, retain_graph=True)[0] for loss in losses]
+    return torch.stack(rows).flatten(1).float()
+
+
+def is_gradient_finite(loss: Tensor, params: Iterable[Tensor]) -> bool:
+    """Whether the gradient of `loss` by every one of `params` is finite; the graph is kept."""
+    grads = torch.autograd.grad(loss, list(params), retain_graph=True, allow_unused=True)
+    return all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
+
+
 def frozen_copy(network: nn.Module) -> nn.Module:
     """A copy whose weights take no gradient, for the target average."""
     return copy.deepcopy(network).requires_grad_(False)
@@ -111,7 +139,7 @@ class TorchEngine:
     rank = 0
     world_size = 1
 
-    def __init__(self, network: nn.Module, config: TrainConfig, device: torch.device) -> None:
+    def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
         self.device = device
         self._config = config
         self._network = network.to(device)
@@ -158,6 +186,12 @@ class TorchEngine:
         loss.backward()
         self._micro_batches += 1
 
+    def gradient_norms(self, losses: list[Tensor]) -> Tensor:
+        return last_layer_gradients(self._network, losses).norm(dim=1)
+
+    def has_finite_gradient(self, loss: Tensor) -> bool:
+        return is_gradient_finite(loss, self._params.values())
+
     def step(self, step: int, lr: float) -> float:
         params = list(self._params.values())
         for param in params:
@@ -166,15 +200,16 @@ class TorchEngine:
         grads = [param.grad for param in params if param.grad is not None]
         torch._foreach_div_(grads, float(self._micro_batches))
         norm = torch.nn.utils.get_total_norm(grads)
-        if self._config.grad_clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(params, self._config.grad_clip, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
-        self._optimizer.step()
+        if torch.isfinite(norm):
+            if self._config.grad_clip > 0:
+                torch.nn.utils.clip_grads_with_norm_(params, self._config.grad_clip, norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+            for average in self._averages.values():
+                average.update(step, params)
         self._optimizer.zero_grad()
         self._micro_batches = 0
-        for average in self._averages.values():
-            average.update(step, params)
         return float(norm)
 
     def fragments(self) -> Iterator[Fragment]:

@@ -66,14 +66,16 @@ def train(
 
         finite = all(bool(torch.isfinite(result.total)) for result in results)
         flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
-        if flags[0]:
+        lr = learning_rate(step, config)
+        grad_norm = math.nan if flags[0] else engine.step(step, lr)
+        if not math.isfinite(grad_norm):  # on every rank; nothing was applied
             log.write(step)
             checkpoint.save(run.checkpoints, step, engine, config.keep_last, origin)
-            raise TrainingError(_describe_failure(results, batch, step))
-        lr = learning_rate(step, config)
-        grad_norm = engine.step(step, lr)
-        if not math.isfinite(grad_norm):
-            raise TrainingError(f"step {step}: the gradient norm is {grad_norm}")
+            what = "loss" if flags[0] else "gradient"
+            raise TrainingError(
+                f"step {step}: the {what} is not finite; "
+                + _find_failure(engine, objective, batch, accumulation, step)
+            )
 
         done, stop = step + 1, bool(flags[1])
         log.add(batch, results, lr, grad_norm)
@@ -102,10 +104,23 @@ class Losses:
         return cls(result.total.detach(), terms)
 
 
-def _describe_failure(results: list[Losses], batch: TrajectoryBatch, step: int) -> str:
-    bad = {name for r in results for name, value in r.terms.items() if not torch.isfinite(value)}
-    where = f"terms {sorted(bad)} are not finite here" if bad else "another rank's loss is not"
-    return f"step {step}: loss is not finite; {where}; sample ids {batch.ids.tolist()}"
+def _find_failure(
+    engine: Engine, objective: Objective, batch: TrajectoryBatch, accumulation: int, step: int
+) -> str:
+    """Which terms of this rank's part of a step fail, found by computing them again. Collective."""
+    values, gradients = set(), set()
+    for micro in batch.split(accumulation):
+        for name, term in objective.loss(micro, engine.student, engine.target, step).terms.items():
+            if not torch.isfinite(term):
+                values.add(name)
+            elif not engine.has_finite_gradient(term):
+                gradients.add(name)
+    found = [f"terms {sorted(values)} are not finite here"] if values else []
+    found += (
+        [f"the gradients of terms {sorted(gradients)} are not finite here"] if gradients else []
+    )
+    found = found or ["each term here and its gradient is; another rank's, or a sum, is not"]
+    return "; ".join([*found, f"sample ids {batch.ids.tolist()}"])
 
 
 class TrainLog:

@@ -152,6 +152,10 @@ class DiT(AbstractNetwork):
             assert isinstance(layer, nn.Linear)
             nn.init.zeros_(layer.weight)
 
+    @property
+    def last_layer(self) -> Tensor:
+        return self.final_layer.linear.weight
+
     def forward(
         self,
         x: Float[Tensor, "B C H W"],

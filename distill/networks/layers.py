@@ -32,6 +32,11 @@ class AbstractNetwork(nn.Module):
         self.config = config
         self.image = image
 
+    @property
+    @abstractmethod
+    def last_layer(self) -> Tensor:
+        """The weight of the layer that makes the output. Every loss has a gradient there."""
+
     @abstractmethod
     def forward(
         self,

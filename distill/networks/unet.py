@@ -158,6 +158,10 @@ class UNet(AbstractNetwork):
                 size *= 2
         assert not skips
 
+    @property
+    def last_layer(self) -> Tensor:
+        return self.head.weight
+
     def forward(
         self,
         x: Float[Tensor, "B C H W"],

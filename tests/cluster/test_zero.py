@@ -8,12 +8,13 @@ import torch
 from distill import checkpoint
 from distill.config import ConfigError, DiTConfig, ImageSpec, TraFlowConfig, TrainConfig
 from distill.engine import TorchEngine
+from distill.manifest import latest_verified
 from distill.networks import build_network
 from distill.noise import sample_noise
 from distill.objectives import build_objective
 from distill.rundir import RunDir, read_lines
 from distill.testing import GaussianFlow, run_ranks
-from distill.train import train
+from distill.train import TrainingError, train
 from distill.trajectory import TrajectoryBatch
 
 IMAGE = ImageSpec(1, 4, 3)
@@ -45,11 +46,11 @@ def read_share(step: int, rank: int, world_size: int) -> TrajectoryBatch:
     )
 
 
-def fit(engine, root: str, config: TrainConfig) -> int:
+def fit(engine, root: str, config: TrainConfig, objective=None) -> int:
     return train(
         engine,
         lambda step: read_share(step, engine.rank, engine.world_size),
-        build_objective(TraFlowConfig(), 0),
+        objective or build_objective(TraFlowConfig(), 0),
         config,
         RunDir(Path(root)),
         origin={},
@@ -64,6 +65,40 @@ def zero_rank(rank: int, world_size: int, root: str, settings: dict) -> int:
     config = config_of(**settings)
     engine = DeepSpeedEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU)
     return fit(engine, root, config)
+
+
+class SteepOnRankOne:
+    """The usual loss, but at step 2 the gradient of one sample's zero term is not a number."""
+
+    def __init__(self) -> None:
+        self.inner = build_objective(TraFlowConfig(), 0)
+
+    def loss(self, batch, student, target, step):
+        result = self.inner.loss(batch, student, target, step)
+        zero = 0 * result.terms["output"]
+        breaks = step == 2 and 5 in batch.positions
+        result.terms["steep"] = zero.sqrt() if breaks else zero
+        result.weights["steep"] = 1.0
+        return result
+
+
+def steep_rank(rank: int, world_size: int, root: str, settings: dict) -> list[str]:
+    """What the failing run says, one run after the other, and whether each resumes."""
+    from cluster.zero import DeepSpeedEngine
+
+    said = []
+    for name, more in settings.items():
+        config = config_of(**more)
+        folder = f"{root}/{name}"
+        try:
+            engine = DeepSpeedEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU)
+            fit(engine, folder, config, SteepOnRankOne())
+        except TrainingError as error:
+            said.append(str(error))
+        assert latest_verified(RunDir(Path(folder)).checkpoints)[0] == 2
+        engine = DeepSpeedEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU)
+        assert fit(engine, folder, config) == 4
+    return said
 
 
 def bf16_masters_rank(rank: int, world_size: int) -> float:
@@ -113,11 +148,33 @@ def single(tmp_path_factory) -> Path:
     return root
 
 
-def assert_same_run(found: Path, expected: Path) -> None:
+def assert_same_state(found: Path, expected: Path) -> None:
     reference = read_state(expected, 4)
     for key, value in read_state(found, 4).items():
         torch.testing.assert_close(value, reference[key], rtol=1e-3, atol=2e-6, msg=key)
+
+
+def assert_same_run(found: Path, expected: Path) -> None:
+    assert_same_state(found, expected)
     assert windows(found) == windows(expected)
+
+
+def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(
+    tmp_path, single
+):
+    """The state before the step is saved, so the run that goes on is the healthy one."""
+    settings = {
+        "1": {"save_every": 3},
+        "2": {"save_every": 3, "zero_stage": 2, "micro_batch": 2},
+        "bf16": {"save_every": 3, "precision": "bf16"},
+    }
+    clean, broken = run_ranks(steep_rank, 2, tmp_path / "ranks", str(tmp_path), settings)
+    assert len(clean) == len(broken) == 3
+    for other, here in zip(clean, broken, strict=True):
+        assert other.startswith("step 2: the gradient is not finite; each term here")
+        assert "gradients of terms ['steep'] are not finite here; sample ids [17, 19" in here
+    for name in ("1", "2"):
+        assert_same_state(tmp_path / name, single)
 
 
 @pytest.mark.parametrize("settings", [{}, {"zero_stage": 2, "micro_batch": 2}], ids=["1", "2"])

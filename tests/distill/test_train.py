@@ -1,6 +1,7 @@
 """Training as a function: resumed equals uninterrupted, losses are the recorded ones."""
 
 import json
+import math
 import os
 from pathlib import Path
 
@@ -125,6 +126,46 @@ def test_a_loss_that_is_not_finite_stops_with_names_and_keeps_the_state(tmp_path
         fit(tmp_path, config_of(), Breaks())
     assert max(committed_steps(RunDir(tmp_path).checkpoints)) == 6
     assert len(losses(tmp_path)) == 6
+
+
+class SteepAt:
+    """The healthy loss, but at one step the gradient of a term whose value is 0 is not a number."""
+
+    def __init__(self, step: int) -> None:
+        self.inner, self.step = build_objective(ReflowConfig(), 0), step
+
+    def loss(self, batch, student, target, step):
+        result = self.inner.loss(batch, student, target, step)
+        zero = 0 * result.terms["flow_matching"]
+        result.terms["steep"] = zero.sqrt() if step == self.step else zero
+        result.weights["steep"] = 1.0
+        return result
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path):
+    config = config_of(save_every=3)
+    healthy, _, _ = fit(tmp_path / "healthy", config, SteepAt(-1))
+    with pytest.raises(TrainingError, match=r"step 5: the gradient .*\['steep'\].*\[40, 41"):
+        fit(tmp_path / "broken", config, SteepAt(5))
+    assert max(committed_steps(RunDir(tmp_path / "broken").checkpoints)) == 5
+    assert max(losses(tmp_path / "broken")) == 5
+    resumed, done, seen = fit(tmp_path / "broken", config, SteepAt(-1))
+    assert (done, seen) == (10, [5, 6, 7, 8, 9])
+    for key, value in state(healthy).items():
+        assert torch.equal(value, state(resumed)[key]), key
+
+
+def test_a_dropped_step_leaves_no_trace(tmp_path):
+    engine, _, _ = fit(tmp_path, config_of(max_steps=2))
+    before = state(engine)
+    x, one = torch.ones(2, *IMAGE.shape), torch.ones(2)
+    output = engine.student(x, 0 * one, one, one.long())
+    engine.backward((0 * output.sum()).sqrt(), last=True)
+    assert not math.isfinite(engine.step(2, 1e-3))
+    for key, value in before.items():
+        assert torch.equal(value, state(engine)[key]), key
+    engine.backward(engine.student(x, 0 * one, one, one.long()).square().mean(), last=True)
+    assert math.isfinite(engine.step(2, 1e-3))  # the bad gradient is gone
 
 
 def test_the_record_of_what_was_read_is_never_behind_a_checkpoint(tmp_path):
