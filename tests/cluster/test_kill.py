@@ -1,4 +1,6 @@
-"""kill -9 of a whole run in the middle: the same command goes on with the same sequence."""
+"""kill -9 of a whole run in the middle: the same command goes on with the same sequence, also
+where read shards must go to make room for new ones.
+"""
 
 import hashlib
 import json
@@ -13,11 +15,14 @@ import pytest
 from cluster.compose import compose
 from cluster.configfile import save_config
 from cluster.job import stream_order
+from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
+from distill.ledger import committed
 from distill.rundir import RunDir, read_lines
 
 STEPS, KILL_AT = 120, 12
+FIT = 12  # shards that fit on disk, of the 60 that are made; the least that is not refused
 DISTIL = """
 import sys
 from pathlib import Path
@@ -48,6 +53,7 @@ def tiny_run(root):
             "train.save_every=5",
         ]
     )
+    config.trajectory.max_bytes = FIT * stream_plan(config).shard_bytes
     return config
 
 
@@ -90,3 +96,4 @@ def test_a_killed_run_goes_on_with_the_same_sequence(tmp_path):
     assert seen == set(range(STEPS))
     report = audit(run)
     assert report["ok"], report
+    assert len(committed(run)) <= FIT and report["evicted"] >= 60 - FIT
