@@ -28,8 +28,11 @@ INTERRUPTED = 130
 class _Parser(argparse.ArgumentParser):
     """Flags of one verb; its help is ours, its errors are one sentence."""
 
-    def __init__(self, verb: str) -> None:
+    def __init__(self, verb: str, *names: str) -> None:
+        """`names` are arguments that must be given, and switches like --json."""
         super().__init__(prog=f"bowstring {verb}", add_help=False, allow_abbrev=False)
+        for name in names:
+            self.add_argument(name, action="store_true" if name.startswith("--") else "store")
 
     def error(self, message: str) -> Any:
         """Ends with one sentence and exit code 2."""
@@ -115,8 +118,7 @@ def pipeline(verb: str, args: list[str]) -> int:
 
 def evaluate(args: list[str]) -> int:
     """Evaluates a run and prints where the report is."""
-    parser = _Parser("evaluate")
-    parser.add_argument("run")
+    parser = _Parser("evaluate", "run")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args(args)
     run = open_run(options.run)
@@ -128,8 +130,7 @@ def evaluate(args: list[str]) -> int:
 
 def sample(args: list[str]) -> int:
     """Draws pictures."""
-    parser = _Parser("sample")
-    parser.add_argument("run")
+    parser = _Parser("sample", "run")
     parser.add_argument("--nfe", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", type=_labels, default=None)
@@ -159,24 +160,24 @@ def _join_labels(args: list[str]) -> list[str]:
 
 
 def export(args: list[str]) -> int:
-    """Writes the student as files."""
-    parser = _Parser("export")
-    parser.add_argument("run")
+    """Writes the student, or its trajectories for FastGen, as files."""
+    parser = _Parser("export", "run")
+    parser.add_argument("--format", choices=["student", "fastgen"], default="student")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--average", choices=["evaluation"], default="evaluation")
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from distill.export import export_run
-
-    print(export_run(run, options.out or run.root / "student"))
+    if options.format == "fastgen":
+        from distill.fastgen import export_fastgen as write
+    else:
+        from distill.export import export_run as write
+    print(write(run, options.out or run.root / options.format))
     return 0
 
 
 def status(args: list[str]) -> int:
     """Shows a run's progress."""
-    parser = _Parser("status")
-    parser.add_argument("run")
-    parser.add_argument("--json", action="store_true")
+    parser = _Parser("status", "run", "--json")
     parser.add_argument("--watch", type=float, nargs="?", const=2.0, default=None)
     options = parser.parse_args(args)
     run = open_run(options.run)
@@ -188,9 +189,7 @@ def status(args: list[str]) -> int:
 
 def verify(args: list[str]) -> int:
     """Audits a run; 1 when anything is wrong."""
-    parser = _Parser("verify")
-    parser.add_argument("run")
-    parser.add_argument("--json", action="store_true")
+    parser = _Parser("verify", "run", "--json")
     options = parser.parse_args(args)
     run = open_run(options.run)
     from cluster.status_view import show_audit
@@ -201,8 +200,7 @@ def verify(args: list[str]) -> int:
 
 def estimate(args: list[str]) -> int:
     """Prints what a configuration will cost."""
-    parser = _Parser("estimate")
-    parser.add_argument("--json", action="store_true")
+    parser = _Parser("estimate", "--json")
     parser.add_argument("--flops", type=float, default=None)
     options, rest = parser.parse_known_args(args)
     configs = read_settings(rest)
@@ -215,8 +213,7 @@ def estimate(args: list[str]) -> int:
 
 def doctor(args: list[str]) -> int:
     """Checks this machine; 1 when a run could not work here."""
-    parser = _Parser("doctor")
-    parser.add_argument("--json", action="store_true")
+    parser = _Parser("doctor", "--json")
     parser.add_argument("--dir", type=Path, default=Path("runs"))
     options = parser.parse_args(args)
     from cluster.doctor import show
@@ -275,6 +272,7 @@ def dispatch(args: list[str]) -> int:
 def main() -> None:
     """Entry point: runs the command line and ends with its exit code."""
     from distill.config import ConfigError
+    from distill.ledger import CorruptShard
     from distill.manifest import CheckpointError
 
     code, message = 1, ""
@@ -282,7 +280,7 @@ def main() -> None:
         code = dispatch(sys.argv[1:])
     except ConfigError as error:
         code, message = USAGE_ERROR, str(error)
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, CorruptShard, OSError) as error:
         message = str(error)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in ("None", "cluster", "distill"):

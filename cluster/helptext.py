@@ -10,7 +10,7 @@ GENERAL = """bowstring VERB [...]: distils a rectified-flow image model into a s
   train      one stage alone: the student
   evaluate   one stage alone: results.json and report.html
   sample     pictures from a trained student
-  export     a student as safetensors + json
+  export     a student as safetensors + json, or trajectories for FastGen
   submit     the Slurm jobs of a run
   scale      the number of teacher workers of a live run
   status     progress, speed, backlog, leases, checkpoints
@@ -101,14 +101,21 @@ Draws pictures from the last verified checkpoint: a PNG grid and an npz with the
   bowstring sample runs/digits --nfe 2 --labels 0,1,2,3 --num 16
 """,
     "export": """bowstring export RUN [--out FOLDER] [--average NAME]
+bowstring export RUN --format fastgen [--out FOLDER]
 
 Writes the student of the last verified checkpoint as model.safetensors + model.json;
 `distill.sample.load_student(FOLDER)` opens it.
 
-  --out FOLDER     default RUN/student
+With --format fastgen: writes the best teacher's trajectories in all committed shards as WebDataset
+shards with FastGen's keys, latent.pth noise.pth path.pth. The same command again goes on where the
+last one stopped.
+
+  --format NAME    student (default) or fastgen
+  --out FOLDER     default RUN/student or RUN/fastgen
   --average NAME   which average of the weights: evaluation (default)
 
   bowstring export runs/digits --out student
+  bowstring export runs/digits --format fastgen
 """,
     "submit": """bowstring submit experiment=NAME [settings]
 

@@ -148,7 +148,7 @@ def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
 
 
 def _pool(session: Session, spec: ShardSpec, plan: StreamPlan, trainer_reads: bool) -> TeacherPool:
-    clean_temporaries(session.run)
+    clean_temporaries(session.run.shards)
     assert plan.blocks == stream_order(session.config).num_blocks(session.config.train.max_steps)
     check_room(session.config, session.run, plan, trainer_reads)
     return TeacherPool(session.config, session.run, spec, plan, trainer_reads)

@@ -148,13 +148,13 @@ def _set_aside(run: RunDir, shard: int, reason: str) -> Path:
     return folder
 
 
-def clean_temporaries(run: RunDir) -> list[Path]:
-    """The temporary files that were removed: those whose producer is dead.
+def clean_temporaries(folder: Path) -> list[Path]:
+    """The temporary files in `folder` that were removed: those whose producer is dead.
 
     On this machine that is seen from the process; elsewhere a file that rests for an hour counts.
     """
     removed = []
-    for path in sorted(run.shards.glob(".*.tmp-*")):
+    for path in sorted(folder.glob(".*.tmp-*")):
         match = TEMPORARY.fullmatch(path.name)
         try:
             rests_s = time.time() - path.stat().st_mtime

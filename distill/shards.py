@@ -170,7 +170,7 @@ def _write_tar(path: Path, spec: ShardSpec, generated: Trajectories, states: NDA
 
 def _tar_pieces(
     spec: ShardSpec, generated: Trajectories, states: NDArray[Any]
-) -> Iterator[NDArray[np.uint8]]:
+) -> Iterator[memoryview]:
     """The tar, some samples at a time: webdataset's own writer gives the same bytes, slower."""
     head, size, start = _bytes(npy_header(spec)), state_bytes(spec), state_offset(spec, 0)
     content = states.astype(stored_dtype(spec).newbyteorder("<"), copy=False)
@@ -189,8 +189,8 @@ def _tar_pieces(
             row[:TAR_BLOCK] = _bytes(tar_header(f"{index:012d}.{META}", len(meta)))
             row[TAR_BLOCK : TAR_BLOCK + len(meta)] = _bytes(meta)
             row[2 * TAR_BLOCK : start] = _bytes(tar_header(f"{index:012d}.{STATES}", size))
-        yield rows.reshape(-1)
-    yield np.zeros(tar_bytes(spec) - len(states) * sample_room(spec), dtype=np.uint8)
+        yield rows.reshape(-1).data
+    yield memoryview(bytes(tar_bytes(spec) - len(states) * sample_room(spec)))
 
 
 def _bytes(data: bytes) -> NDArray[np.uint8]:

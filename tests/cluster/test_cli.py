@@ -13,7 +13,9 @@ from cluster.compose import compose
 from cluster.configfile import save_config
 from cluster.helptext import VERBS
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.ledger import tar_path
+from distill.rundir import RunDir, write_json
+from distill.testing import tiny_spec, write_tiny_shards
 
 HEAVY = ("torch", "ray", "deepspeed", "numpy", "hydra")
 
@@ -158,3 +160,18 @@ def test_labels_may_begin_with_none():
         "--nfe",
         "2",
     ]
+
+
+def test_trajectories_are_exported_for_fastgen(in_empty_folder):
+    run = RunDir(in_empty_folder / "runs/tiny")
+    write_json(run.identity, {"identity": {"data": {"num_classes": 10}}})
+    write_tiny_shards(run, tiny_spec(), [0])
+    done = bowstring("export", "runs/tiny", "--format", "fastgen")
+    assert (done.returncode, done.stdout) == (0, "runs/tiny/fastgen\n"), done.stderr
+    assert (run.root / "fastgen/00000000.tar").exists()
+    os.truncate(tar_path(run, 0), 1000)
+    bad = bowstring("export", "runs/tiny", "--format=fastgen", "--out", "other")
+    assert bad.returncode == 1 and len(bad.stderr.splitlines()) == 1
+    assert bad.stderr.startswith("error: runs/tiny/shards/00000000.tar: 1000 bytes instead of")
+    wrong = bowstring("export", "runs/tiny", "--format", "zip")
+    assert wrong.returncode == cli.USAGE_ERROR and "'zip'" in wrong.stderr

@@ -304,7 +304,7 @@ def test_kill_9_anywhere_in_a_write_is_invisible(tmp_path):
             verify_shard(run, 0)
         write_tiny_shards(run, spec, [0])
         assert np.array_equal(read(run, spec, 0)[0], expected)
-        clean_temporaries(run)
+        clean_temporaries(run.shards)
         assert names(run) == ["00000000.json", "00000000.tar"]
     # It died with a temporary tar alone, with a published tar beside it, and after the commit.
     assert {(False, 1), (False, 2), (False, 3), (True, 3)} <= seen
@@ -318,7 +318,7 @@ def test_temporaries_of_live_producers_stay(run):
     for path in (ours, elsewhere, forgotten):
         path.touch()
     os.utime(forgotten, (0, 0))
-    assert clean_temporaries(run) == [forgotten]
+    assert clean_temporaries(run.shards) == [forgotten]
     assert ours.exists() and elsewhere.exists()
 
 

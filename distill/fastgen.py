@@ -1,0 +1,144 @@
+"""Export of trajectories for NVIDIA FastGen's knowledge distillation (v0.2, `WDSLoader`).
+
+Member of sample i, key `<id, 12 digits>`, all as torch tensors in the stored dtype:
+
+    latent.pth   [C, H, W]             x_1, the best teacher's output
+    noise.pth    [C, H, W]             x_0
+    path.pth     [points - 1, C, H, W] its states from the noise on, without x_1
+    label.pth    [classes] float32     the class one-hot, as its networks take it; zeros for "none"
+    json         {"id", "label"}
+
+FastGen's time runs from 1, noise, to 0: `path_timesteps` in index.json is 1 - t. It looks for them
+there, since a loss trains quietly on the wrong times. shard_count.json is its `shard_count_file`.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from webdataset.writer import TarWriter
+
+from distill.config import check
+from distill.export import read_identity
+from distill.layout import stored_dtype
+from distill.ledger import ShardSpec, committed, read_sidecar
+from distill.noise import sample_noise
+from distill.publish import clean_temporaries, temporary_path
+from distill.rundir import RunDir, sync_directory, write_json
+from distill.shards import as_tensor, read_shard
+
+INDEX, COUNTS = "index.json", "shard_count.json"
+
+
+def export_fastgen(run: RunDir, out: Path) -> Path:
+    """`out`, now with one shard for every committed one of the run, verified while it is read.
+
+    Shards that are there already are kept: a name is given to a whole file only.
+
+    Raises:
+        ConfigError: the run has no shards, or `out` holds an export of another run.
+        CorruptShard: a byte of a shard differs.
+        OSError: a shard cannot be written. Nothing of it stays.
+    """
+    shards = list(committed(run))
+    check(len(shards) > 0, f"{run.root} has no shards yet; `bowstring generate {run.root}` first")
+    spec = read_sidecar(run, shards[0]).spec
+    classes = int(read_identity(run)["identity"]["data"]["num_classes"])
+    _claim(out, spec)
+    clean_temporaries(out)
+    missing = [shard for shard in shards if not _place(out, shard).exists()]
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        for shard in progress.track(missing, description="export"):
+            _export_shard(run, spec, shard, classes, _place(out, shard))
+    counts = {path.name: spec.samples_per_shard for path in sorted(out.glob("*.tar"))}
+    write_json(out / COUNTS, counts)
+    return out
+
+
+def _place(out: Path, shard: int) -> Path:
+    return out / f"{shard:08d}.tar"
+
+
+def _claim(out: Path, spec: ShardSpec) -> None:
+    """Writes index.json, or compares it with the one there."""
+    teacher = spec.teachers[-1]
+    index = {
+        "path_timesteps": [1 - t for t in spec.times[:-1]],
+        "teacher": asdict(teacher),
+        "spec": json.loads(json.dumps(asdict(spec))),
+    }
+    path = out / INDEX
+    if path.exists():
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        check(
+            found == index,
+            f"{out} holds an export of other trajectories; name another folder with --out",
+        )
+        return
+    check(
+        not out.exists() or not any(out.glob("*.tar")),
+        f"{out} holds shards that are no export; name another folder with --out",
+    )
+    write_json(path, index)
+
+
+def _export_shard(run: RunDir, spec: ShardSpec, shard: int, classes: int, place: Path) -> None:
+    """Writes one shard under a temporary name and gives it its own once it is on disk."""
+    temporary = temporary_path(place)
+    try:
+        with temporary.open("xb") as file:
+            writer = TarWriter(file, encoder=False, compress=False, mtime=0, user="bowstring")
+            for sample in _samples(run, spec, shard, classes):
+                writer.write(sample)
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(place)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(place.parent)
+
+
+def _samples(run: RunDir, spec: ShardSpec, shard: int, classes: int) -> Iterator[dict[str, Any]]:
+    """The members of every sample of a shard."""
+    stored = np.empty((spec.samples_per_shard, *spec.sample_shape), dtype=stored_dtype(spec))
+    labels = np.empty(spec.samples_per_shard, dtype=np.int64)
+    read_shard(run, spec, shard, stored, labels)
+    paths = as_tensor(spec, stored)[:, -1]
+    if not spec.store_noise:
+        noise = sample_noise(spec.seed, np.array(spec.ids(shard)), spec.image)
+        paths = torch.cat([torch.from_numpy(noise).to(paths.dtype)[:, None], paths], dim=1)
+    for index, label, path in zip(spec.ids(shard), labels.tolist(), paths, strict=True):
+        sample = {
+            "__key__": f"{index:012d}",
+            "json": json.dumps({"id": index, "label": label}).encode(),
+            "latent.pth": _saved(path[-1]),
+            "noise.pth": _saved(path[0]),
+            "path.pth": _saved(path[:-1]),
+        }
+        if classes > 0:
+            one_hot = torch.zeros(classes)
+            if label >= 0:
+                one_hot[label] = 1
+            sample["label.pth"] = _saved(one_hot)
+        yield sample
+
+
+def _saved(tensor: Tensor) -> bytes:
+    """What torch.load(weights_only=True) takes. A copy: a view would be saved with all it views."""
+    buffer = io.BytesIO()
+    torch.save(tensor.clone(), buffer)
+    return buffer.getvalue()
