@@ -10,7 +10,6 @@ from distill.config import (
     DataConfig,
     EvalConfig,
     NetworkConfig,
-    ObjectiveConfig,
     PretrainConfig,
     TeacherConfig,
     TrainConfig,
@@ -18,6 +17,7 @@ from distill.config import (
     check,
     check_positive,
 )
+from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig
 
 
 @dataclass
@@ -96,6 +96,7 @@ class RunConfig:
                 f"trajectory.grid={self.trajectory.grid}",
             )
         self.train.accumulation(self.cluster.trainer.num_workers)
+        _check_precision(self.objective, self.train)
         stream = self.trajectory
         reads = stream.block_samples * stream.passes
         blocks = -(-self.train.batch_size // reads)  # one batch reaches this far into later blocks
@@ -105,3 +106,14 @@ class RunConfig:
             f"train.batch_size={self.train.batch_size}: a batch may reach {blocks} blocks ahead, "
             f"{blocks * stream.block_shards} shards",
         )
+
+
+def _check_precision(objective: ObjectiveConfig, train: TrainConfig) -> None:
+    """Refuses a difference over a step too small for bf16 (tests/distill/test_precision.py)."""
+    match objective:
+        case MeanFlowConfig() | BezierConfig():
+            check(
+                train.precision != "bf16" or objective.derivative != "finite_difference",
+                f"train.precision=bf16 is too coarse for objective={objective.name} with "
+                "objective.derivative=finite_difference; set objective.derivative=jvp",
+            )

@@ -14,19 +14,15 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cluster.config import RunConfig
-from distill.config import (
+from distill.config import ConfigError, DiTConfig, NetworkConfig, UNetConfig, check
+from distill.objective_config import (
     BezierConfig,
-    ConfigError,
     ConsistencyConfig,
-    DiTConfig,
     EndpointConfig,
     MeanFlowConfig,
-    NetworkConfig,
     ObjectiveConfig,
     ReflowConfig,
     TraFlowConfig,
-    UNetConfig,
-    check,
 )
 from distill.rundir import RunDir, write_atomic
 

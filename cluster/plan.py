@@ -20,19 +20,17 @@ from rich.table import Table
 from cluster.config import RunConfig
 from cluster.identity import is_own
 from cluster.netcost import NetworkCost, network_cost
-from distill.config import (
-    NFE_PER_STEP,
+from distill.config import NFE_PER_STEP, TeacherConfig, check
+from distill.curves import grid_columns, grid_rows, is_truth, reference_nfe, teacher_curves
+from distill.layout import sidecar_bytes, tar_bytes
+from distill.ledger import shard_spec
+from distill.objective_config import (
     BezierConfig,
     ConsistencyConfig,
     MeanFlowConfig,
     ObjectiveConfig,
-    TeacherConfig,
     TraFlowConfig,
-    check,
 )
-from distill.curves import grid_columns, grid_rows, is_truth, reference_nfe, teacher_curves
-from distill.layout import sidecar_bytes, tar_bytes
-from distill.ledger import shard_spec
 from distill.order import Order
 
 

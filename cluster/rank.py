@@ -16,7 +16,7 @@ import torch
 from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
 from cluster.zero import DeepSpeedEngine
-from distill.config import ConfigError, ReflowConfig
+from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import Engine
 from distill.export import export_checkpoint
@@ -24,6 +24,7 @@ from distill.manifest import latest_verified, step_name
 from distill.models import DESCRIPTION, load_model
 from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
+from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.objectives.base import Objective
 from distill.pretrain import ImageStream

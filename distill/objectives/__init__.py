@@ -2,7 +2,7 @@
 
 import torch
 
-from distill.config import (
+from distill.objective_config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,

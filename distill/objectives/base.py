@@ -13,9 +13,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from distill.config import ObjectiveConfig
 from distill.noise import uniform
+from distill.objective_config import ObjectiveConfig
 from distill.paths import MeanVelocity, expand_as
+from distill.perceptual import load_lpips
 from distill.trajectory import TrajectoryBatch
 
 # Step of the finite difference of u along a path. Float32 rounding grows as 1/h, the error as h.
@@ -143,6 +144,8 @@ def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
     match config.distance:
         case "l2":
             return Distances(l2, l2)
+        case "lpips":
+            return Distances(load_lpips(config.lpips_backbone, device), pseudo_huber)
         case _:
             return Distances(pseudo_huber, pseudo_huber)
 

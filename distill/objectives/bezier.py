@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import BezierConfig
+from distill.objective_config import BezierConfig
 from distill.objectives.base import (
     Call,
     Distances,

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.config import ConsistencyConfig
+from distill.objective_config import ConsistencyConfig
 from distill.objectives.base import (
     Call,
     Distance,

@@ -2,7 +2,7 @@
 
 import torch
 
-from distill.config import EndpointConfig
+from distill.objective_config import EndpointConfig
 from distill.objectives.base import Call, Distance, Distances, LossTerms, Term, loss_terms
 from distill.paths import MeanVelocity
 from distill.trajectory import TrajectoryBatch

@@ -7,7 +7,7 @@ which is plain flow matching.
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.config import MeanFlowConfig
+from distill.objective_config import MeanFlowConfig
 from distill.objectives.base import (
     Call,
     Distances,

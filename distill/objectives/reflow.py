@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.config import ReflowConfig
+from distill.objective_config import ReflowConfig
 from distill.objectives.base import (
     Call,
     Distance,

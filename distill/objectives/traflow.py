@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import ConfigError, TraFlowConfig
+from distill.config import ConfigError
+from distill.objective_config import TraFlowConfig
 from distill.objectives.base import (
     Call,
     Distance,

@@ -7,7 +7,8 @@ import yaml
 
 from cluster.compose import compose
 from cluster.config import RunConfig
-from distill.config import BezierConfig, ConfigError, TraFlowConfig, UNetConfig
+from distill.config import ConfigError, UNetConfig
+from distill.objective_config import BezierConfig, TraFlowConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OPTIONS = [
@@ -125,6 +126,10 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
         (["experiment=tiny", "train.lr=-1"], "train.lr=-1.0 must be above 0"),
         (["experiment=tiny", "teacher.pretrained.steps=7"], "teacher.pretrained.steps=7 must be"),
         (["experiment=tiny", "train.batch_size=15"], "train.batch_size=15 must be a multiple of"),
+        (
+            ["experiment=tiny", "objective=meanflow", "train.precision=bf16"],
+            "train.precision=bf16 is too coarse .* set objective.derivative=jvp",
+        ),
         (["experiment=tiny", "foo"], "'foo'"),
     ],
 )

@@ -10,23 +10,20 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.compose import compose
 from cluster.netcost import network_cost
 from cluster.plan import estimate, objective_calls, stream_plan, teacher_forwards
-from distill.config import (
-    BezierConfig,
-    ConsistencyConfig,
-    DiTConfig,
-    EndpointConfig,
-    ImageSpec,
-    MeanFlowConfig,
-    ReflowConfig,
-    TeacherConfig,
-    TraFlowConfig,
-    UNetConfig,
-)
+from distill.config import DiTConfig, ImageSpec, TeacherConfig, UNetConfig
 from distill.evaluate import evaluate
 from distill.generate import GeneratedShard
 from distill.ledger import shard_spec, sidecar_path
 from distill.networks import build_network
 from distill.networks.dit import DiT
+from distill.objective_config import (
+    BezierConfig,
+    ConsistencyConfig,
+    EndpointConfig,
+    MeanFlowConfig,
+    ReflowConfig,
+    TraFlowConfig,
+)
 from distill.objectives import build_objective
 from distill.rundir import RunDir
 from distill.shards import write_shard

@@ -8,10 +8,11 @@ import torch
 from cluster.compose import compose
 from cluster.job import TrainJob
 from cluster.rank import Images, initial_network, train_with_exports
-from distill.config import ConfigError, ReflowConfig
+from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import TorchEngine
 from distill.models import load_model
+from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.pretrain import ImageStream
 

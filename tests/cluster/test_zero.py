@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from distill import checkpoint
-from distill.config import ConfigError, DiTConfig, ImageSpec, TraFlowConfig, TrainConfig
+from distill.config import ConfigError, DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
 from distill.manifest import latest_verified
 from distill.networks import build_network
 from distill.noise import sample_noise
+from distill.objective_config import TraFlowConfig
 from distill.objectives import build_objective
 from distill.rundir import RunDir, read_lines
 from distill.testing import GaussianFlow, run_ranks

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from distill import checkpoint
-from distill.config import DiTConfig, ImageSpec, ReflowConfig, TraFlowConfig, TrainConfig
+from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
 from distill.manifest import CheckpointError, committed_steps, latest_verified, verify
 from distill.networks import build_network
 from distill.noise import sample_noise
+from distill.objective_config import ReflowConfig, TraFlowConfig
 from distill.objectives import build_objective
 from distill.rundir import RunDir, read_lines
 from distill.testing import GaussianFlow

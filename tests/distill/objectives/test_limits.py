@@ -4,18 +4,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from distill.config import (
+from distill.config import DiTConfig, ImageSpec
+from distill.networks import build_network
+from distill.objective_config import (
     BezierConfig,
     ConsistencyConfig,
-    DiTConfig,
     EndpointConfig,
-    ImageSpec,
     MeanFlowConfig,
     ObjectiveConfig,
     ReflowConfig,
     TraFlowConfig,
 )
-from distill.networks import build_network
 from distill.objectives import build_objective
 from distill.objectives.base import draw, draw_index, l2, loss_terms, pseudo_huber
 from distill.objectives.bezier import control_points

@@ -1,0 +1,120 @@
+"""Settings of the objectives, one dataclass each; see distill/objectives. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from distill.config import check, check_choice, check_positive
+
+
+@dataclass
+class ObjectiveConfig:
+    """Base of the objectives. `distance` is the pointwise distance D of the loss terms."""
+
+    name: str = MISSING
+    distance: str = "pseudo_huber"  # l2 | pseudo_huber | lpips (RGB images only)
+    lpips_backbone: str = ""  # file of torchvision's VGG16 weights, for lpips
+
+    def __post_init__(self) -> None:
+        check_choice("objective.distance", self.distance, ("l2", "pseudo_huber", "lpips"))
+        check(
+            self.distance != "lpips" or self.lpips_backbone != "",
+            "objective.distance=lpips needs objective.lpips_backbone, the file of torchvision's "
+            "VGG16 weights",
+        )
+
+
+@dataclass
+class TraFlowConfig(ObjectiveConfig):
+    """Trajectory distillation: output, velocity and self-consistency, a flow-matching anchor."""
+
+    name: str = "traflow"
+    weight_output: float = 1.0
+    weight_states: float = 1.0
+    weight_velocity: float = 0.03
+    weight_consistency: float = 0.0
+    weight_flow_matching: float = 0.0
+    weights: str = "fixed"  # fixed | adaptive (by the gradient's norm, relative to the first term)
+    sampler_nfe: list[int] = field(
+        default_factory=lambda: [2, 4, 8]
+    )  # jumps of the states term: those of a sampler with so many steps; []: any on the grid
+    velocity_mode: str = "trajectory"  # straight | trajectory
+    derivative: str = "finite_difference"  # jvp | double_backward | finite_difference
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.weights", self.weights, ("fixed", "adaptive"))
+        check_choice("objective.velocity_mode", self.velocity_mode, ("straight", "trajectory"))
+        derivatives = ("jvp", "double_backward", "finite_difference")
+        check_choice("objective.derivative", self.derivative, derivatives)
+        check(
+            all(n > 0 for n in self.sampler_nfe),
+            f"objective.sampler_nfe={self.sampler_nfe} must be above 0",
+        )
+
+
+@dataclass
+class BezierConfig(ObjectiveConfig):
+    """Multi-teacher Bezier distillation: teachers' outputs or states as control points."""
+
+    name: str = "bezier"
+    variant: str = "endpoint"  # endpoint | path | straight
+    degree: int = 2
+    weight_drift: float = 0.0
+    weight_map: float = 1.0
+    weight_end: float = 1.0
+    p_full: float = 0.5
+    derivative: str = "finite_difference"  # jvp | finite_difference
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.variant", self.variant, ("endpoint", "path", "straight"))
+        check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
+        check_positive("objective", degree=self.degree)
+        check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
+
+
+@dataclass
+class EndpointConfig(ObjectiveConfig):
+    """Rectified-flow distillation: one jump from noise to the teacher's output."""
+
+    name: str = "endpoint"
+
+
+@dataclass
+class ReflowConfig(ObjectiveConfig):
+    """k-rectified flow: velocity regression on pairs; on (noise, image) pairs, pre-training."""
+
+    name: str = "reflow"
+    distance: str = "l2"
+    times: str = "uniform"  # uniform | u_shaped
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.times", self.times, ("uniform", "u_shaped"))
+
+
+@dataclass
+class ConsistencyConfig(ObjectiveConfig):
+    """Consistency trajectory model without the adversarial term (Kim et al., 2024)."""
+
+    name: str = "consistency"
+
+
+@dataclass
+class MeanFlowConfig(ObjectiveConfig):
+    """MeanFlow: the Eulerian flow-map identity on the pairs (Geng et al., 2025)."""
+
+    name: str = "meanflow"
+    p_diagonal: float = 0.25  # chance of s = t, plain flow matching
+    derivative: str = "finite_difference"  # jvp | finite_difference
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
+        check(
+            0 <= self.p_diagonal <= 1,
+            f"objective.p_diagonal={self.p_diagonal} must be between 0 and 1",
+        )
