@@ -1,13 +1,15 @@
 """The trajectory stream: committed shards -> this rank's part of each global batch.
 
 Position is the global step and nothing else (`distill.order`). A block of shards is decoded into
-one array in memory; the next one is loaded by a thread meanwhile. A shard that is not there yet is
-waited for, in words that others can see; a bad one is set aside, so that it is made again, and
-waited for too.
+one array in memory. While the trainer works, one thread loads the next block and another makes the
+next batch; no more than that is held. A shard that is not there yet is waited for, in words that
+others can see; a bad one is set aside, so that it is made again, and waited for too.
 """
 
 import threading
 import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +91,8 @@ class TrajectoryStream:
         self._weights = torch.tensor(weights) / sum(weights)
         self._times = torch.tensor(spec.times)
         self._loading: dict[int, _Loading] = {}
+        self._maker = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        self._ahead: tuple[int, Future[TrajectoryBatch]] | None = None
         self._block = 0
         self._wait_s = 0.0
         self._waiting_for = ""
@@ -100,7 +104,7 @@ class TrajectoryStream:
 
     @property
     def wait_s(self) -> float:
-        """Seconds that `read` has spent waiting for shards so far."""
+        """Seconds that `read` has kept its caller so far."""
         return self._wait_s
 
     @property
@@ -115,32 +119,47 @@ class TrajectoryStream:
             ForeignShard: a shard was made for another run.
             StreamError: no shard came for `trajectory.wait_timeout_s`.
         """
-        ids = torch.from_numpy(self._order.entries(step)[0][self._positions])
+        began = time.monotonic()
         needed = self._order.blocks_of(step)
         self._block = needed[0]
         self._load(range(needed[0], needed[-1] + 2))
-        of_sample = ids // self._order.block_samples
-        states = torch.empty(
-            len(ids), len(self._weights), len(self._times), *self._spec.image, dtype=torch.float32
-        )
-        labels = torch.empty(len(ids), dtype=torch.int64)
-        for number in needed:
-            block, here = self._wait(number), of_sample == number
-            states[here] = block.trajectories(ids[here])
-            labels[here] = block.labels[ids[here] - block.first_id]
-        return TrajectoryBatch(
-            states=states,
-            times=self._times,
-            weights=self._weights,
-            labels=labels,
-            ids=ids,
-            positions=torch.from_numpy(self._positions),
-            global_size=self._order.batch_size,
-        )
+        if self._ahead is not None and self._ahead[0] == step:
+            batch = self._ahead[1].result()
+        else:
+            batch = self._make(step, {number: self._wait(number) for number in needed})
+        self._ahead = self._make_ahead(step + 1)
+        self._wait_s += time.monotonic() - began
+        return batch
 
     def close(self) -> None:
         """Ends the loading."""
         self._load(range(0))
+        self._maker.shutdown(cancel_futures=True)
+
+    def _make_ahead(self, step: int) -> tuple[int, Future[TrajectoryBatch]] | None:
+        """The batch of `step` on its way; None when a block of it is not in memory yet."""
+        blocks = {}
+        for number in self._order.blocks_of(step):
+            block = self._loading[number].block if number in self._loading else None
+            if block is None:
+                return None
+            blocks[number] = block
+        return step, self._maker.submit(self._make, step, blocks)
+
+    def _make(self, step: int, blocks: Mapping[int, Block]) -> TrajectoryBatch:
+        """This rank's part of global batch `step`, from the blocks that it reads."""
+        ids = torch.from_numpy(self._order.entries(step)[0][self._positions])
+        of_sample = ids // self._order.block_samples  # rises, so parts in the order of the blocks
+        parts = [(block, ids[of_sample == number]) for number, block in sorted(blocks.items())]
+        return TrajectoryBatch(
+            states=torch.cat([block.trajectories(part) for block, part in parts]),
+            times=self._times,
+            weights=self._weights,
+            labels=torch.cat([block.labels[part - block.first_id] for block, part in parts]),
+            ids=ids,
+            positions=torch.from_numpy(self._positions),
+            global_size=self._order.batch_size,
+        )
 
     def _load(self, wanted: range) -> None:
         """Starts to load the blocks that are wanted and forgets all others."""
@@ -158,8 +177,7 @@ class TrajectoryStream:
         while loading.is_alive():
             self._waiting_for = f"block {number}: {loading.doing}"
             loading.join(POLL_S)
-            before, now = now, time.monotonic()
-            self._wait_s += now - before
+            now = time.monotonic()
             if loading.num_ready > ready:
                 ready, deadline = loading.num_ready, now + self._timeout_s
             if now > deadline and loading.is_alive():
@@ -180,7 +198,7 @@ class _Loading(threading.Thread):
         self._run, self._spec = run, spec
         per_block = order.block_samples // spec.samples_per_shard
         self._shards = range(block * per_block, (block + 1) * per_block)
-        self._block: Block | None = None
+        self.block: Block | None = None  # once all of it is in memory
         self._error: ConfigError | OSError | None = None
         self.num_ready = 0
         self.doing = "about to be read"
@@ -191,9 +209,9 @@ class _Loading(threading.Thread):
         """The block; raises what ended the loading."""
         if self._error is not None:
             raise self._error
-        if self._block is None:
+        if self.block is None:
             raise StreamError(f"{self.name} could not be loaded; the traceback is printed above")
-        return self._block
+        return self.block
 
     def run(self) -> None:
         """Fills the block, shard by shard, as they come."""
@@ -221,7 +239,7 @@ class _Loading(threading.Thread):
             return
         ids = np.arange(spec.ids(self._shards[0])[0], spec.ids(self._shards[-1])[-1] + 1)
         noise = None if spec.store_noise else sample_noise(spec.seed, ids, spec.image)
-        self._block = Block(
+        self.block = Block(
             first_id=int(ids[0]),
             states=as_tensor(spec, states),
             labels=torch.from_numpy(labels),
