@@ -12,83 +12,12 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from cluster.arguments import USAGE_ERROR, Parser, open_run, read_settings
 from cluster.helptext import GENERAL, VERBS
 
-if TYPE_CHECKING:
-    from cluster.config import RunConfig
-    from distill.rundir import RunDir
-
 PIPELINE = ("run", "pretrain", "generate", "train")
-USAGE_ERROR = 2
 INTERRUPTED = 130
-
-
-class _Parser(argparse.ArgumentParser):
-    """Flags of one verb; its help is ours, its errors are one sentence."""
-
-    def __init__(self, verb: str, *names: str) -> None:
-        """`names` are arguments that must be given, and switches like --json."""
-        super().__init__(prog=f"bowstring {verb}", add_help=False, allow_abbrev=False)
-        for name in names:
-            self.add_argument(name, action="store_true" if name.startswith("--") else "store")
-
-    def error(self, message: str) -> Any:
-        """Ends with one sentence and exit code 2."""
-        self.exit(USAGE_ERROR, f"error: {message}; see {self.prog} --help\n")
-
-
-# -----------------------------------------------------------------------------------------------
-# Settings
-
-
-def split_force_new(args: list[str]) -> list[str]:
-    """Arguments with `--force-new NAME` written as run.name=NAME."""
-    from distill.config import check
-
-    rest: list[str] = []
-    pending = iter(args)
-    for argument in pending:
-        flag, equals, value = argument.partition("=")
-        if flag != "--force-new":
-            rest.append(argument)
-            continue
-        name = value if equals else next(pending, "")
-        check(
-            bool(name) and "=" not in name,
-            "--force-new needs the name of the new run: --force-new NAME",
-        )
-        rest.append(f"run.name={name}")
-    return rest
-
-
-def read_settings(args: list[str]) -> list[RunConfig]:
-    """Configurations from `RUN key=value ...` (an existing run) or from Hydra arguments (several
-    with --multirun).
-    """
-    args = split_force_new(args)
-    if args and not args[0].startswith("-") and "=" not in args[0]:
-        from cluster.configfile import load_config
-
-        return [load_config(open_run(args[0]), args[1:])]
-    from cluster.compose import compose
-
-    return compose(args)
-
-
-def open_run(folder: str) -> RunDir:
-    """The run in an existing folder. Raises ConfigError with a sentence when there is none."""
-    from distill.config import ConfigError
-    from distill.rundir import RunDir
-
-    root = Path(folder.rstrip("/") or "/")
-    if not root.is_dir():
-        others = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml")))
-        raise ConfigError(
-            f"there is no run at {root}" + (f"; there are: {others}" if others else "")
-        )
-    return RunDir(root)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -118,7 +47,7 @@ def pipeline(verb: str, args: list[str]) -> int:
 
 def evaluate(args: list[str]) -> int:
     """Evaluates a run and prints where the report is."""
-    parser = _Parser("evaluate", "run")
+    parser = Parser("evaluate", "run")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args(args)
     run = open_run(options.run)
@@ -130,7 +59,7 @@ def evaluate(args: list[str]) -> int:
 
 def sample(args: list[str]) -> int:
     """Draws pictures."""
-    parser = _Parser("sample", "run")
+    parser = Parser("sample", "run")
     parser.add_argument("--nfe", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--labels", type=_labels, default=None)
@@ -161,7 +90,7 @@ def _join_labels(args: list[str]) -> list[str]:
 
 def export(args: list[str]) -> int:
     """Writes the student, or its trajectories for FastGen, as files."""
-    parser = _Parser("export", "run")
+    parser = Parser("export", "run")
     parser.add_argument("--format", choices=["student", "fastgen"], default="student")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--average", choices=["evaluation"], default="evaluation")
@@ -177,7 +106,7 @@ def export(args: list[str]) -> int:
 
 def status(args: list[str]) -> int:
     """Shows a run's progress."""
-    parser = _Parser("status", "run", "--json")
+    parser = Parser("status", "run", "--json")
     parser.add_argument("--watch", type=float, nargs="?", const=2.0, default=None)
     options = parser.parse_args(args)
     run = open_run(options.run)
@@ -189,7 +118,7 @@ def status(args: list[str]) -> int:
 
 def verify(args: list[str]) -> int:
     """Audits a run; 1 when anything is wrong."""
-    parser = _Parser("verify", "run", "--json")
+    parser = Parser("verify", "run", "--json")
     options = parser.parse_args(args)
     run = open_run(options.run)
     from cluster.status_view import show_audit
@@ -200,7 +129,7 @@ def verify(args: list[str]) -> int:
 
 def estimate(args: list[str]) -> int:
     """Prints what a configuration will cost."""
-    parser = _Parser("estimate", "--json")
+    parser = Parser("estimate", "--json")
     parser.add_argument("--flops", type=float, default=None)
     options, rest = parser.parse_known_args(args)
     configs = read_settings(rest)
@@ -213,7 +142,7 @@ def estimate(args: list[str]) -> int:
 
 def doctor(args: list[str]) -> int:
     """Checks this machine; 1 when a run could not work here."""
-    parser = _Parser("doctor", "--json")
+    parser = Parser("doctor", "--json")
     parser.add_argument("--dir", type=Path, default=Path("runs"))
     options = parser.parse_args(args)
     from cluster.doctor import show
@@ -221,12 +150,29 @@ def doctor(args: list[str]) -> int:
     return show(options.dir, as_json=options.json)
 
 
+def scale(args: list[str]) -> int:
+    """Sets the number of teacher workers of a live run."""
+    parser = Parser("scale")
+    parser.add_argument("run")
+    parser.add_argument("workers", type=int)
+    options = parser.parse_args(args)
+    run = open_run(options.run)
+    from cluster.scale import write_target
+    from cluster.status import is_live
+    from distill.config import check
+
+    check(
+        is_live(run),
+        f"{run.root} is not running; start it with cluster.teachers.num_workers={options.workers}",
+    )
+    write_target(run, options.workers)
+    print(f"{run.root}: {options.workers} teacher workers wanted; see `bowstring status`")
+    return 0
+
+
 def later(verb: str) -> int:
     """Says that a verb is not there yet."""
-    instead = {
-        "submit": "it needs a Slurm cluster; `bowstring run` runs on this machine",
-        "scale": "it needs a Slurm cluster; start with cluster.teachers.num_workers=N instead",
-    }
+    instead = {"submit": "it needs a Slurm cluster; `bowstring run` runs on this machine"}
     print(f"error: `bowstring {verb}` is not there yet: {instead[verb]}", file=sys.stderr)
     return USAGE_ERROR
 
@@ -236,7 +182,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "sample": sample,
     "export": export,
     "submit": lambda args: later("submit"),
-    "scale": lambda args: later("scale"),
+    "scale": scale,
     "status": status,
     "verify": verify,
     "estimate": estimate,

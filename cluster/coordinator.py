@@ -6,7 +6,11 @@ nothing of its own: it is rebuilt from the shards found on disk.
     free --ask--> leased --committed--> on disk --room needed--> evicted
       ^              |                     |
       |              |                     '-- quarantined --> free
-      '--------------'-- expired, failed, worker left; failed `max_attempts` times: given up
+      '--------------'-- expired, failed, worker left; too often: given up
+
+Every attempt is on another worker: who fails is replaced (`cluster.pool`). A shard is given up when
+`max_attempts` workers failed on it, or three times as many were lost with it. Losing a worker is
+mostly not the shard's fault; but one that kills or hangs whoever makes it must not go on for ever.
 
 A lease is given for the lowest free shard p, and only if (back-pressure)
 
@@ -41,6 +45,8 @@ from cluster.messages import (
     Tick,
 )
 
+LOSSES_PER_ATTEMPT = 3
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -53,7 +59,8 @@ class Limits:
         max_bytes: shards at most on disk, bytes.
         shard_bytes: expected size of a shard, bytes; the largest seen counts once it is larger.
         lease_timeout_s: a lease without progress for this long goes back, seconds.
-        max_attempts: a shard that failed this often is given up.
+        max_attempts: a shard that failed this often, or was lost with its worker
+            LOSSES_PER_ATTEMPT times as often, is given up.
     """
 
     num_shards: int
@@ -88,7 +95,8 @@ class Coordinator:
     workers: set[str] = field(default_factory=set)
     waiting: dict[str, None] = field(default_factory=dict)  # that asked, longest wait first
     attempts: dict[int, int] = field(default_factory=dict)  # failures by shard
-    given_up: dict[int, str] = field(default_factory=dict)  # traceback by shard
+    losses: dict[int, int] = field(default_factory=dict)  # workers lost by shard
+    given_up: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         assert not self.evicted & self.committed.keys()
@@ -137,8 +145,8 @@ class Coordinator:
         match event:
             case Joined(worker):
                 self.workers.add(worker)
-            case Left(worker):
-                self._forget(worker)
+            case Left(worker, reason):
+                return self._lose(worker, reason)
             case Asked(worker):
                 assert worker in self.workers, f"{worker} asked before it joined"
                 if self.lease_of(worker) is None:
@@ -176,13 +184,21 @@ class Coordinator:
         self._shard_bytes = max(self._shard_bytes, num_bytes)
         self._oldest = min(self._oldest, shard)
         self.attempts.pop(shard, None)
+        self.losses.pop(shard, None)
         if shard in self.leases:
             del self._shard_of[self.leases.pop(shard).worker]
 
-    def _forget(self, worker: str) -> None:
+    def _lose(self, worker: str, reason: str) -> list[Action]:
         self.workers.discard(worker)
         self.waiting.pop(worker, None)
-        self._take_back(worker)
+        shard = self._take_back(worker)
+        if shard is None:
+            return []
+        self.losses[shard] = self.losses.get(shard, 0) + 1
+        if self.losses[shard] < LOSSES_PER_ATTEMPT * self.limits.max_attempts:
+            return []
+        self.given_up.add(shard)
+        return [GivenUp(shard, f"{self.losses[shard]} workers were lost while making it", reason)]
 
     def _take_back(self, worker: str) -> int | None:
         """The shard the worker had a lease for, which is free again."""
@@ -199,8 +215,8 @@ class Coordinator:
         self.attempts[shard] = self.attempts.get(shard, 0) + 1
         if self.attempts[shard] < self.limits.max_attempts:
             return []
-        self.given_up[shard] = traceback
-        return [GivenUp(shard, traceback)]
+        self.given_up.add(shard)
+        return [GivenUp(shard, f"{self.attempts[shard]} failures", traceback)]
 
     def _expire(self, now_s: float) -> list[Action]:
         if now_s < self._next_expiry_s:
@@ -210,11 +226,12 @@ class Coordinator:
             for shard, lease in self.leases.items()
             if lease.expires_s <= now_s
         ]
-        for _, worker in expired:
-            self._forget(worker)
+        actions: list[Action] = []
+        for shard, worker in expired:
+            actions += [Expired(worker, shard), *self._lose(worker, "no progress")]
         # Heartbeats only put an expiry off, so until then none needs to be looked for.
         self._next_expiry_s = min((x.expires_s for x in self.leases.values()), default=inf)
-        return [Expired(worker, shard) for shard, worker in expired]
+        return actions
 
     # ---------------------------------------------------------------------------------------
     # Shards

@@ -124,8 +124,11 @@ Renders and submits the Slurm jobs of a run. Not there yet: this version runs on
 """,
     "scale": """bowstring scale RUN N
 
-Sets the number of teacher workers of a live run on a Slurm cluster. Not there yet: this version
-takes cluster.teachers.num_workers=N at the start of a run.
+Sets the number of teacher workers of a live run, from any shell that sees its folder. The run
+follows within seconds. Workers that are too many finish their shard first; 0 pauses the production.
+The next start takes cluster.teachers.num_workers again.
+
+  bowstring scale runs/digits 4
 """,
     "status": """bowstring status RUN [--json] [--watch [SECONDS]]
 

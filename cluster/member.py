@@ -18,6 +18,7 @@ class Member:
     shard: int | None = None
     samples: int = -1
     expires_s: float = inf  # its teachers must be loaded by then
+    leaves: bool = False  # it goes when its shard is done
 
     @property
     def is_loading(self) -> bool:

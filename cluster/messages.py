@@ -19,9 +19,10 @@ class Joined:
 
 @dataclass(frozen=True)
 class Left:
-    """A worker is gone, by its own will or not."""
+    """A worker is gone, by its own will or not; `reason` in words."""
 
     worker: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,10 @@ class Expired:
 
 @dataclass(frozen=True)
 class GivenUp:
-    """`shard` failed too often; it is leased no more."""
+    """`shard` is leased no more, for a reason in words; the last traceback or cause."""
 
     shard: int
+    reason: str
     traceback: str
 
 

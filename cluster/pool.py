@@ -15,7 +15,7 @@ import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from cluster.config import RunConfig
-from cluster.coordinator import Coordinator, Limits
+from cluster.coordinator import Coordinator
 from cluster.cursor import read_cursor
 from cluster.eviction import OldestCheckpoint, evict, first_shard_read, read_evicted
 from cluster.job import stream_order
@@ -39,8 +39,10 @@ from cluster.messages import (
     Tick,
 )
 from cluster.plan import StreamPlan
+from cluster.production import check_fingerprints, production_limits, set_request_aside
+from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, most_workers, read_target
 from cluster.worker import TeacherWorker
-from distill.config import ConfigError, check
+from distill.config import ConfigError
 from distill.ledger import ShardSpec, committed
 from distill.rundir import RunDir, append_line
 
@@ -65,21 +67,16 @@ class TeacherPool:
     deaths: int = 0  # since the last commit
 
     def __post_init__(self) -> None:
-        pool, trajectory = self.config.cluster.teachers, self.config.trajectory
-        limits = Limits(
-            num_shards=self.plan.shards,
-            block_shards=trajectory.block_shards,
-            ready_ahead=trajectory.ready_ahead if self.trainer_reads else self.plan.shards,
-            max_bytes=trajectory.max_bytes,
-            shard_bytes=self.plan.shard_bytes,
-            lease_timeout_s=pool.lease_timeout_s,
-            max_attempts=pool.max_attempts,
-        )
+        pool = self.config.cluster.teachers
+        limits = production_limits(self.config, self.plan, self.trainer_reads)
         found = committed(self.run)
         evicted = read_evicted(self.run, found)
         self.coordinator = Coordinator(limits, found, evicted, cursor=self._cursor())
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
         self._next_scan_s = self._next_ping_s = 0.0
+        self.target = pool.num_workers
+        self.run.target.unlink(missing_ok=True)
+        self._event("pool", workers=self.target, most=most_workers(self.config.cluster))
         self._actor_class = ray.remote(TeacherWorker).options(
             num_cpus=pool.cpus_per_worker,
             num_gpus=pool.gpus_per_worker,
@@ -107,7 +104,7 @@ class TeacherPool:
         if self.is_done:
             self.close()  # a shard that is quarantined later brings new workers
         else:
-            self._fill()
+            self._staff()
         self._collect()
         self._ping(now)
         self._expire_loads(now)
@@ -121,20 +118,36 @@ class TeacherPool:
             ray.kill(member.actor)
             if member.name:
                 # What it frees would go to the others, and they end too: no action is carried out.
-                self.coordinator.handle(Left(member.name), time.monotonic())
-                self._event("worker_leave", worker=member.name, reason="end of production")
+                left = Left(member.name, END_OF_PRODUCTION)
+                self.coordinator.handle(left, time.monotonic())
+                self._event("worker_leave", worker=member.name, reason=END_OF_PRODUCTION)
 
     # ---------------------------------------------------------------------------------------
     # One round
 
-    def _fill(self) -> None:
-        """Starts the workers that are missing."""
-        while len(self.members) < self.config.cluster.teachers.num_workers:
+    def _staff(self) -> None:
+        """Starts the workers that are missing. Those that are too many finish their shard."""
+        staying = [member for member in self.members if not member.leaves]
+        staying.sort(key=lambda member: member.shard is None)
+        for member in staying[self.target :]:  # the idle ones first
+            member.leaves = True
+        missing = self.target - len(staying)
+        for member in [m for m in self.members if m.leaves and m.shard is not None]:
+            if missing > 0:
+                member.leaves, missing = False, missing - 1
+        for member in [m for m in self.members if m.leaves and m.shard is None]:
+            ray.kill(member.actor)
+            self._part(member, SCALED_DOWN)
+        for _ in range(missing):
             actor = self._actor_class.remote(self.config, self.run, self.spec)
             self.members.append(Member(actor, actor.load.remote(), actor.progress.remote()))
 
     def _scan(self) -> None:
-        """Takes over what others changed in the directory, and the trainer's position."""
+        """Takes over what others changed in the directory: shards, trainer's position, target."""
+        wanted = read_target(self.run)
+        if wanted is not None and wanted != self.target:
+            self.target = wanted
+            self._event("scale", workers=wanted)
         found, known = committed(self.run), self.coordinator.committed
         for shard in sorted(known.keys() - found.keys()):
             self._event("quarantine", shard=shard)
@@ -173,7 +186,7 @@ class TeacherPool:
 
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
         if member.shard is None:
-            self._check_fingerprints(result)
+            check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             member.name = result["worker"]
             self._event("worker_join", **result)
             self._handle(Joined(member.name))
@@ -182,7 +195,8 @@ class TeacherPool:
             self.deaths = 0
             self._event("commit", shard=shard, worker=member.name, **result)
             self._handle(Committed(shard, result["bytes"]))
-        self._handle(Asked(member.name))
+        if not member.leaves:
+            self._handle(Asked(member.name))
 
     def _failed(self, member: Member, error: RayTaskError) -> None:
         if isinstance(error.cause, ConfigError):
@@ -192,20 +206,27 @@ class TeacherPool:
         shard, member.shard = member.shard, None
         last_line = str(error).strip().splitlines()[-1]
         self._event("fail", shard=shard, worker=member.name, error=last_line)
+        # Another worker shall try: what failed here may lie in this process or on its device.
+        ray.kill(member.actor)
+        self.members.remove(member)
+        self._event("worker_leave", worker=member.name, reason=f"failed on shard {shard}")
         self._handle(Failed(member.name, str(error)))
-        self._handle(Asked(member.name))
+        self._handle(Left(member.name, last_line))
 
     def _bury(self, member: Member, reason: str) -> None:
-        """Forgets a worker that is gone; `_fill` starts another."""
-        self.members.remove(member)
+        """Forgets a worker that is lost; `_staff` starts another."""
         self.deaths += 1
-        name = member.name or "unknown"
-        self._event("worker_leave", worker=name, reason=reason)
-        if member.name:
-            self._handle(Left(member.name))
-        limit = DEATHS_PER_WORKER * self.config.cluster.teachers.num_workers
+        self._part(member, reason)
+        limit = DEATHS_PER_WORKER * max(1, self.target)
         if self.deaths >= limit:
             raise PoolError(f"{limit} teacher workers died without making a shard; last: {reason}")
+
+    def _part(self, member: Member, reason: str) -> None:
+        """Forgets a worker that is gone."""
+        self.members.remove(member)
+        self._event("worker_leave", worker=member.name or "unknown", reason=reason)
+        if member.name:
+            self._handle(Left(member.name, reason))
 
     def _ping(self, now: float) -> None:
         """Asks busy workers for their progress; progress made is a heartbeat."""
@@ -261,24 +282,16 @@ class TeacherPool:
                 self._expire(self._member(worker), "no progress")
             case Evicted(shards):
                 evict(self.run, shards, self._oldest.step)
-            case GivenUp(shard, error):
+            case GivenUp(shard, reason, error):
+                path = set_request_aside(self.run, shard, reason, error)
+                self._event("give_up", shard=shard, reason=reason)
                 raise PoolError(
-                    f"shard {shard} was given up after {self.coordinator.limits.max_attempts} "
-                    f"failures; the last:\n{error}"
+                    f"shard {shard} was given up after {reason}; see {path}. Mend the cause and "
+                    f"give the same command again. The last:\n{error}"
                 )
 
     def _member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)
-
-    def _check_fingerprints(self, hello: dict[str, Any]) -> None:
-        for teacher in self.spec.teachers:
-            theirs = hello["fingerprints"][teacher.name]
-            check(
-                theirs == teacher.fingerprint,
-                f"worker {hello['worker']} has other weights for teacher.{teacher.name} "
-                f"({theirs[:12]}) than the run ({teacher.fingerprint[:12]}); give every node the "
-                "same file",
-            )
 
     def _event(self, kind: str, **values: Any) -> None:
         append_line(self.run.events, {"kind": kind, **values})

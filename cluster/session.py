@@ -24,6 +24,7 @@ import ray
 
 from cluster.config import RunConfig
 from cluster.progress import StageBars
+from cluster.scale import most_workers
 from distill.config import ConfigError, check
 from distill.rundir import RunDir, lock_file
 
@@ -87,18 +88,21 @@ class Session:
 
     def _start_local_ray(self) -> None:
         cluster = self.config.cluster
-        groups = (cluster.teachers, cluster.trainer)
+        teachers, trainer = most_workers(cluster) or 0, cluster.trainer.num_workers
         # No node of this machine alone is taken away with notice; saves a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        cpus = sum(group.num_workers * group.cpus_per_worker for group in groups)
-        gpus = sum(group.num_workers * group.gpus_per_worker for group in groups)
+        # Room for what `bowstring scale` may ask for; the system shares out the cores.
+        cpus = (
+            teachers * cluster.teachers.cpus_per_worker + trainer * cluster.trainer.cpus_per_worker
+        )
+        gpus = cluster.teachers.gpus_per_worker + cluster.trainer.gpus_per_worker
         shutil.rmtree(self._ray_temp, ignore_errors=True)
         ray.init(
             num_cpus=max(1, math.ceil(cpus)),
             num_gpus=None if gpus > 0 else 0,
             resources={
-                "teacher": float(cluster.teachers.num_workers),
-                "trainer": float(cluster.trainer.num_workers),
+                "teacher": float(teachers),
+                "trainer": float(trainer),
             },
             include_dashboard=False,
             object_store_memory=cluster.object_store_bytes,

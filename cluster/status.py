@@ -14,6 +14,7 @@ from cluster.config import RunConfig
 from cluster.configfile import load_config
 from cluster.eviction import read_evicted
 from cluster.plan import stream_plan
+from cluster.scale import PLANNED, staff
 from distill.cost import goodput
 from distill.ledger import committed
 from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
@@ -158,13 +159,19 @@ def waiting_for(run: RunDir) -> str | None:
     return str(reason) if reason else None
 
 
+def teachers(events: list[dict[str, Any]]) -> dict[str, Any]:
+    """Teacher workers wanted, and those at work: their teachers are loaded."""
+    found = staff(events)
+    return {"target": found.target, "workers": len(found.joined)}
+
+
 def restarts(run: RunDir, events: list[dict[str, Any]]) -> dict[str, int]:
     """How often the trainer group started again, and how many teacher workers were lost."""
     starts = sum(1 for event in events if event.get("kind") == "resume")
     lost = [
         event
         for event in events
-        if event.get("kind") == "worker_leave" and event.get("reason") != "end of production"
+        if event.get("kind") == "worker_leave" and event.get("reason") not in PLANNED
     ]
     return {"trainer": max(0, starts - 1), "teacher_workers": len(lost)}
 
@@ -199,6 +206,7 @@ def status(run: RunDir) -> dict[str, Any]:
     if pretrains:
         found["pretrain"] = training(run.teacher, config.pretrain.train.max_steps, live)
     found["shards"] = shards(run, config, found["train"]["step"], events)
+    found["teachers"] = teachers(events) if live else None
     found["waiting_for"] = waiting_for(run) if live else None
     found["checkpoint"] = last_verified(run)
     found["restarts"] = restarts(run, events)

@@ -56,6 +56,9 @@ def render(found: dict[str, Any]) -> Group:
     head.add_row(
         "production", f"{_number(stock['pairs_per_s'])} pairs/s, backlog {stock['backlog']} shards"
     )
+    if found["teachers"] is not None and found["teachers"]["target"] is not None:
+        teachers = found["teachers"]
+        head.add_row("teacher workers", f"{teachers['workers']} of {teachers['target']} wanted")
     head.add_row("last checkpoint", _checkpoint(checkpoint))
     again = found["restarts"]
     head.add_row(

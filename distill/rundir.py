@@ -69,6 +69,11 @@ class RunDir:
         return self.root / "cursor.json"
 
     @property
+    def target(self) -> Path:
+        """target.json: how many teacher workers a live run shall have."""
+        return self.root / "target.json"
+
+    @property
     def results(self) -> Path:
         """results.json: the evaluation."""
         return self.root / "results.json"

@@ -100,7 +100,6 @@ def test_every_verb_of_the_help_exists():
         (["status"], "see bowstring status --help"),
         (["sample", "runs/none", "--labels", "one"], "'one' is not a list"),
         (["submit", "experiment=tiny"], "needs a Slurm cluster"),
-        (["scale", "runs/tiny", "3"], "needs a Slurm cluster"),
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_exit_code_2(args, message):

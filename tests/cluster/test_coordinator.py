@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,13 +87,38 @@ def test_a_shard_that_keeps_failing_is_given_up_with_its_traceback():
     for _ in range(2):
         assert coordinator.handle(Failed("a", "boom"), 0.0) == []
         assert coordinator.handle(Asked("a"), 0.0) == [Leased("a", 0)]
-    assert coordinator.handle(Failed("a", "boom"), 0.0) == [GivenUp(0, "boom")]
+    assert coordinator.handle(Failed("a", "boom"), 0.0) == [GivenUp(0, "3 failures", "boom")]
     assert coordinator.handle(Asked("a"), 0.0) == [Leased("a", 1)]
+
+
+@pytest.mark.parametrize("is_silent", [False, True])
+def test_a_shard_that_takes_its_workers_with_it_is_given_up(is_silent):
+    coordinator, now, said = Coordinator(LIMITS, {}), 0.0, []
+    for n in range(9):  # 3 for each of the 3 attempts
+        assert said == []
+        coordinator.handle(Joined(f"w{n}"), now)
+        assert coordinator.handle(Asked(f"w{n}"), now) == [Leased(f"w{n}", 0)]
+        if is_silent:
+            now += LIMITS.lease_timeout_s
+            expired, *said = coordinator.handle(Tick(), now)
+            assert expired == Expired(f"w{n}", 0)
+        else:
+            said = coordinator.handle(Left(f"w{n}", "killed by signal 9"), now)
+    reason = "no progress" if is_silent else "killed by signal 9"
+    assert said == [GivenUp(0, "9 workers were lost while making it", reason)]
+
+
+def test_a_commit_forgives_earlier_losses():
+    coordinator, _ = start(workers=("a",))
+    coordinator.handle(Left("a", "gone"), 0.0)
+    assert coordinator.losses == {0: 1}
+    coordinator.handle(Committed(0, 100), 0.0)
+    assert coordinator.losses == {}
 
 
 def test_a_worker_that_leaves_gives_its_shard_back_without_blame():
     coordinator, _ = start()
-    coordinator.handle(Left("a"), 0.0)
+    coordinator.handle(Left("a", "gone"), 0.0)
     coordinator.handle(Committed(1, 100), 0.0)
     assert coordinator.handle(Asked("b"), 0.0) == [Leased("b", 0)]
     assert coordinator.attempts == {}
@@ -199,7 +225,7 @@ def test_every_shard_is_made_whatever_happens(data):
                 case "fail":
                     feed(Failed(worker, "boom"))
                 case "die":
-                    feed(Left(worker))
+                    feed(Left(worker, "gone"))
         cursor = 0  # the trainer stands at the first block that is not complete
         while all(cursor + i in coordinator.committed for i in range(limits.block_shards)):
             cursor += limits.block_shards

@@ -172,7 +172,7 @@ class Schedule:
         for worker in current[self.target :]:
             if worker.shard is None:
                 self.workers.remove(worker)
-                self.tell(Left(worker.name))
+                self.tell(Left(worker.name, "gone"))
         for _ in range(self.target - len(current)):
             self.num_names += 1
             slow = self.fault("slow worker", 0.3)
@@ -188,12 +188,13 @@ class Schedule:
             if self.fault("killed", 0.03):
                 self.workers.remove(worker)
                 if worker.believed_in:
-                    self.tell(Left(worker.name))
+                    self.tell(Left(worker.name, "gone"))
                 continue
             if worker.believed_in and self.fault("failed", 0.03):
                 worker.shard = None
+                self.workers.remove(worker)  # another one takes its place
                 self.tell(Failed(worker.name, "boom"))
-                self.tell(Asked(worker.name))
+                self.tell(Left(worker.name, "boom"))
                 continue
             if self.fault("hung", 0.1):
                 continue
@@ -217,7 +218,7 @@ class Schedule:
             self.workers.remove(worker)
         elif self.fault("killed before its report", 0.05):
             self.workers.remove(worker)
-            self.tell(Left(worker.name))
+            self.tell(Left(worker.name, "gone"))
         else:
             self.tell(Committed(shard, self.disk[shard]))
             self.tell(Asked(worker.name))

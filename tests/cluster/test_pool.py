@@ -1,5 +1,6 @@
 """The pool against a Ray of one process: workers that die, hang, fail or hold other weights."""
 
+import json
 from dataclasses import dataclass
 
 import pytest
@@ -10,6 +11,8 @@ from cluster.compose import compose
 from cluster.coordinator import Quarantined
 from cluster.plan import stream_plan
 from cluster.pool import PoolError, TeacherPool
+from cluster.scale import read_target, staff, write_target
+from cluster.status import quarantined, restarts
 from distill.config import ConfigError
 from distill.ledger import shard_spec
 from distill.rundir import RunDir, read_lines
@@ -130,11 +133,44 @@ def test_workers_that_keep_dying_stop_the_pool(ray, tmp_path):
         finish(make_pool(tmp_path))
 
 
-def test_a_shard_that_keeps_failing_stops_the_pool_with_its_traceback(ray, tmp_path):
+def test_a_shard_that_keeps_failing_is_quarantined_and_stops_the_pool(ray, tmp_path):
     disk_full = OSError("No space left on device")
-    ray.behaviour = lambda name, shard: RayTaskError("produce", "the traceback", disk_full)
-    with pytest.raises(PoolError, match=r"shard \d was given up after 3 failures(.|\n)*traceback"):
-        finish(make_pool(tmp_path))
+    failed = []
+
+    def behaviour(name, shard):
+        if shard != 1:
+            return {"bytes": 100, "seconds": 0.0}
+        failed.append(name)
+        return RayTaskError("produce", "the traceback", disk_full)
+
+    ray.behaviour = behaviour
+    pool = make_pool(tmp_path)
+    with pytest.raises(PoolError, match=r"shard 1 was given up after 3 failures(.|\n)*traceback"):
+        finish(pool)
+    assert len(set(failed)) == len(failed) == 3  # every attempt is on another worker
+    (path,) = pool.run.quarantine.glob("00000001-*/00000001.reason.json")
+    note = json.loads(path.read_text())
+    assert (note["shard"], note["reason"]) == (1, "could not be made: 3 failures")
+    assert "the traceback" in note["traceback"]
+    assert quarantined(pool.run) == [{"shard": 1, "reason": note["reason"]}]
+
+
+def test_a_worker_that_failed_is_replaced_and_counted(ray, tmp_path):
+    failed = []
+
+    def behaviour(name, shard):
+        if shard == 2 and not failed:
+            failed.append(name)
+            return RayTaskError("produce", "the traceback", RuntimeError("out of memory"))
+        return {"bytes": 100, "seconds": 0.0}
+
+    ray.behaviour = behaviour
+    pool = make_pool(tmp_path)
+    kinds = finish(pool)
+    assert pool.is_done and len(ray.actors) == 3 and kinds.count("fail") == 1
+    assert restarts(pool.run, list(read_lines(pool.run.events)))["teacher_workers"] == 1
+    left = [e for e in read_lines(pool.run.events) if e["kind"] == "worker_leave"]
+    assert [e["reason"] for e in left if e["worker"] == failed[0]] == ["failed on shard 2"]
 
 
 def test_a_wrong_setting_found_by_a_worker_is_told_as_such(ray, tmp_path):
@@ -201,3 +237,92 @@ def test_a_shard_quarantined_after_the_end_brings_workers_back(ray, tmp_path):
     assert not pool.is_done
     finish(pool)
     assert pool.is_done and len(ray.actors) == 4
+
+
+def take_for_committed(pool, monkeypatch):
+    """Lets the pool scan: what it knows is what is on disk."""
+    known = pool.coordinator.committed
+    monkeypatch.setattr(pool_module, "committed", lambda run: dict(known))
+
+
+def ask_for(pool, workers):
+    """`bowstring scale`, and the pool's next look at the directory."""
+    write_target(pool.run, workers)
+    pool._next_scan_s = 0.0
+    pool.poll()
+
+
+def at_work(pool):
+    return staff(read_lines(pool.run.events))
+
+
+def test_the_pool_follows_the_target_up_and_down(ray, tmp_path, monkeypatch):
+    ray.behaviour = lambda name, shard: "never"
+    pool = make_pool(tmp_path, num_workers=1)
+    take_for_committed(pool, monkeypatch)
+    pool.poll()
+    ask_for(pool, 3)
+    pool.poll()
+    assert len(pool.members) == 3 and at_work(pool).target == 3
+    assert at_work(pool).joined == {"w1", "w2", "w3"}
+    ask_for(pool, 1)
+    # All are in the middle of a shard: none is ended before it is done.
+    assert ray.killed == [] and [member.leaves for member in pool.members].count(True) == 2
+    for member in pool.members:
+        member.task.value = {"bytes": 100, "seconds": 0.0}
+    for _ in range(3):
+        pool.poll()
+    assert len(pool.members) == 1 and len(ray.killed) == 2
+    events = list(read_lines(pool.run.events))
+    assert [e["workers"] for e in events if e["kind"] == "scale"] == [3, 1]
+    assert [e["reason"] for e in events if e["kind"] == "worker_leave"] == ["scaled down"] * 2
+    assert restarts(pool.run, events)["teacher_workers"] == 0
+    assert sorted(pool.coordinator.committed) == [0, 1, 2]
+
+
+def test_a_worker_asked_to_leave_stays_when_it_is_wanted_again(ray, tmp_path, monkeypatch):
+    ray.behaviour = lambda name, shard: "never"
+    pool = make_pool(tmp_path, num_workers=2)
+    take_for_committed(pool, monkeypatch)
+    pool.poll()
+    pool.poll()
+    ask_for(pool, 0)
+    assert all(member.leaves for member in pool.members)
+    ask_for(pool, 2)
+    assert len(ray.actors) == 2 and not any(member.leaves for member in pool.members)
+    ray.behaviour = lambda name, shard: {"bytes": 100, "seconds": 0.0}
+    for member in pool.members:
+        member.task.value = {"bytes": 100, "seconds": 0.0}
+    finish(pool)
+    assert pool.is_done
+
+
+def test_no_workers_pause_the_production(ray, tmp_path, monkeypatch):
+    pool = make_pool(tmp_path)
+    take_for_committed(pool, monkeypatch)
+    ask_for(pool, 0)
+    finish(pool)
+    assert pool.members == [] and not pool.is_done
+    ask_for(pool, 1)
+    finish(pool)
+    assert pool.is_done
+
+
+def test_a_pool_that_starts_takes_its_settings_not_an_old_target(ray, tmp_path):
+    pool = make_pool(tmp_path)
+    write_target(pool.run, 1)
+    assert make_pool(tmp_path).target == 2 and read_target(pool.run) is None
+
+
+def test_a_number_of_workers_that_cannot_be_is_refused(ray, tmp_path):
+    run = RunDir(tmp_path)
+    with pytest.raises(ConfigError, match="no teacher workers yet"):
+        write_target(run, 1)
+    most = staff(read_lines(make_pool(tmp_path).run.events)).most
+    for workers, message in ((-1, "-1 teacher workers cannot be"), (most + 1, f"than the {most}")):
+        with pytest.raises(ConfigError, match=message):
+            write_target(run, workers)
+    write_target(run, most)
+    run.target.write_text("3 workers")
+    with pytest.raises(ConfigError, match=r"target\.json is corrupt"):
+        read_target(run)

@@ -1,0 +1,50 @@
+"""What bounds the teacher pool, which workers it refuses, and what it leaves of a shard that cannot
+be made. No ray.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from cluster.config import RunConfig
+from cluster.coordinator import Limits
+from cluster.plan import StreamPlan
+from distill.config import check
+from distill.ledger import ShardSpec
+from distill.rundir import RunDir, write_json
+
+
+def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) -> Limits:
+    """The coordinator's limits. Without a trainer that reads, all shards are made at once."""
+    pool, trajectory = config.cluster.teachers, config.trajectory
+    return Limits(
+        num_shards=plan.shards,
+        block_shards=trajectory.block_shards,
+        ready_ahead=trajectory.ready_ahead if trainer_reads else plan.shards,
+        max_bytes=trajectory.max_bytes,
+        shard_bytes=plan.shard_bytes,
+        lease_timeout_s=pool.lease_timeout_s,
+        max_attempts=pool.max_attempts,
+    )
+
+
+def check_fingerprints(spec: ShardSpec, worker: str, fingerprints: dict[str, Any]) -> None:
+    """Raises ConfigError unless a worker holds the teachers of the run, weight for weight."""
+    for teacher in spec.teachers:
+        theirs = fingerprints[teacher.name]
+        check(
+            theirs == teacher.fingerprint,
+            f"worker {worker} has other weights for teacher.{teacher.name} ({theirs[:12]}) than "
+            f"the run ({teacher.fingerprint[:12]}); give every node the same file",
+        )
+
+
+def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> Path:
+    """The file in `quarantine/` that says why a shard cannot be made."""
+    path = run.quarantine / f"{shard:08d}-{uuid.uuid4().hex[:8]}" / f"{shard:08d}.reason.json"
+    record = {"shard": shard, "reason": f"could not be made: {reason}", "traceback": traceback}
+    write_json(path, {**record, "time": round(time.time(), 3)})
+    return path

@@ -1,0 +1,104 @@
+"""How many teacher workers a live run has, and how another shell changes that. No torch, no ray.
+
+    target.json   {"workers": 3}, written by `bowstring scale RUN 3`; the pool looks every second
+
+A pool that starts takes `cluster.teachers.num_workers` and removes what an earlier one left.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from cluster.config import ClusterConfig
+from distill.config import ConfigError, check
+from distill.rundir import RunDir, read_lines, write_json
+
+WORKERS_PER_CORE = 2  # on this machine alone `scale` goes up to this
+END_OF_PRODUCTION, SCALED_DOWN = "end of production", "scaled down"
+PLANNED = (END_OF_PRODUCTION, SCALED_DOWN)  # reasons to leave that are no loss
+
+
+def most_workers(cluster: ClusterConfig) -> int | None:
+    """Teacher workers at most; None on a cluster, whose nodes may come and go."""
+    if cluster.address:
+        return None
+    return max(cluster.teachers.num_workers, WORKERS_PER_CORE * (os.cpu_count() or 1))
+
+
+# -----------------------------------------------------------------------------------------------
+# The wish
+
+
+def write_target(run: RunDir, workers: int) -> None:
+    """Asks the pool of a live run for `workers` workers.
+
+    Raises:
+        ConfigError: the pool cannot have that many.
+    """
+    pool = staff(read_lines(run.events))
+    check(
+        pool.target is not None, f"{run.root} has no teacher workers yet; it makes no shards so far"
+    )
+    check(workers >= 0, f"{workers} teacher workers cannot be; 0 pauses the production")
+    if pool.most is not None:
+        check(
+            workers <= pool.most,
+            f"{workers} teacher workers are more than the {pool.most} that this run's machine "
+            "takes; a cluster (cluster.address) has no such limit",
+        )
+    write_json(run.target, {"workers": workers})
+
+
+def read_target(run: RunDir) -> int | None:
+    """The number asked for; None when nobody has asked since the pool started.
+
+    Raises:
+        ConfigError: the file is not as `bowstring scale` writes it.
+    """
+    try:
+        return int(json.loads(run.target.read_text())["workers"])
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{run.target} is corrupt ({error}); write it again with `bowstring scale RUN N`"
+        ) from error
+
+
+# -----------------------------------------------------------------------------------------------
+# What there is
+
+
+@dataclass
+class Staff:
+    """Teacher workers of the newest pool.
+
+    Attributes:
+        target: how many there shall be; None before the first pool.
+        most: how many it takes; None for no limit.
+        joined: names of those that are there, with their teachers loaded.
+    """
+
+    target: int | None
+    most: int | None
+    joined: set[str]
+
+
+def staff(events: Iterable[dict[str, Any]]) -> Staff:
+    """The workers as events.jsonl tells."""
+    found = Staff(None, None, set())
+    for event in events:
+        match event.get("kind"):
+            case "pool":
+                found = Staff(event["workers"], event["most"], set())
+            case "scale":
+                found.target = event["workers"]
+            case "worker_join":
+                found.joined.add(event["worker"])
+            case "worker_leave":
+                found.joined.discard(event["worker"])
+    return found

@@ -1,0 +1,100 @@
+"""`bowstring scale` on a live run with real Ray actors."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cluster.compose import compose
+from cluster.configfile import save_config
+from cluster.status import open_leases, status
+from cluster.verify import audit
+from distill.rundir import RunDir, read_lines
+
+BOWSTRING = [sys.executable, "-m", "cluster.cli"]
+SHARDS = 20_000  # more than can be made while the test runs
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run of one teacher actor on a closed-form teacher."""
+    mixture = {"shape": [1, 8, 8], "means": [[-0.5] * 64, [0.5] * 64], "stds": [0.2, 0.1]}
+    (tmp_path / "mixture.json").write_text(json.dumps(mixture))
+    teacher = "{kind: analytic, path: " + str(tmp_path / "mixture.json") + ", steps: 32}"
+    (config,) = compose(
+        [
+            "experiment=tiny",
+            f"run.dir={tmp_path / 'run'}",
+            "~teacher",
+            "+teacher={mixture: " + teacher + "}",
+            f"train.max_steps={2 * SHARDS}",
+            "cluster.teachers.num_workers=1",
+            "cluster.trainer.num_workers=1",
+        ]
+    )
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    save_config(run, config)
+    return run
+
+
+def scale(run, workers):
+    return subprocess.run(
+        [*BOWSTRING, "scale", str(run.root), str(workers)], capture_output=True, text=True
+    )
+
+
+def wait_until(process, log, condition):
+    deadline = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def test_a_run_that_is_not_live_is_not_scaled(run):
+    result = scale(run, 3)
+    assert result.returncode == 2
+    assert "is not running; start it with cluster.teachers.num_workers=3" in result.stderr
+
+
+@pytest.mark.timeout(600)  # half a minute on two idle cores
+def test_a_live_run_follows_its_target(run, tmp_path):
+    """1 -> 3 -> 1 workers; those that leave finish their shard, and nothing is lost or doubled."""
+    log = tmp_path / "log.txt"
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [*BOWSTRING, "generate", str(run.root)],
+            stdout=file,
+            stderr=file,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    def teachers():
+        return status(run)["teachers"] if run.events.exists() else None
+
+    try:
+        for workers in (1, 3, 1):
+            if teachers() is not None:
+                assert scale(run, workers).returncode == 0
+            target = {"target": workers, "workers": workers}
+            wait_until(process, log, lambda target=target: teachers() == target)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=120) == 0, log.read_text()
+    finally:
+        process.kill()
+
+    events = list(read_lines(run.events))
+    joined = [event["worker"] for event in events if event["kind"] == "worker_join"]
+    drained = [event["worker"] for event in events if event.get("reason") == "scaled down"]
+    assert len(set(joined)) == 3 and len(set(drained)) == 2
+    for index, event in enumerate(events):
+        if event.get("reason") == "scaled down":
+            held = {lease["worker"] for lease in open_leases(events[:index], now=0.0)}
+            assert event["worker"] not in held
+    report = audit(run)
+    assert report["ok"], report
+    assert report["shards"] > 3 and report["produced_again"] == []
