@@ -88,13 +88,14 @@ def loss_and_gradient(
     network: AbstractNetwork, config, batch: TrajectoryBatch, dtype: torch.dtype
 ) -> tuple[float, torch.Tensor]:
     """As the engines do it: weights and input in `dtype`, output and loss in float32."""
-    trained, target = (deepcopy(network).to(dtype) for _ in range(2))
+    trained = deepcopy(network).to(dtype)
+    target = deepcopy(trained).requires_grad_(False)
 
     def student(x, t, s, label):
         return trained(x.to(dtype), t, s, label).float()
 
     def average(x, t, s, label):
-        return target.requires_grad_(False)(x.to(dtype), t, s, label).float()
+        return target(x.to(dtype), t, s, label).float()
 
     loss = build_objective(config, 0).loss(batch, student, average, 0).total
     loss.backward()
