@@ -1,22 +1,25 @@
-"""The learned problem: scanned digits, a teacher trained on them once and kept."""
+"""The learned problem: scanned digits. The teacher is trained once and kept in a folder."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from benchmarks.problems import Problem
-from distill.config import DataConfig, DiTConfig, ReflowConfig, TrainConfig
+from benchmarks.problems import Problem, Solved
+from benchmarks.student import averaged
+from distill.config import DataConfig, DiTConfig, TrainConfig
 from distill.datasets import load_images
-from distill.engine import EVALUATION, TorchEngine, average_kind
-from distill.models import load_model, save_model
+from distill.engine import TorchEngine
+from distill.models import DESCRIPTION, load_model, save_model
 from distill.networks import build_network
+from distill.networks.layers import AbstractNetwork
+from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.pretrain import ImageStream
-from distill.teachers.native import NativeTeacher
 from distill.teachers.base import guided
+from distill.teachers.native import NativeTeacher
 from distill.train import learning_rate
 
 DATA = DataConfig(name="digits", channels=1, size=8, num_classes=10)
@@ -25,44 +28,40 @@ GUIDANCE = 1.5
 PRETRAIN = TrainConfig(max_steps=1500, batch_size=256, lr=2e-3, warmup_steps=50)
 
 
-def train_teacher(folder: Path) -> None:
+def train_teacher(folder: Path, settings: TrainConfig) -> None:
     """Trains the teacher by flow matching on the real images, into a model folder."""
     images, labels = load_images(DATA)
-    stream = ImageStream(images, labels, 0, PRETRAIN.batch_size, 0, 1, PRETRAIN.label_dropout)
+    stream = ImageStream(images, labels, 0, settings.batch_size, 0, 1, settings.label_dropout)
     network = build_network(NETWORK, DATA.image, 0)
-    engine = TorchEngine(network, PRETRAIN, torch.device("cpu"))
+    engine = TorchEngine(network, settings, torch.device("cpu"))
     objective = build_objective(ReflowConfig(), 0)
-    for step in range(PRETRAIN.max_steps):
+    for step in range(settings.max_steps):
         batch = stream.read(step)
         engine.backward(objective.loss(batch, engine.student, engine.target, step).total, True)
-        engine.step(step, learning_rate(step, PRETRAIN))
-    save_model(folder, evaluation_weights(engine), NETWORK, DATA.image, {"kind": "teacher"})
+        engine.step(step, learning_rate(step, settings))
+    state = averaged(engine, build_network(NETWORK, DATA.image, 0)).state_dict()
+    save_model(folder, state, NETWORK, DATA.image, {"kind": "teacher"})
 
 
-def evaluation_weights(engine: TorchEngine) -> dict[str, torch.Tensor]:
-    """The average that is evaluated, by parameter name."""
-    kind = average_kind(EVALUATION)
-    shapes = engine.describe()["parameters"]
-    return {f.name: f.data.view(shapes[f.name]) for f in engine.fragments() if f.kind == kind}
+def digits_problem(folder: Path, is_quick: bool) -> Problem:
+    """The digits teacher in `folder`, trained now if it is not there; briefly if `is_quick`."""
+    if not (folder / DESCRIPTION).exists():
+        train_teacher(folder, replace(PRETRAIN, max_steps=300) if is_quick else PRETRAIN)
+    field = guided(NativeTeacher(folder, "cpu"), GUIDANCE)
 
-
-def digits_problem(folder: Path) -> Problem:
-    """The digits teacher in `folder`, trained now if it is not there."""
-    if not (folder / "model.json").exists():
-        train_teacher(folder)
-    teacher = NativeTeacher(folder, "cpu")
-
-    def network(seed: int) -> nn.Module:  # a student starts as its teacher
-        return load_model(folder, "cpu")[0].requires_grad_(True).train()
+    def network(seed: int) -> AbstractNetwork:  # a student starts as its teacher, for every seed
+        return load_model(folder, "cpu")[0].train().requires_grad_(True)
 
     return Problem(
         name="digits",
         image=DATA.image,
-        fields=[guided(teacher, GUIDANCE)],
-        solvers=[("heun", 16)],
+        teachers=(Solved(field, "heun", 16),),
+        truth=Solved(field, "heun", 32),
         data=load_images(DATA)[0],
         make_network=network,
-        truth_solver="heun",
-        truth_steps=32,
-        num_truth=2000,
+        num_pairs=4096,
+        num_truth=1000,
+        steps=800,
+        batch_size=128,
+        lr=4e-3,
     )

@@ -1,7 +1,7 @@
-"""Problems with a known answer: closed-form teachers and the digits teacher.
+"""Problems with a known answer: closed-form teachers, and digits.
 
-A problem has a teacher, trajectories that every objective shares, the student's network, the exact
-end points of a fixed set of noises, and samples of the data.
+A problem has teachers, the student's network, a fixed set of noises with their true end points,
+and samples of the data. Everything follows from seeds, so two processes make the same.
 """
 
 from __future__ import annotations
@@ -9,151 +9,174 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.config import ImageSpec
+from distill.config import ImageSpec, NetworkConfig
+from distill.networks.layers import AbstractNetwork
 from distill.noise import permutation, sample_labels, sample_noise, uniform
 from distill.solvers import solve
-from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
+from distill.teachers.analytic import MixtureTeacher
 from distill.trajectory import TrajectoryBatch
 
-GRID = 8  # K, as in the product's default
-TRUTH_STEPS = 64  # of RK4 for closed-form teachers
-PAIRS_SEED, TRUTH_SEED = 11, 12345
+GRID = 8  # K, the product's default
+TRAIN_SEED, TRUTH_SEED, DATA_SEED = 11, 12345, 99
 
-# v(x [B, *S], t [B], label [B]) -> velocity
+# v(x [B, C, H, W], t [B], label [B]) -> velocity
 Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-class VectorNetwork(nn.Module):
-    """u(x, t, s, label) for vectors [B, D, 1, 1]: four hidden layers, about 0.2 M parameters."""
+class VectorNetwork(AbstractNetwork):
+    """u(x, t, s, label) for vectors [B, D, 1, 1]: a network of 0.25 M weights.
 
-    def __init__(self, dimensions: int, width: int = 256, seed: int = 0) -> None:
-        super().__init__()
+    Each hidden layer is scaled and shifted by an embedding of t and of s - t.
+    """
+
+    num_octaves, num_features = 4, 64
+
+    def __init__(self, dimensions: int, seed: int, width: int = 224, depth: int = 3) -> None:
+        super().__init__(NetworkConfig(name="vector"), ImageSpec(dimensions, 1, 0))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            self.layers = nn.Sequential(
-                nn.Linear(dimensions + 16, width),
-                nn.GELU(),
-                nn.Linear(width, width),
-                nn.GELU(),
-                nn.Linear(width, width),
-                nn.GELU(),
-                nn.Linear(width, width),
-                nn.GELU(),
+            self.first = nn.Linear(dimensions, width)
+            self.embed = nn.Sequential(
+                nn.Linear(4 * self.num_octaves, self.num_features), nn.SiLU()
             )
+            self.modulations = nn.ModuleList(
+                nn.Linear(self.num_features, 2 * width) for _ in range(depth)
+            )
+            self.hidden = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
             self.last = nn.Linear(width, dimensions)
+            self.skip = nn.Linear(self.num_features, 1)
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
     @property
     def last_layer(self) -> Tensor:
-        """The weight whose gradient balances adaptive terms."""
         return self.last.weight
 
     def forward(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        """[B, D, 1, 1]."""
-        octaves = math.pi / 2 * 2 ** torch.arange(4, dtype=x.dtype, device=x.device)
+        """[B, D, 1, 1]; the label is not looked at."""
+        octaves = math.pi / 2 * 2 ** torch.arange(self.num_octaves, dtype=x.dtype)
         angles = torch.cat([t[:, None] * octaves, (s - t)[:, None] * octaves], dim=1)
-        features = torch.cat([x.flatten(1), angles.sin(), angles.cos()], dim=1)
-        return self.last(self.layers(features)).view_as(x)
+        c = self.embed(torch.cat([angles.sin(), angles.cos()], dim=1))
+        h = self.first(x.flatten(1))
+        for modulation, layer in zip(self.modulations, self.hidden, strict=True):
+            scale, shift = modulation(c).chunk(2, dim=1)
+            h = layer(nn.functional.gelu(h * (1 + scale) + shift))
+        out = self.last(nn.functional.gelu(h)) + self.skip(c) * x.flatten(1)
+        return out.view_as(x)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Solved:
+    """A teacher and how its trajectories are solved: `steps` from noise to data."""
+
+    field: Field
+    solver: str
+    steps: int
+
+
+@dataclass(frozen=True)
 class Problem:
     """What all objectives of one comparison share.
 
     Attributes:
         name: of the problem.
         image: shape and classes.
-        fields: velocities of the teachers, weakest first.
-        solvers: (solver, steps) of each teacher.
-        data: samples of the data distribution [n, *S].
-        make_network: student's network from a seed.
+        teachers: weakest first; the student learns the last.
+        truth: the last teacher, solved finely.
+        data: samples of the data [n, C, H, W].
+        make_network: the student from a seed.
+        num_pairs: training trajectories.
+        num_truth: noises of the evaluation.
+        steps, batch_size, lr: of the student's training at equal steps.
     """
 
     name: str
     image: ImageSpec
-    fields: list[Field]
-    solvers: list[tuple[str, int]]
+    teachers: tuple[Solved, ...]
+    truth: Solved
     data: Tensor
-    make_network: Callable[[int], nn.Module]
-    truth_steps: int = TRUTH_STEPS
-    truth_solver: str = "rk4"
-    num_truth: int = 4000
+    make_network: Callable[[int], AbstractNetwork]
+    num_pairs: int
+    num_truth: int
+    steps: int
+    batch_size: int
+    lr: float
 
-    @cached_property
     def evaluation(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Noise, label and exact end point of the best teacher, for the evaluation."""
-        noise, labels = draw(self.image, TRUTH_SEED, np.arange(self.num_truth))
-        ends = integrate(self.fields[-1], noise, labels, self.truth_solver, self.truth_steps, 1)
-        return noise, labels, ends[-1]
+        """Noise, label and true end point of the evaluation."""
+        noise, labels = self.draw(TRUTH_SEED, self.num_truth)
+        return noise, labels, integrate(self.truth, noise, labels, 1)[-1]
 
-    def trajectories(self, num: int) -> tuple[Tensor, Tensor]:
-        """States [num, M, K+1, *S] and labels of the first `num` training ids."""
-        noise, labels = draw(self.image, PAIRS_SEED, np.arange(num))
-        paths = [
-            integrate(field, noise, labels, solver, steps, GRID).transpose(0, 1)
-            for field, (solver, steps) in zip(self.fields, self.solvers, strict=True)
-        ]
-        return torch.stack(paths, dim=1), labels
+    def trajectories(self) -> tuple[Tensor, Tensor]:
+        """States [N, M, K+1, C, H, W] and labels [N] of the training ids."""
+        noise, labels = self.draw(TRAIN_SEED, self.num_pairs)
+        paths = [integrate(teacher, noise, labels, GRID) for teacher in self.teachers]
+        return torch.stack(paths, dim=0).permute(2, 0, 1, 3, 4, 5).contiguous(), labels
 
-
-def draw(image: ImageSpec, seed: int, ids: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Noise and labels of sample ids."""
-    noise = torch.from_numpy(sample_noise(seed, ids, image.shape))
-    return noise, torch.from_numpy(sample_labels(seed, ids, image.num_classes))
+    def draw(self, seed: int, num: int) -> tuple[Tensor, Tensor]:
+        """Noise and labels of ids 0 .. num - 1."""
+        ids = np.arange(num)
+        labels = sample_labels(seed, ids, self.image.num_classes)
+        return torch.from_numpy(sample_noise(seed, ids, self.image.shape)), torch.from_numpy(labels)
 
 
 @torch.no_grad()
-def integrate(
-    field: Field, noise: Tensor, labels: Tensor, solver: str, steps: int, grid: int
-) -> Tensor:
-    """States [grid + 1, B, *S] at t = 0, 1/grid .. 1."""
+def integrate(teacher: Solved, noise: Tensor, labels: Tensor, grid: int) -> Tensor:
+    """States [grid + 1, B, C, H, W] at t = 0, 1/grid .. 1."""
     times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
-    parts = [
-        solve(lambda x, t, y=y: field(x, t.expand(len(x)), y), x, times, solver, steps // grid)
-        for x, y in zip(noise.split(1024), labels.split(1024), strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+
+    def part(x: Tensor, y: Tensor) -> Tensor:
+        def velocity(x: Tensor, t: Tensor) -> Tensor:
+            return teacher.field(x, t.expand(len(x)), y)
+
+        return solve(velocity, x, times, teacher.solver, teacher.steps // grid)
+
+    parts = zip(noise.split(512), labels.split(512), strict=True)
+    return torch.cat([part(x, y) for x, y in parts], dim=1)
 
 
-def mixture_problem(name: str, teacher: MixtureTeacher) -> Problem:
-    """A closed-form teacher, solved to rounding."""
-    ids = np.arange(4000)
-    noise, _ = draw(teacher.image, 99, ids)
-    data = teacher.sample(noise, torch.from_numpy(uniform(99, "data", 0, len(ids))).float())
+def mixture_problem(
+    name: str, mixture: MixtureTeacher, teachers: tuple[Solved, ...] = ()
+) -> Problem:
+    """A closed-form teacher; its own trajectories are exact to float32 rounding."""
+    exact = Solved(mixture.velocity, "rk4", 32)
+    noise = torch.from_numpy(sample_noise(DATA_SEED, np.arange(4000), mixture.image.shape))
+    data = mixture.sample(noise, torch.from_numpy(uniform(DATA_SEED, "data", 0, 4000)).float())
     return Problem(
         name=name,
-        image=teacher.image,
-        fields=[teacher.velocity],
-        solvers=[("rk4", TRUTH_STEPS)],
+        image=mixture.image,
+        teachers=teachers or (exact,),
+        truth=Solved(mixture.velocity, "rk4", 64),
         data=data,
-        make_network=lambda seed: VectorNetwork(teacher.image.channels, seed=seed),
+        make_network=lambda seed: VectorNetwork(mixture.image.channels, seed),
+        num_pairs=32_768,
+        num_truth=4000,
+        steps=1500,
+        batch_size=256,
+        lr=4e-3,
     )
 
 
 class Pairs:
-    """Global batches of stored trajectories, shuffled by (seed, epoch)."""
+    """Global batches of trajectories in memory, every epoch shuffled by (seed, epoch)."""
 
     def __init__(self, states: Tensor, labels: Tensor, seed: int, batch_size: int) -> None:
         self._states, self._labels = states, labels
         self._seed, self._batch_size = seed, batch_size
 
     def read(self, step: int) -> TrajectoryBatch:
-        """Batch `step`."""
-        per_epoch = len(self._states) // self._batch_size
-        epoch, place = divmod(step, per_epoch)
+        """Batch `step`; every teacher has the same weight."""
+        epoch, place = divmod(step, len(self._states) // self._batch_size)
         order = permutation(self._seed, "epoch", epoch, len(self._states))
         ids = torch.from_numpy(order[place * self._batch_size : (place + 1) * self._batch_size])
         teachers = self._states.shape[1]
         return TrajectoryBatch(
-            states=self._states[ids].float(),
+            states=self._states[ids],
             times=torch.linspace(0, 1, GRID + 1),
             weights=torch.full((teachers,), 1 / teachers),
             labels=self._labels[ids],

@@ -1,0 +1,280 @@
+"""Every objective on teachers with a known answer, at equal steps and at equal compute.
+
+    python benchmarks/objectives.py            whole, under 40 minutes on 2 cores
+    python benchmarks/objectives.py --quick    one seed, short training, under 5 minutes
+
+Same trajectories, same student network, same optimiser for every objective. Two normalisations:
+equal optimiser steps, and equal work of the student in forwards (a backward pass counts as two,
+`cluster.plan.objective_calls`). Finished trainings are kept in benchmarks/.cache and not repeated
+while code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,md,png}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"  # one training per core
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.progress import Progress, TimeElapsedColumn  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from benchmarks import summary  # noqa: E402
+from benchmarks.digits import digits_problem  # noqa: E402
+from benchmarks.guides import GUIDED, guided_problem, prepare  # noqa: E402
+from benchmarks.problems import Problem, integrate, mixture_problem  # noqa: E402
+from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
+from cluster.plan import objective_calls  # noqa: E402
+from distill.config import NFE_PER_STEP, TrainConfig  # noqa: E402
+from distill.metrics import relative_distance  # noqa: E402
+from distill.objective_config import (  # noqa: E402
+    BezierConfig,
+    ConsistencyConfig,
+    EndpointConfig,
+    MeanFlowConfig,
+    ObjectiveConfig,
+    ReflowConfig,
+    TraFlowConfig,
+)
+from distill.teachers.analytic import random_mixture, ring  # noqa: E402
+
+CACHE = ROOT / "benchmarks" / ".cache"
+SEEDS = (0, 1, 2)
+PROBLEMS = ("ring8", "mixture64", "digits")
+OBJECTIVES: dict[str, ObjectiveConfig] = {
+    "traflow": TraFlowConfig(),
+    "scot": TraFlowConfig(
+        weight_output=0.0,
+        weight_states=0.0,
+        weight_velocity=1.0,
+        weight_consistency=1.0,
+        weight_flow_matching=1.0,
+        weights="adaptive",
+        velocity_mode="straight",
+        derivative="jvp",
+    ),
+    "bezier": BezierConfig(variant="path", degree=2),  # one teacher here; more of them below
+    "endpoint": EndpointConfig(),
+    "reflow": ReflowConfig(times="u_shaped"),
+    "consistency": ConsistencyConfig(),
+    "meanflow": MeanFlowConfig(),
+}
+TEACHER_NFE = (1, 2, 4, 8, 16)
+# Work of the second normalisation: so many times that of `endpoint` at equal steps.
+EQUAL_COMPUTE = 2
+
+
+@dataclass(frozen=True)
+class Training:
+    """One student to train.
+
+    Attributes:
+        problem: a name of PROBLEMS, or of the guided problems of `benchmarks.guides`.
+        row: what it is called in the tables.
+        objective: its settings.
+        steps: optimiser steps.
+        seed: of the student's weights, of the order of the data and of random times.
+        is_quick: short training on few pairs.
+    """
+
+    problem: str
+    row: str
+    objective: ObjectiveConfig
+    steps: int
+    seed: int
+    is_quick: bool
+
+    @property
+    def forwards(self) -> int:
+        """Work of the student per sample of a batch, in forwards, over the whole training."""
+        return self.steps * objective_calls(self.objective).in_forwards
+
+
+# -----------------------------------------------------------------------------------------------
+# What is shared by the trainings of a process
+
+
+@cache
+def make_problem(name: str, is_quick: bool) -> Problem:
+    """A problem by name."""
+    if name == "digits":
+        problem = digits_problem(CACHE / ("digits_quick" if is_quick else "digits"), is_quick)
+    elif name in PROBLEMS:
+        problem = mixture_problem(name, {"ring8": ring, "mixture64": random_mixture}[name]())
+    else:
+        problem = guided_problem(name, CACHE / "reflowed")
+    if is_quick:
+        problem = replace(problem, num_pairs=2048, num_truth=500, steps=problem.steps // 5)
+    return problem
+
+
+@cache
+def trajectories(name: str, is_quick: bool) -> tuple[Tensor, Tensor]:
+    """The trajectories of a problem, made once per process."""
+    return make_problem(name, is_quick).trajectories()
+
+
+@cache
+def evaluation(name: str, is_quick: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, labels and true ends of a problem, made once per process."""
+    return make_problem(name, is_quick).evaluation()
+
+
+def run(training: Training) -> tuple[Training, dict[str, Any]]:
+    """Trains and measures one student, or takes it from the cache."""
+    torch.set_num_threads(1)
+    path = CACHE / f"{cache_key(training)}.json"
+    if not path.exists():
+        problem = make_problem(training.problem, training.is_quick)
+        settings = TrainConfig(
+            max_steps=training.steps,
+            batch_size=problem.batch_size,
+            lr=problem.lr,
+            warmup_steps=50,
+        )
+        shared = training.problem, training.is_quick
+        network, seconds = train_student(
+            problem, trajectories(*shared), training.objective, settings, training.seed
+        )
+        measured = measure(problem, evaluation(*shared), network, seconds)
+        temporary = path.with_suffix(f".{os.getpid()}")
+        temporary.write_text(json.dumps(asdict(measured)))
+        temporary.replace(path)
+    return training, json.loads(path.read_text())
+
+
+def cache_key(training: Training) -> str:
+    """Changes with the settings and with any line of code that can change the result."""
+    settings = json.dumps(asdict(training), sort_keys=True)
+    return hashlib.sha256((code_hash() + settings).encode()).hexdigest()[:24]
+
+
+@cache
+def code_hash() -> str:
+    """sha256 over the method's sources and the benchmark's."""
+    names = ("problems", "student", "digits", "guides")
+    sources = [ROOT / "benchmarks" / f"{name}.py" for name in names]
+    for pattern in (
+        "config.py",
+        "ema.py",
+        "engine.py",
+        "noise.py",
+        "paths.py",
+        "solvers.py",
+        "objective_config.py",
+    ):
+        sources += (ROOT / "distill").glob(pattern)
+    for folder in ("objectives", "networks", "teachers"):
+        sources += (ROOT / "distill" / folder).glob("*.py")
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
+
+
+# -----------------------------------------------------------------------------------------------
+# Plan
+
+
+def plan(is_quick: bool) -> Iterator[tuple[str, Training]]:
+    """(table, training) of everything to do."""
+    for problem in reversed(PROBLEMS):  # the longest first, so that no core idles at the end
+        steps = make_problem(problem, is_quick).steps
+        budget = EQUAL_COMPUTE * steps * objective_calls(EndpointConfig()).in_forwards
+        for seed in SEEDS[: 1 if is_quick else None]:
+            for row, objective in OBJECTIVES.items():
+                yield "equal steps", Training(problem, row, objective, steps, seed, is_quick)
+                if not is_quick:
+                    same = budget // objective_calls(objective).in_forwards
+                    yield "equal compute", Training(problem, row, objective, same, seed, is_quick)
+    if not is_quick:
+        for name, rows in GUIDED.items():
+            steps = make_problem(name.split("/")[0], False).steps
+            for row, objective in rows.items():
+                for seed in SEEDS:
+                    yield "guides", Training(name, row, objective, steps, seed, is_quick)
+
+
+def teacher_rows(name: str, is_quick: bool) -> list[dict[str, Any]]:
+    """The teacher's own solvers on the same noises."""
+    problem = make_problem(name, is_quick)
+    noise, labels, ends = evaluation(name, is_quick)
+    rows = []
+    for solver in ("euler", "heun"):
+        for nfe in TEACHER_NFE:
+            if nfe % NFE_PER_STEP[solver] == 0:
+                steps = nfe // NFE_PER_STEP[solver]
+                solved = replace(problem.truth, solver=solver, steps=steps)
+                x = integrate(solved, noise, labels, 1)[-1]
+                distance = relative_distance(x, ends, noise)
+                energy = energy_distance(x, problem.data)
+                rows.append({"solver": solver, "nfe": nfe, "distance": distance, "energy": energy})
+    return rows
+
+
+# -----------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Runs all of it and writes what it found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, short training")
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    options = parser.parse_args()
+    CACHE.mkdir(exist_ok=True)
+    started = time.perf_counter()
+    torch.set_num_threads(options.jobs)
+    if not options.quick:
+        prepare(CACHE / "reflowed")
+    teachers = {name: teacher_rows(name, options.quick) for name in PROBLEMS}
+    todo = list(plan(options.quick))
+    unique = list(dict.fromkeys(repr(training) for _, training in todo))
+    by_text = {repr(training): training for _, training in todo}
+    results: dict[str, dict[str, Any]] = {}
+    columns = (*Progress.get_default_columns(), TimeElapsedColumn())
+    pool = multiprocessing.get_context("spawn").Pool(options.jobs)
+    with pool, Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("trainings", total=len(unique))
+        for training, measured in pool.imap_unordered(run, [by_text[text] for text in unique]):
+            results[repr(training)] = measured
+            progress.advance(task)
+    rows = [
+        {
+            "table": table,
+            "problem": training.problem,
+            "row": training.row,
+            "seed": training.seed,
+            "steps": training.steps,
+            "forwards": training.forwards,
+            **results[repr(training)],
+        }
+        for table, training in todo
+    ]
+    minutes = (time.perf_counter() - started) / 60
+    found = {
+        "quick": options.quick,
+        "minutes": round(minutes, 1),
+        "teachers": teachers,
+        "rows": rows,
+    }
+    text = summary.tables(found)
+    print(text)
+    print(f"{minutes:.1f} minutes")
+    if not options.quick:
+        summary.write(options.out, found, text)
+
+
+if __name__ == "__main__":
+    main()

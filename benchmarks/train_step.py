@@ -1,0 +1,162 @@
+"""Each objective's step against a bare loop that makes the same forwards and backwards by hand.
+
+    python benchmarks/train_step.py
+
+Network, batch and number of forwards are the same on both sides; the bare loop has no objective, no
+terms and no random times: it calls the network on the same number of rows, takes a plain mean square
+and steps the same AdamW. The two are timed in turn, many times, in one process; the ratio of the
+medians is the overhead. Prints a table and writes docs/benchmarks/train_step.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from cluster.plan import Calls, objective_calls  # noqa: E402
+from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
+from distill.engine import TorchEngine  # noqa: E402
+from distill.networks import build_network  # noqa: E402
+from distill.objective_config import (  # noqa: E402
+    BezierConfig,
+    ConsistencyConfig,
+    EndpointConfig,
+    MeanFlowConfig,
+    ObjectiveConfig,
+    ReflowConfig,
+    TraFlowConfig,
+)
+from distill.objectives import build_objective  # noqa: E402
+from distill.trajectory import TrajectoryBatch  # noqa: E402
+
+IMAGE = ImageSpec(1, 8, 10)
+NETWORK = DiTConfig(patch_size=2, width=96, depth=4, num_heads=4, mlp_ratio=2.0)  # dit_digits
+BATCH, GRID = 128, 8
+OBJECTIVES: dict[str, ObjectiveConfig] = {
+    "traflow": TraFlowConfig(),
+    "traflow, consistency too": TraFlowConfig(weight_consistency=1.0),
+    "bezier": BezierConfig(variant="path"),
+    "endpoint": EndpointConfig(),
+    "reflow": ReflowConfig(),
+    "consistency": ConsistencyConfig(),
+    "meanflow": MeanFlowConfig(),
+}
+
+
+def random_batch() -> TrajectoryBatch:
+    """One batch of trajectories of two teachers, of random numbers."""
+    return TrajectoryBatch(
+        states=torch.randn(BATCH, 2, GRID + 1, *IMAGE.shape),
+        times=torch.linspace(0, 1, GRID + 1),
+        weights=torch.full((2,), 0.5),
+        labels=torch.arange(BATCH) % IMAGE.num_classes,
+        ids=torch.arange(BATCH),
+        positions=torch.arange(BATCH),
+        global_size=BATCH,
+    )
+
+
+def new_engine() -> TorchEngine:
+    """A student in one process."""
+    config = TrainConfig(batch_size=BATCH)
+    return TorchEngine(build_network(NETWORK, IMAGE, 0), config, torch.device("cpu"))
+
+
+def objective_step(config: ObjectiveConfig) -> Callable[[int], None]:
+    """A step of the objective."""
+    engine, objective, batch = new_engine(), build_objective(config, 0), random_batch()
+
+    def step(index: int) -> None:
+        engine.backward(
+            objective.loss(batch, engine.student, engine.target, index).total, last=True
+        )
+        engine.step(index, 1e-4)
+
+    return step
+
+
+def bare_step(calls: Calls) -> Callable[[int], None]:
+    """A step of a loop by hand: the same rows through the same network, in the same modes."""
+    engine = new_engine()
+    noise = torch.randn(BATCH, *IMAGE.shape)
+    labels = torch.arange(BATCH) % IMAGE.num_classes
+    t, s = torch.rand(BATCH), torch.ones(BATCH)
+    rows = calls.weights
+    x_rows = noise.repeat(rows, 1, 1, 1)
+    t_rows, s_rows, label_rows = t.repeat(rows), s.repeat(rows), labels.repeat(rows)
+
+    def step(index: int) -> None:
+        out = engine.student(x_rows, t_rows, s_rows, label_rows)
+        with torch.no_grad():
+            for _ in range(calls.plain):
+                engine.target(noise, t, s, labels)
+        for _ in range(calls.inputs):
+            out = engine.target(out[-BATCH:], t, s, labels)
+        engine.backward(out.square().mean(), last=True)
+        engine.step(index, 1e-4)
+
+    return step
+
+
+def compare(config: ObjectiveConfig, repeats: int) -> dict[str, float]:
+    """Median seconds of a step of the objective and of the bare loop, timed in turn."""
+    calls = objective_calls(config)
+    steps = {"objective": objective_step(config), "bare": bare_step(calls)}
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for index in range(repeats + 3):
+        for name, step in steps.items():
+            started = time.perf_counter()
+            step(index)
+            if index >= 3:  # the first are warm-up
+                times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    ratios = [a / b for a, b in zip(times["objective"], times["bare"], strict=True)]
+    return {
+        "rows": calls.weights,
+        "plain": calls.plain,
+        "inputs": calls.inputs,
+        "forwards": calls.in_forwards,
+        "objective_s": medians["objective"],
+        "bare_s": medians["bare"],
+        "ratio": statistics.median(ratios),
+    }
+
+
+def main() -> None:
+    """Times every objective and writes what it found."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/train_step.json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print("| objective | with gradient | without | to the input | forwards | s | bare s | ratio |")
+    print("|---|---|---|---|---|---|---|---|")
+    found = {}
+    for name, config in OBJECTIVES.items():
+        row = found[name] = compare(config, options.repeats)
+        print(
+            f"| {name} | {row['rows']} | {row['plain']} | {row['inputs']} | {row['forwards']} "
+            f"| {row['objective_s']:.4f} | {row['bare_s']:.4f} | {row['ratio']:.3f} |"
+        )
+    print(
+        "\nforwards: one call with gradient to the weights is three (forward, and a backward pass "
+        "for\ninputs and one for weights), one with gradient to its input two, one without one."
+    )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
