@@ -10,11 +10,14 @@ from rich.console import Console
 
 from cluster.compose import compose
 from cluster.configfile import save_config
+from cluster.eviction import evict
 from cluster.status import is_live, last_verified, open_leases, pairs_per_s, status
 from cluster.status_view import render, show_audit
 from distill.cost import goodput
+from distill.ledger import tar_path
 from distill.manifest import sha256_file, step_name
 from distill.rundir import RunDir, append_line, write_json
+from distill.testing import tiny_spec, write_tiny_shards
 
 
 @pytest.fixture
@@ -148,6 +151,34 @@ def test_goodput_is_the_time_of_steps_that_count_over_the_wall_time(run):
     assert found["train"]["goodput"] == pytest.approx(3 / 20)
     assert "15.0%" in shown(found)
     assert goodput(run, now=130.0) == pytest.approx(3 / 30)
+
+
+def test_teacher_workers_wanted_and_at_work_are_shown_while_the_run_is_live(run):
+    for event in (
+        {"kind": "pool", "workers": 1, "most": 4},
+        {"kind": "worker_join", "worker": "killed with its supervisor"},
+        {"kind": "pool", "workers": 1, "most": 4},
+        {"kind": "worker_join", "worker": "a"},
+        {"kind": "scale", "workers": 3},
+        {"kind": "worker_join", "worker": "b"},
+        {"kind": "worker_leave", "worker": "a", "reason": "killed by signal 9"},
+    ):
+        append_line(run.events, event)
+    assert status(run)["teachers"] is None
+    with run.lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = status(run)
+        assert found["teachers"] == {"target": 3, "workers": 1}
+        assert "1 of 3 wanted" in shown(found)
+
+
+def test_evicted_shards_count_and_are_told(run):
+    write_tiny_shards(run, tiny_spec(), range(3))
+    evict(run, (0, 1), step=4)
+    found = status(run)["shards"]
+    assert (found["committed"], found["evicted"]) == (3, 2)
+    assert found["bytes"] == tar_path(run, 2).stat().st_size
+    assert "2 of them deleted for room" in shown(status(run))
 
 
 def test_finished_needs_results_newer_than_the_training(run):
