@@ -63,5 +63,5 @@ def digits_problem(folder: Path, is_quick: bool) -> Problem:
         num_truth=1000,
         steps=800,
         batch_size=128,
-        lr=4e-3,
+        lr=8e-3,
     )

@@ -38,40 +38,24 @@ from benchmarks.digits import digits_problem  # noqa: E402
 from benchmarks.guides import GUIDED, guided_problem, prepare  # noqa: E402
 from benchmarks.problems import Problem, integrate, mixture_problem  # noqa: E402
 from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
+from cluster.compose import compose  # noqa: E402
 from cluster.plan import objective_calls  # noqa: E402
 from distill.config import NFE_PER_STEP, TrainConfig  # noqa: E402
 from distill.metrics import relative_distance  # noqa: E402
-from distill.objective_config import (  # noqa: E402
-    BezierConfig,
-    ConsistencyConfig,
-    EndpointConfig,
-    MeanFlowConfig,
-    ObjectiveConfig,
-    ReflowConfig,
-    TraFlowConfig,
-)
+from distill.objective_config import EndpointConfig, ObjectiveConfig  # noqa: E402
 from distill.teachers.analytic import random_mixture, ring  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / ".cache"
 SEEDS = (0, 1, 2)
 PROBLEMS = ("ring8", "mixture64", "digits")
-OBJECTIVES: dict[str, ObjectiveConfig] = {
-    "traflow": TraFlowConfig(),
-    "scot": TraFlowConfig(
-        weight_output=0.0,
-        weight_states=0.0,
-        weight_velocity=1.0,
-        weight_consistency=1.0,
-        weight_flow_matching=1.0,
-        weights="adaptive",
-        velocity_mode="straight",
-        derivative="jvp",
-    ),
-    "bezier": BezierConfig(variant="path", degree=2),  # one teacher here; more of them below
-    "endpoint": EndpointConfig(),
-    "reflow": ReflowConfig(times="u_shaped"),
-    "consistency": ConsistencyConfig(),
-    "meanflow": MeanFlowConfig(),
+OVERRIDES = {  # the shipped settings, by name in configs/objective
+    "traflow": [],
+    "scot": [],
+    "bezier": ["objective.variant=path"],  # one teacher here; more of them below
+    "endpoint": [],
+    "reflow": ["objective.times=u_shaped"],
+    "consistency": [],
+    "meanflow": [],
 }
 TEACHER_NFE = (1, 2, 4, 8, 16)
 # Work of the second normalisation: so many times that of `endpoint` at equal steps.
@@ -106,6 +90,11 @@ class Training:
 
 # -----------------------------------------------------------------------------------------------
 # What is shared by the trainings of a process
+
+
+def shipped(name: str) -> ObjectiveConfig:
+    """The objective as a run composes it, with the overrides of the benchmark."""
+    return compose(["experiment=digits", f"objective={name}", *OVERRIDES[name]])[0].objective
 
 
 @cache
@@ -189,11 +178,12 @@ def code_hash() -> str:
 
 def plan(is_quick: bool) -> Iterator[tuple[str, Training]]:
     """(table, training) of everything to do."""
+    objectives = {name: shipped(name) for name in OVERRIDES}
     for problem in reversed(PROBLEMS):  # the longest first, so that no core idles at the end
         steps = make_problem(problem, is_quick).steps
         budget = EQUAL_COMPUTE * steps * objective_calls(EndpointConfig()).in_forwards
         for seed in SEEDS[: 1 if is_quick else None]:
-            for row, objective in OBJECTIVES.items():
+            for row, objective in objectives.items():
                 yield "equal steps", Training(problem, row, objective, steps, seed, is_quick)
                 if not is_quick:
                     same = budget // objective_calls(objective).in_forwards

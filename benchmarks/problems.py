@@ -158,7 +158,7 @@ def mixture_problem(
         num_truth=4000,
         steps=1500,
         batch_size=256,
-        lr=4e-3,
+        lr=6e-3,
     )
 
 

@@ -1,7 +1,7 @@
 """The trajectory stream against plain webdataset, and what a trainer waits for its data.
 
     python benchmarks/stream.py            about 3 minutes on 2 cores
-    python benchmarks/stream.py --quick    fewer rounds and steps, under 1 minute
+    python benchmarks/stream.py --quick    fewer rounds and steps; writes nothing
 
 Shards: the same samples are written by `distill.shards` (sha256, flushed to disk, sidecar, atomic
 names) and by webdataset's ShardWriter (none of these), and read back whole by `read_shard` (sha256
@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -37,8 +38,6 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import webdataset  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from distill.config import DiTConfig, ImageSpec, TrainConfig, TrajectoryConfig  # noqa: E402
 from distill.engine import TorchEngine  # noqa: E402
@@ -174,17 +173,20 @@ def read_plain(shape: Shape, folder: Path) -> None:
 # Waiting
 
 
-def produce(shape: Shape, num_shards: int, root: Path) -> None:
-    """Writes shards one after another, as fast as it can."""
+def produce(shape: Shape, num_shards: int, root: Path, ready: Event) -> None:
+    """Writes shards one after another, as fast as it can. All hold the same values."""
     torch.set_num_threads(1)
     made = shape.generated(0)
+    ready.set()
     for shard in range(num_shards):
         ids = np.array(shape.spec.ids(shard), dtype=np.int64)
         generated = replace(made, ids=ids)
         write_shard(RunDir(root), shape.spec, shard, generated, 1.0, "benchmark")
 
 
-def waiting(shape: Shape, network: DiTConfig, steps: int, root: Path) -> dict[str, Any]:
+def waiting(
+    shape: Shape, student: str, network: DiTConfig, steps: int, root: Path
+) -> dict[str, Any]:
     """What a trainer of `network` waits for its batches while a process makes the shards."""
     run, spec = RunDir(root), shape.spec
     config = TrainConfig(max_steps=steps, batch_size=128, log_every=LOG_EVERY, save_every=steps)
@@ -194,9 +196,11 @@ def waiting(shape: Shape, network: DiTConfig, steps: int, root: Path) -> dict[st
     engine = TorchEngine(build_network(network, image, 0), config, torch.device("cpu"))
     stream = TrajectoryStream(run, spec, TrajectoryConfig(), order, 0, 1, [1.0])
     context = multiprocessing.get_context("spawn")
-    producer = context.Process(target=produce, args=(shape, num_shards, root))
-    began = time.perf_counter()
+    ready = context.Event()
+    producer = context.Process(target=produce, args=(shape, num_shards, root, ready))
     producer.start()
+    ready.wait()
+    began = time.perf_counter()
     stream.read(0)
     first_s = time.perf_counter() - began
     train(
@@ -216,6 +220,7 @@ def waiting(shape: Shape, network: DiTConfig, steps: int, root: Path) -> dict[st
     waited = sum(line["data_wait_fraction"] * line["step_s"] * LOG_EVERY for line in lines)
     return {
         "shape": shape.name,
+        "student": student,
         "steps": steps,
         "blocks": order.num_blocks(steps),
         "step_s": wall / len(lines) / LOG_EVERY,
@@ -228,36 +233,42 @@ def waiting(shape: Shape, network: DiTConfig, steps: int, root: Path) -> dict[st
 # Report
 
 
-def tables(result: dict[str, Any]) -> list[Table]:
-    """What is printed and written."""
-    shards = Table(title="shards: ours / plain webdataset (1.00 is equal speed)")
-    for column in ("shape", "write", "read", "ours write", "ours read"):
-        shards.add_column(column, justify="left" if column == "shape" else "right")
-    for row in result["shards"]:
-        speeds = [f"{row[f'{name}_bytes_per_s'] / 1e6:.0f} MB/s" for name in ("write", "read")]
-        ratios = [f"{row[f'{name}_ratio']:.2f}" for name in ("write", "read")]
-        shards.add_row(row["shape"], *ratios, *speeds)
-    waits = Table(title="waiting for data, one producer that is fast enough")
-    for column in ("shape", "step", "blocks", "first batch", "data wait"):
-        waits.add_column(column, justify="left" if column == "shape" else "right")
-    for row in result["waiting"]:
-        waits.add_row(
+def page(result: dict[str, Any]) -> str:
+    """Both tables, as Markdown."""
+    shards = [
+        [row["shape"]]
+        + [f"{row[f'{name}_ratio']:.2f}" for name in ("write", "read")]
+        + [f"{row[f'{name}_bytes_per_s'] / 1e6:.0f}" for name in ("write", "read")]
+        for row in result["shards"]
+    ]
+    waits = [
+        [
             row["shape"],
+            row["student"],
             f"{row['step_s'] * 1000:.0f} ms",
-            str(row["blocks"]),
+            f"{row['blocks']}",
             f"{row['first_batch_s']:.2f} s",
             f"{row['data_wait_fraction']:.2%}",
-        )
-    return [shards, waits]
+        ]
+        for row in result["waiting"]
+    ]
+    head = ["shards", "write, ours / plain", "read", "write MB/s", "read MB/s"]
+    tables = (
+        [head, *shards],
+        [["shards", "student", "step", "blocks", "first batch", "data wait"], *waits],
+    )
+    return "\n\n".join(markdown(table) for table in tables) + "\n"
 
 
-def markdown(table: Table) -> str:
-    """A table for a page."""
-    rows = list(zip(*(list(column.cells) for column in table.columns), strict=True))
-    head = [str(column.header) for column in table.columns]
-    lines = [head, ["---"] * len(head), *rows]
-    body = "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-    return f"**{table.title}**\n\n{body}\n"
+def markdown(rows: list[list[str]]) -> str:
+    """A table whose first row is the head."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
 def main() -> None:
@@ -266,8 +277,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true")
     quick = parser.parse_args().quick
     torch.set_num_threads(1)
-    small = DiTConfig(patch_size=2, width=96, depth=4, num_heads=6)
-    large = DiTConfig(patch_size=4, width=192, depth=6, num_heads=6)
+    small = DiTConfig(patch_size=4, width=96, depth=4, num_heads=6)
+    tiny = DiTConfig(patch_size=8, width=32, depth=1, num_heads=2)
     steps = 24 if quick else 64
     with tempfile.TemporaryDirectory(prefix="bowstring-") as name:
         folder = Path(name)
@@ -276,8 +287,9 @@ def main() -> None:
             (folder / str(index)).mkdir()
             shards.append(shard_rounds(shape, 3 if quick else 9, folder / str(index)))
         waits = [
-            waiting(SHAPES[0], small, steps, folder / "digits"),
-            waiting(SHAPES[1], large, steps, folder / "rgb"),
+            waiting(SHAPES[0], "width 96, depth 4", small, steps, folder / "digits"),
+            waiting(SHAPES[1], "width 96, depth 4", small, steps // 2, folder / "rgb"),
+            waiting(SHAPES[1], "width 32, depth 1", tiny, 4 * steps, folder / "tiny"),
         ]
     result = {
         "cores": os.cpu_count(),
@@ -287,16 +299,15 @@ def main() -> None:
         "shards": shards,
         "waiting": waits,
     }
-    for table in tables(result):
-        Console().print(table)
+    text = page(result)
+    print(text)
     if quick:
         print(json.dumps(result))
         return
     out = ROOT / "docs" / "benchmarks"
     out.mkdir(parents=True, exist_ok=True)
     (out / "stream.json").write_text(json.dumps(result, indent=1) + "\n")
-    pages = "\n".join(markdown(table) for table in tables(result))
-    (out / "stream.md").write_text(f"# The stream\n\n`python benchmarks/stream.py`\n\n{pages}")
+    (out / "stream.md").write_text(f"# The stream\n\n`python benchmarks/stream.py`\n\n{text}")
     print(out / "stream.json", out / "stream.md", sep="\n")
 
 

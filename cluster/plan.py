@@ -66,7 +66,6 @@ ONE, CONSISTENCY = Calls(1), Calls(1, 2, 1)
 # A forward-mode derivative costs two forwards. Double backward runs forward, back, and back through
 # both: about three times one evaluation with its gradient.
 EULERIAN = {"finite_difference": Calls(1, 1), "jvp": Calls(1, 2)}
-VELOCITY = {"finite_difference": Calls(2), "jvp": Calls(1, 2), "double_backward": Calls(3)}
 
 
 def objective_calls(objective: ObjectiveConfig) -> Calls:
@@ -76,7 +75,7 @@ def objective_calls(objective: ObjectiveConfig) -> Calls:
             weighted = (
                 (objective.weight_output, ONE),
                 (objective.weight_states, ONE),
-                (objective.weight_velocity, VELOCITY[objective.derivative]),
+                (objective.weight_velocity, velocity_calls(objective)),
                 (objective.weight_consistency, CONSISTENCY),
                 (objective.weight_flow_matching, ONE),
             )
@@ -94,6 +93,19 @@ def objective_calls(objective: ObjectiveConfig) -> Calls:
         case _:
             return ONE
     return sum((calls for weight, calls in weighted if weight > 0), Calls())
+
+
+def velocity_calls(objective: TraFlowConfig) -> Calls:
+    """Those of the velocity term alone. It shares the jump of the states term where it can."""
+    is_shared = objective.weight_states > 0 and objective.velocity_mode == "trajectory"
+    jump = Calls() if is_shared else ONE
+    match objective.derivative:
+        case "finite_difference":
+            return jump + ONE
+        case "jvp":
+            return jump + Calls(0, 2)
+        case _:
+            return Calls(3)
 
 
 # -----------------------------------------------------------------------------------------------

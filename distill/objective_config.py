@@ -33,12 +33,12 @@ class TraFlowConfig(ObjectiveConfig):
     name: str = "traflow"
     weight_output: float = 1.0
     weight_states: float = 1.0
-    weight_velocity: float = 0.03
+    weight_velocity: float = 0.05
     weight_consistency: float = 0.0
     weight_flow_matching: float = 0.0
     weights: str = "fixed"  # fixed | adaptive (by the gradient's norm, relative to the first term)
     sampler_nfe: list[int] = field(
-        default_factory=lambda: [2, 4, 8]
+        default_factory=lambda: [2, 4]
     )  # jumps of the states term: those of a sampler with so many steps; []: any on the grid
     velocity_mode: str = "trajectory"  # straight | trajectory
     derivative: str = "finite_difference"  # jvp | double_backward | finite_difference
@@ -53,6 +53,17 @@ class TraFlowConfig(ObjectiveConfig):
             all(n > 0 for n in self.sampler_nfe),
             f"objective.sampler_nfe={self.sampler_nfe} must be above 0",
         )
+
+    def check_stored(self, grid: int, points: list[int]) -> None:
+        """Raises ConfigError unless the sampler's jumps go between stored points k of k / grid."""
+        for nfe in self.sampler_nfe:
+            visited = {n * grid / nfe for n in range(nfe + 1)}
+            check(
+                visited <= set(points),
+                f"objective.sampler_nfe={self.sampler_nfe}: {nfe} jumps visit times that are not "
+                f"stored; make trajectory.grid={grid} a multiple of {nfe}, keep those points in "
+                "trajectory.store_points, or leave it out of objective.sampler_nfe",
+            )
 
 
 @dataclass

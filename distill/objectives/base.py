@@ -4,14 +4,16 @@ An objective is a few terms. A term says which evaluations of the student it nee
 value is once they are made. So the evaluations of all terms go through the network as one batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from distill.noise import uniform
 from distill.objective_config import ObjectiveConfig
@@ -88,14 +90,18 @@ class Term:
 
 
 def loss_terms(terms: dict[str, Term], student: MeanVelocity, label: Int[Tensor, "B"]) -> LossTerms:
-    """Means over the batch of all terms, from one evaluation of the student."""
-    calls = [call for term in terms.values() for call in term.calls]
-    results: Iterator[Tensor] = iter(())
+    """Means over the batch of all terms, from one evaluation of the student.
+
+    A call that several terms share is made once.
+    """
+    calls = list({id(call): call for term in terms.values() for call in term.calls}.values())
+    results: dict[int, Tensor] = {}
     if calls:
         x = torch.cat([call.x for call in calls])
         t, s = torch.cat([call.t for call in calls]), torch.cat([call.s for call in calls])
-        results = iter(student(x, t, s, label.repeat(len(calls))).chunk(len(calls)))
-    values = {n: term.value(*[next(results) for _ in term.calls]) for n, term in terms.items()}
+        parts = student(x, t, s, label.repeat(len(calls))).chunk(len(calls))
+        results = {id(call): part for call, part in zip(calls, parts, strict=True)}
+    values = {n: term.value(*[results[id(c)] for c in term.calls]) for n, term in terms.items()}
     return LossTerms(
         {name: term.weight for name, term in terms.items()},
         {name: value.mean() for name, value in values.items()},
@@ -195,6 +201,38 @@ def time_derivative(
         return torch.func.jvp(lambda s_: u(x, t, s_, label), (s,), (torch.ones_like(s),))[1]
 
 
+class PlainLayerNorm(TorchFunctionMode):
+    """Writes layer_norm out: (x - mean) / sqrt(variance + eps) weight + bias.
+
+    torch's own takes mean and variance for constants in third derivatives, without a word
+    (pytorch issue 175754). The gradient of du/ds by double backward is one.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Tensor],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        function = self._layer_norm if func is F.layer_norm else func
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _layer_norm(
+        input: Tensor,
+        normalized_shape: Sequence[int],
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        axes = tuple(range(-len(normalized_shape), 0))
+        variance, mean = torch.var_mean(input, axes, correction=0, keepdim=True)
+        result = (input - mean) * (variance + eps).rsqrt()
+        result = result if weight is None else result * weight
+        return result if bias is None else result + bias
+
+
 def with_time_derivative(
     u: MeanVelocity,
     x: Float[Tensor, "B *S"],
@@ -207,7 +245,8 @@ def with_time_derivative(
     For any w, g(w) = d(w . u)/ds is linear in w; so du/ds = dg/dw for the gradient of sum g.
     """
     s = s.clone().requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):  # the fused kernels cannot be differentiated twice
+    # The fused kernels of attention cannot be differentiated twice, those of layer_norm not thrice.
+    with sdpa_kernel(SDPBackend.MATH), PlainLayerNorm():
         value = u(x, t, s, label)
     w = torch.zeros_like(value, requires_grad=True)
     (g,) = torch.autograd.grad(value, s, w, create_graph=True)

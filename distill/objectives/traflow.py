@@ -63,11 +63,10 @@ class TraFlow:
         terms = {}
         if config.weight_output > 0:
             terms["output"] = output_term(batch, images, config.weight_output)
-        if config.weight_states > 0:
+        if config.weight_states > 0 or config.weight_velocity > 0:
             a, b = draw_jump(batch.times, config.sampler_nfe, seed, step, batch)
-            terms["states"] = states_term(batch, a, b, images, config.weight_states)
-        if config.weight_velocity > 0:
-            terms["velocity"] = self.velocity_term(batch, student, step)
+            jump = Call(pick(batch.best, a), batch.times[a], batch.times[b])
+            terms |= self.jump_terms(batch, student, jump, b)
         if config.weight_consistency > 0:
             weight = config.weight_consistency
             terms["consistency"] = consistency_term(batch, target, seed, step, images, weight)
@@ -80,29 +79,44 @@ class TraFlow:
             return balanced(result, self.gradient_norms)
         return result
 
-    def velocity_term(self, batch: TrajectoryBatch, student: MeanVelocity, step: int) -> Term:
-        """L_vel with a uniform in 0 .. K-1 and b in a .. K-1, at t = t_a and s = t_b.
+    def jump_terms(
+        self, batch: TrajectoryBatch, student: MeanVelocity, jump: Call, b: Int[Tensor, "B"]
+    ) -> dict[str, Term]:
+        """The states and velocity terms: they share one jump, from X_a to the time of X_b."""
+        config, terms = self.config, {}
+        if config.weight_states > 0:
+            landing, distance = pick(batch.best, b), self.distances.states
+            terms["states"] = states_term(jump, landing, distance, config.weight_states)
+        if config.weight_velocity > 0:
+            terms["velocity"] = self.velocity_term(batch, student, jump, b)
+        return terms
 
-        trajectory: x_t = X_a, against the teacher's own change at s.
+    def velocity_term(
+        self,
+        batch: TrajectoryBatch,
+        student: MeanVelocity,
+        jump: Call,
+        b: Int[Tensor, "B"],
+    ) -> Term:
+        """L_vel where `jump` lands: t = t_a, s = t_b.
+
+        trajectory: x_t = X_a, against the teacher's own change at s. `jump` is the evaluation that
+                    the states term needs too.
         straight:   x_t = (1 - t) x_0 + t x_1, against x_1 - x_0. It agrees with the flow map of
                     the reflowed model, and with the teacher's only where its paths are straight.
         """
-        times, config = batch.times, self.config
-        last = len(times) - 1
-        a = draw_index(draw(self.seed, "velocity/a", step, batch), 0, last - 1)
-        b = draw_index(draw(self.seed, "velocity/b", step, batch), a, last - 1)
-        x_0, x_1 = batch.noise, batch.best[:, -1]
-        is_straight = config.velocity_mode == "straight"
-        x_t = interpolate(x_0, x_1, times[a]) if is_straight else pick(batch.best, a)
+        config, times = self.config, batch.times
         distance, weight = self.distances.velocities, config.weight_velocity
+        is_straight = config.velocity_mode == "straight"
+        if is_straight:
+            jump = Call(interpolate(batch.noise, batch.best[:, -1], jump.t), jump.t, jump.s)
+        straight_slope = batch.best[:, -1] - batch.noise
         if config.derivative == "finite_difference":
-            slope = x_1 - x_0 if is_straight else change(batch, b)
-            return finite_change_term(
-                x_t, times[a], times[b], times[b + 1], slope, distance, weight
-            )
-        slope = x_1 - x_0 if is_straight else state_derivative(batch, b)
+            slope = straight_slope if is_straight else last_change(batch, b)
+            return finite_change_term(jump, times[b - 1], slope, distance, weight)
+        slope = straight_slope if is_straight else state_derivative(batch, b)
         form = jvp_term if config.derivative == "jvp" else double_backward_term
-        return form(x_t, times[a], times[b], slope, student, batch.labels, distance, weight)
+        return form(jump, slope, student, batch.labels, distance, weight)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -140,25 +154,20 @@ def draw_jump(
 
 
 def states_term(
-    batch: TrajectoryBatch,
-    a: Int[Tensor, "B"],
-    b: Int[Tensor, "B"],
-    distance: Distance,
-    weight: float,
+    jump: Call, landing: Float[Tensor, "B *S"], distance: Distance, weight: float
 ) -> Term:
-    """D( G(X_a, t_a, t_b), X_b )."""
-    jump = Call(pick(batch.best, a), batch.times[a], batch.times[b])
-    return Term(weight, [jump], lambda u: distance(jump.landing(u), pick(batch.best, b)))
+    """D( G(X_a, t_a, t_b), X_b ) for the jump from X_a, with `landing` the teacher's X_b."""
+    return Term(weight, [jump], lambda u: distance(jump.landing(u), landing))
 
 
 # -----------------------------------------------------------------------------------------------
-# The velocity, in three forms that agree on the value
+# The velocity, in three forms
 
 
-def change(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
-    """(X_{b+1} - X_b) / (t_{b+1} - t_b)."""
-    rise = pick(batch.best, b + 1) - pick(batch.best, b)
-    return rise / expand_as(batch.times[b + 1] - batch.times[b], rise)
+def last_change(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
+    """(X_b - X_{b-1}) / (t_b - t_{b-1})."""
+    rise = pick(batch.best, b) - pick(batch.best, b - 1)
+    return rise / expand_as(batch.times[b] - batch.times[b - 1], rise)
 
 
 def state_derivative(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
@@ -169,7 +178,7 @@ def state_derivative(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tenso
     times = batch.times
     middle = b.clamp(1, max(len(times) - 2, 1))
     if len(times) == 2:
-        return change(batch, torch.zeros_like(b))
+        return last_change(batch, torch.ones_like(b))
     nodes = [middle - 1, middle, middle + 1]
     total = torch.zeros_like(batch.noise)
     for i in range(3):  # derivative of Lagrange's polynomials at t_b
@@ -181,31 +190,27 @@ def state_derivative(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tenso
 
 
 def finite_change_term(
-    x_t: Float[Tensor, "B *S"],
-    t: Float[Tensor, "B"],
-    s: Float[Tensor, "B"],
-    ahead: Float[Tensor, "B"],
+    jump: Call,
+    before: Float[Tensor, "B"],
     slope: Float[Tensor, "B *S"],
     distance: Distance,
     weight: float,
 ) -> Term:
-    """D( (G(x_t, t, s + h) - G(x_t, t, s)) / h, slope ), gradient through both jumps.
+    """D( (G(x_t, t, s) - G(x_t, t, s - h)) / h, slope ), gradient through both jumps.
 
-    h is one interval of the stored grid, so with the teacher's change as slope it is exact.
+    `before` = s - h is a stored time, so with the teacher's change as slope it is exact.
     """
-    near, far = Call(x_t, t, s), Call(x_t, t, ahead)
+    short = Call(jump.x, jump.t, before)
 
-    def value(u_near: Float[Tensor, "B *S"], u_far: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-        rise = far.landing(u_far) - near.landing(u_near)
-        return distance(rise / expand_as(ahead - s, rise), slope)
+    def value(u: Float[Tensor, "B *S"], u_short: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+        rise = jump.landing(u) - short.landing(u_short)
+        return distance(rise / expand_as(jump.s - before, rise), slope)
 
-    return Term(weight, [near, far], value)
+    return Term(weight, [jump, short], value)
 
 
 def jvp_term(
-    x_t: Float[Tensor, "B *S"],
-    t: Float[Tensor, "B"],
-    s: Float[Tensor, "B"],
+    jump: Call,
     slope: Float[Tensor, "B *S"],
     student: MeanVelocity,
     label: Int[Tensor, "B"],
@@ -213,19 +218,16 @@ def jvp_term(
     weight: float,
 ) -> Term:
     """D( u, slope - (s - t) sg[du/ds] ), since dG/ds = u + (s - t) du/ds. The stable form."""
-    call = Call(x_t, t, s)
 
     def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-        du_ds = time_derivative(student, x_t, t, s, label)
-        return distance(u, slope - expand_as(s - t, u) * du_ds)
+        du_ds = time_derivative(student, jump.x, jump.t, jump.s, label)
+        return distance(u, slope - expand_as(jump.s - jump.t, u) * du_ds)
 
-    return Term(weight, [call], value)
+    return Term(weight, [jump], value)
 
 
 def double_backward_term(
-    x_t: Float[Tensor, "B *S"],
-    t: Float[Tensor, "B"],
-    s: Float[Tensor, "B"],
+    jump: Call,
     slope: Float[Tensor, "B *S"],
     student: MeanVelocity,
     label: Int[Tensor, "B"],
@@ -235,8 +237,8 @@ def double_backward_term(
     """D( u + (s - t) du/ds, slope ), gradient through the derivative too."""
 
     def value() -> Float[Tensor, "B"]:
-        u, du_ds = with_time_derivative(student, x_t, t, s, label)
-        return distance(u + expand_as(s - t, u) * du_ds, slope)
+        u, du_ds = with_time_derivative(student, jump.x, jump.t, jump.s, label)
+        return distance(u + expand_as(jump.s - jump.t, u) * du_ds, slope)
 
     return Term(weight, [], value)
 

@@ -61,6 +61,8 @@ def test_parameters_and_flops_equal_those_that_torch_counts(config, image):
     [
         TraFlowConfig(sampler_nfe=[2, 4]),
         TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0, sampler_nfe=[2, 4]),
+        TraFlowConfig(weight_states=0.0, sampler_nfe=[2, 4]),
+        TraFlowConfig(velocity_mode="straight", sampler_nfe=[2, 4]),
         BezierConfig(),
         BezierConfig(weight_map=0.0, weight_drift=1.0),
         EndpointConfig(),
