@@ -149,11 +149,13 @@ class TeacherPool:
             self.target = wanted
             self._event("scale", workers=wanted)
         found, known = committed(self.run), self.coordinator.committed
-        for shard in sorted(known.keys() - found.keys()):
+        held = {member.shard for member in self.members}  # their own report is about to come
+        # Both before any is told: what follows from one changes what is known.
+        gone, new = known.keys() - found.keys(), found.keys() - known.keys() - held
+        for shard in sorted(gone):
             self._event("quarantine", shard=shard)
             self._handle(Quarantined(shard))
-        held = {member.shard for member in self.members}  # their own report is about to come
-        for shard in sorted(found.keys() - known.keys() - held):
+        for shard in sorted(new):
             self._handle(Committed(shard, found[shard]))
         self._handle(CursorMoved(self._cursor()))
         if self.coordinator.needs_room:

@@ -222,7 +222,7 @@ def _duplicates(shards: _Shards) -> list[dict[str, Any]]:
 
 
 def _produced_again(run: RunDir) -> list[int]:
-    """Shards with two commits and no quarantine between: at-least-once work, kept once."""
+    """Shards with two commits, not asked for in between: at-least-once work, kept once."""
     standing: set[int] = set()
     again: set[int] = set()
     for event in read_lines(run.events):
@@ -230,6 +230,8 @@ def _produced_again(run: RunDir) -> list[int]:
             (again if event["shard"] in standing else standing).add(event["shard"])
         elif event.get("kind") == "quarantine":
             standing.discard(event["shard"])
+        elif event.get("kind") == "make_again":
+            standing.difference_update(event["shards"])
     return sorted(again)
 
 

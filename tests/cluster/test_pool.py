@@ -1,5 +1,6 @@
 """The pool against a Ray of one process: workers that die, hang, fail or hold other weights."""
 
+import dataclasses
 import json
 from dataclasses import dataclass
 
@@ -8,7 +9,8 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 from cluster import pool as pool_module
 from cluster.compose import compose
-from cluster.coordinator import Quarantined
+from cluster.member import Member
+from cluster.messages import Asked, Joined, Quarantined, Released
 from cluster.plan import stream_plan
 from cluster.pool import PoolError, TeacherPool
 from cluster.scale import read_target, staff, write_target
@@ -243,6 +245,21 @@ def take_for_committed(pool, monkeypatch):
     """Lets the pool scan: what it knows is what is on disk."""
     known = pool.coordinator.committed
     monkeypatch.setattr(pool_module, "committed", lambda run: dict(known))
+
+
+def test_what_is_evicted_while_the_directory_is_read_does_not_come_back(ray, tmp_path, monkeypatch):
+    """The listing is older than the eviction that a quarantined shard leads to."""
+    listing = dict.fromkeys(range(4), 100)
+    monkeypatch.setattr(pool_module, "committed", lambda run: dict(listing))
+    pool = make_pool(tmp_path)
+    state = pool.coordinator
+    state.limits = dataclasses.replace(state.limits, max_bytes=350)
+    pool.members.append(Member(Actor(ray), None, None, name="w"))
+    for event in (Released(2), Joined("w"), Asked("w")):
+        pool._handle(event)
+    del listing[3]
+    pool._scan()
+    assert state.lease_of("w") == 3 and state.evicted == {0, 1} and set(state.committed) == {2}
 
 
 def ask_for(pool, workers):

@@ -213,6 +213,8 @@ def test_what_is_only_told(run):
     append_line(run.events, {"kind": "commit", "shard": 1})
     append_line(run.events, {"kind": "quarantine", "shard": 1})
     append_line(run.events, {"kind": "commit", "shard": 1})
+    append_line(run.events, {"kind": "make_again", "shards": [1]})
+    append_line(run.events, {"kind": "commit", "shard": 1})
     assert audit(run)["produced_again"] == []
     append_line(run.events, {"kind": "commit", "shard": 1})
     (run.shards / "00000009.tar").write_bytes(b"killed before the sidecar")
