@@ -73,7 +73,7 @@ def train(
             checkpoint.save(run.checkpoints, step, engine, config.keep_last, origin)
             what = "loss" if flags[0] else "gradient"
             raise TrainingError(
-                f"step {step}: the {what} is not finite; "
+                f"step {step}: the {what} is not finite: "
                 + _find_failure(engine, objective, batch, accumulation, step)
             )
 
@@ -107,20 +107,30 @@ class Losses:
 def _find_failure(
     engine: Engine, objective: Objective, batch: TrajectoryBatch, accumulation: int, step: int
 ) -> str:
-    """Which terms of this rank's part of a step fail, found by computing them again. Collective."""
-    values, gradients = set(), set()
+    """Ranks, terms and sample ids that make a step fail, found by computing its loss again.
+
+    The same sentence on every rank. Collective.
+    """
+    names: list[str] = []
+    rows = []
     for micro in batch.split(accumulation):
-        for name, term in objective.loss(micro, engine.student, engine.target, step).terms.items():
-            if not torch.isfinite(term):
-                values.add(name)
-            elif not engine.has_finite_gradient(term):
-                gradients.add(name)
-    found = [f"terms {sorted(values)} are not finite here"] if values else []
-    found += (
-        [f"the gradients of terms {sorted(gradients)} are not finite here"] if gradients else []
+        terms = objective.loss(micro, engine.student, engine.target, step).terms
+        names = list(terms)
+        values = [not bool(torch.isfinite(term)) for term in terms.values()]
+        gradients = [not engine.has_finite_gradient(term) for term in terms.values()]
+        rows.append(torch.tensor([values, gradients]))
+    bad = engine.gather(torch.stack(rows).any(dim=0))  # [ranks, value or gradient, terms]
+    found = []
+    for rank, ids in enumerate(engine.gather(batch.ids).tolist()):
+        for what, flags in zip(("", "the gradients of "), bad[rank], strict=True):
+            if flags.any():
+                terms_here = [name for name, flag in zip(names, flags, strict=True) if flag]
+                found.append(f"on rank {rank} {what}terms {terms_here} are not, sample ids {ids}")
+                break  # a value that is not finite has no gradient
+    unknown = (
+        f"each term and its gradient is, a weight or a sum is not, sample ids {batch.ids.tolist()}"
     )
-    found = found or ["each term here and its gradient is; another rank's, or a sum, is not"]
-    return "; ".join([*found, f"sample ids {batch.ids.tolist()}"])
+    return "; ".join(found) or unknown
 
 
 class TrainLog:

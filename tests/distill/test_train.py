@@ -16,6 +16,7 @@ from distill.networks import build_network
 from distill.noise import sample_noise
 from distill.objective_config import ReflowConfig, TraFlowConfig
 from distill.objectives import build_objective
+from distill.objectives.base import LossTerms
 from distill.rundir import RunDir, read_lines
 from distill.testing import GaussianFlow
 from distill.train import TrainingError, learning_rate, train
@@ -59,8 +60,11 @@ def read(step: int) -> TrajectoryBatch:
     )
 
 
-def fit(root: Path, config: TrainConfig, objective=None, stop_after: int | None = None):
-    engine = TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, torch.device("cpu"))
+def fit(
+    root: Path, config: TrainConfig, objective=None, stop_after: int | None = None, engine=None
+):
+    network = build_network(NETWORK, IMAGE, seed=3)
+    engine = engine or TorchEngine(network, config, torch.device("cpu"))
     seen = []
 
     def counted(step: int) -> TrajectoryBatch:
@@ -163,6 +167,22 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_change(tmp_path)
     assert (done, seen) == (10, [5, 6, 7, 8, 9])
     for key, value in state(healthy).items():
         assert torch.equal(value, state(resumed)[key]), key
+
+
+def test_a_term_is_named_whose_gradient_spoils_the_weights_of_all(tmp_path):
+    """Adaptive weights are made of gradients: every term is finite, and the loss is not."""
+
+    class Balanced(SteepAt):
+        def loss(self, batch, student, target, step):
+            result = super().loss(batch, student, target, step)
+            norms = self.gradient_norms(list(result.terms.values()))
+            return LossTerms(dict(zip(result.terms, norms, strict=True)), result.terms)
+
+    engine = TorchEngine(build_network(NETWORK, IMAGE, seed=3), config_of(), torch.device("cpu"))
+    objective = Balanced(0)
+    objective.gradient_norms = engine.gradient_norms
+    with pytest.raises(TrainingError, match=r"step 0: the loss .*gradients of terms \['steep'\]"):
+        fit(tmp_path, config_of(), objective, engine=engine)
 
 
 def test_a_dropped_step_leaves_no_trace(tmp_path):
