@@ -38,8 +38,8 @@ class TraFlowConfig(ObjectiveConfig):
     weight_flow_matching: float = 0.0
     weights: str = "fixed"  # fixed | adaptive (by the gradient's norm, relative to the first term)
     sampler_nfe: list[int] = field(
-        default_factory=lambda: [2, 4]
-    )  # jumps of the states term: those of a sampler with so many steps; []: any on the grid
+        default_factory=lambda: [2, 2, 4, 4, 8]
+    )  # jumps of the states and velocity terms: those of samplers with so many steps; []: any
     velocity_mode: str = "trajectory"  # straight | trajectory
     derivative: str = "finite_difference"  # jvp | double_backward | finite_difference
 
