@@ -253,7 +253,8 @@ def test_what_is_evicted_while_the_directory_is_read_does_not_come_back(ray, tmp
     monkeypatch.setattr(pool_module, "committed", lambda run: dict(listing))
     pool = make_pool(tmp_path)
     state = pool.coordinator
-    state.limits = dataclasses.replace(state.limits, max_bytes=350)
+    # One shard to come and one of those there fit, no more: what was there is 100 bytes each.
+    state.limits = dataclasses.replace(state.limits, max_bytes=pool.plan.shard_bytes + 150)
     pool.members.append(Member(Actor(ray), None, None, name="w"))
     for event in (Released(2), Joined("w"), Asked("w")):
         pool._handle(event)
