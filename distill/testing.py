@@ -1,4 +1,4 @@
-"""Helpers for tests: analytic flows, small teachers, processes, faults, tiny shards."""
+"""Helpers for tests: analytic flows, small networks, processes, faults, tiny shards."""
 
 import inspect
 import os
@@ -15,13 +15,17 @@ import torch.multiprocessing as mp
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distill.config import DiTConfig, ImageSpec, NetworkConfig, UNetConfig
 from distill.generate import GeneratedShard
 from distill.ledger import ShardSpec, TeacherSpec
+from distill.networks import build_network
+from distill.networks.layers import AbstractNetwork
 from distill.noise import sample_labels, sample_noise
 from distill.paths import expand_as
 from distill.rundir import RunDir
 from distill.shards import write_shard
 from distill.teachers.analytic import MixtureTeacher
+from distill.trajectory import TrajectoryBatch
 
 # -----------------------------------------------------------------------------------------------
 # Analytic flows
@@ -80,12 +84,94 @@ class GaussianFlow:
         return self.mean + slope * (x - t * self.mean)
 
 
+class StraightFlow:
+    """Straight lines from noise N(0, I) to data N(m, c^2 I): the Gaussian's own second reflow.
+
+        x_t = (1-t) x_0 + t x_1,   x_1 = m + c x_0
+
+    u(x, t, s) = x_1 - x_0 with x_0 = (x - t m) / (1 + t (c-1)); it does not change with s.
+    """
+
+    def __init__(self, mean: Float[Tensor, "*S"], std: float) -> None:
+        self.mean, self.std = mean, std
+
+    def _velocity(self, x: Float[Tensor, "B *S"], t: Tensor | float) -> Float[Tensor, "B *S"]:
+        return self.mean + (self.std - 1) * (x - t * self.mean) / (1 + t * (self.std - 1))
+
+    def map(self, x: Float[Tensor, "B *S"], t: float, s: float) -> Float[Tensor, "B *S"]:
+        """x_s for x_t = x."""
+        return x + (s - t) * self._velocity(x, t)
+
+    def student(
+        self,
+        x: Float[Tensor, "B *S"],
+        t: Float[Tensor, "B"],
+        s: Float[Tensor, "B"],
+        label: Int[Tensor, "B"],
+    ) -> Float[Tensor, "B *S"]:
+        """u(x, t, s): the perfect student. s takes part, so that du/ds = 0 is defined."""
+        return self._velocity(x, expand_as(t, x)) + 0 * expand_as(s, x)
+
+
 def tiny_teacher(size: int = 4, conditional: bool = True) -> MixtureTeacher:
     """Three Gaussians on images [1, size, size]: a bright, a dark and a grey one."""
     levels = torch.tensor([-0.8, 0.0, 0.8], dtype=torch.float64)
     means = levels[:, None, None, None].expand(3, 1, size, size)
     stds = torch.tensor([0.1, 0.2, 0.1], dtype=torch.float64)
     return MixtureTeacher(means, stds, torch.ones(3, dtype=torch.float64), conditional)
+
+
+# -----------------------------------------------------------------------------------------------
+# Students and what they learn from
+
+NETWORKS: dict[str, NetworkConfig] = {
+    "dit": DiTConfig(patch_size=2, width=16, depth=1, num_heads=2),
+    "unet": UNetConfig(
+        width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2], num_heads=2
+    ),
+}
+
+
+def random_network(name: str, image: ImageSpec, seed: int = 0) -> AbstractNetwork:
+    """A small network of NETWORKS in float64, no weight of it zero."""
+    network = build_network(NETWORKS[name], image)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return network.double()
+
+
+def batch_of(
+    states: Float[Tensor, "B M K1 *S"], weights: list[float] | None = None
+) -> TrajectoryBatch:
+    """A whole global batch at t = 0, 1/K .. 1, with labels 0, 1, 2, 0 .. and equal weights."""
+    count, teachers, points = states.shape[:3]
+    return TrajectoryBatch(
+        states=states,
+        times=torch.linspace(0, 1, points, dtype=states.dtype),
+        weights=torch.tensor(weights or [1 / teachers] * teachers, dtype=states.dtype),
+        labels=torch.arange(count) % 3,
+        ids=torch.arange(count),
+        positions=torch.arange(count),
+        global_size=count,
+    )
+
+
+def flow_batch(
+    *flows: GaussianFlow | StraightFlow,
+    grid: int = 8,
+    count: int = 16,
+    weights: list[float] | None = None,
+) -> TrajectoryBatch:
+    """Exact trajectories of closed-form teachers from the same noise, float64."""
+    generator = torch.Generator().manual_seed(0)
+    x_0 = torch.randn(count, *flows[0].mean.shape, dtype=torch.float64, generator=generator)
+    paths = [
+        torch.stack([flow.map(x_0, 0.0, k / grid) for k in range(grid + 1)], dim=1)
+        for flow in flows
+    ]
+    return batch_of(torch.stack(paths, dim=1), weights)
 
 
 # -----------------------------------------------------------------------------------------------

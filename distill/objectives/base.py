@@ -210,11 +210,11 @@ class PlainLayerNorm(TorchFunctionMode):
 
     def __torch_function__(
         self,
-        func: Callable[..., Tensor],
+        func: Callable[..., Any],
         types: tuple[type, ...],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Tensor:
+    ) -> Any:  # everything torch does passes here, attributes too
         function = self._layer_norm if func is F.layer_norm else func
         return function(*args, **(kwargs or {}))
 
