@@ -21,7 +21,7 @@ from cluster.config import RunConfig
 from cluster.identity import is_own
 from cluster.netcost import NetworkCost, network_cost
 from distill.config import NFE_PER_STEP, TeacherConfig, check
-from distill.curves import grid_columns, grid_rows, is_truth, reference_nfe, teacher_curves
+from distill.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.layout import sidecar_bytes, tar_bytes
 from distill.ledger import shard_spec
 from distill.objective_config import (
@@ -166,15 +166,15 @@ def evaluation_forwards(config: RunConfig) -> int:
     best = list(config.teacher.values())[-1]
     drawn = [
         nfe
-        for solver, nfe in teacher_curves(best.solver, evaluation)
-        if not is_truth(solver, nfe, evaluation)
+        for solver, nfe in teacher_curves(best, evaluation)
+        if (solver, nfe) != truth(best, evaluation)
     ]
-    of_teacher = forwards_per_evaluation(best) * (reference_nfe(evaluation) + sum(drawn))
+    of_teacher = forwards_per_evaluation(best) * (truth(best, evaluation)[1] + sum(drawn))
     forwards = evaluation.num_samples * (sum(evaluation.nfe) + of_teacher)
     if image.is_picture:
         forwards += grid_columns(evaluation.num_samples, image) * sum(
             nfe * (forwards_per_evaluation(best) if who == "teacher" else 1)
-            for who, _, nfe in grid_rows(best.solver)
+            for who, _, nfe in grid_rows(best)
         )
     return forwards
 

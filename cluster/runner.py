@@ -77,7 +77,7 @@ def evaluate(config: RunConfig) -> int:
 
 def supervise(config: RunConfig, *chosen: Stage) -> int:
     """Exit code of the stages, one after the other, under the run's lock."""
-    given, config = config, with_absolute_paths(config)
+    given, config = config, stages.with_models(with_absolute_paths(config))
     with open_session(config, RunDir(Path(config.run.dir))) as session:
         for note in check_or_write(config, session.run):
             session.bars.say(note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +19,15 @@ from cluster.job import TrainJob, stream_order
 from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
-from distill.config import ImageSpec, check
+from distill.config import ImageSpec, TeacherConfig, check
 from distill.datasets import check_files
+from distill.export import latest_student
 from distill.ledger import ShardSpec, shard_spec
+from distill.manifest import latest_verified
 from distill.models import DESCRIPTION
 from distill.publish import clean_temporaries
 from distill.report import write_report
+from distill.rundir import RunDir
 from distill.teachers import build_teacher
 
 
@@ -38,6 +42,25 @@ class Work:
 def has_model(folder: Path) -> bool:
     """Whether a model was exported there; it appears by rename, so it is whole."""
     return (folder / DESCRIPTION).is_file()
+
+
+def with_models(config: RunConfig) -> RunConfig:
+    """The configuration with the model of its student in place of every teacher that is a run.
+
+    Raises:
+        ConfigError: such a run has no student yet.
+    """
+    teachers = {name: _with_model(teacher) for name, teacher in config.teacher.items()}
+    return dataclasses.replace(config, teacher=teachers)
+
+
+def _with_model(teacher: TeacherConfig) -> TeacherConfig:
+    run = RunDir(Path(teacher.path))
+    if teacher.kind != "native" or not run.identity.is_file():
+        return teacher
+    exported = run.root / "student"  # where `bowstring export` puts it
+    is_gone = has_model(exported) and latest_verified(run.checkpoints) is None
+    return dataclasses.replace(teacher, path=str(exported if is_gone else latest_student(run)))
 
 
 # -----------------------------------------------------------------------------------------------

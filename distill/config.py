@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4}  # velocity evaluations of one step of a solver
+# Network evaluations of one step of a solver; "jumps" are those of a student's own map G.
+NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4, "jumps": 1}
 
 
 class ConfigError(ValueError):
@@ -137,8 +138,8 @@ class TeacherConfig:
     """
 
     kind: str = "native"  # native | analytic | sit | diffusers | edm
-    path: str = ""  # folder or file with the weights
-    solver: str = "heun"  # euler | heun | rk4
+    path: str = ""  # folder or file with the weights; native: also the folder of an earlier run
+    solver: str = "heun"  # euler | heun | rk4 | jumps (of a student)
     steps: int = 16  # fixed solver steps from noise to data; a multiple of trajectory.grid
     guidance: float = 1.0  # scale w of v = v_null + w (v_label - v_null); 1 is off
     weight: float = 1.0  # convex weight among several teachers, before normalisation
@@ -147,6 +148,12 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         check_choice("teacher.kind", self.kind, ("native", "analytic", "sit", "diffusers", "edm"))
         check_choice("teacher.solver", self.solver, tuple(NFE_PER_STEP))
+        check(
+            self.solver != "jumps" or (self.kind == "native" and self.guidance == 1),
+            f"teacher.solver=jumps with teacher.kind={self.kind} and teacher.guidance="
+            f"{self.guidance} cannot work: only a student jumps, and guidance is in it already; "
+            "set teacher.kind=native and teacher.guidance=1",
+        )
         check_positive("teacher", steps=self.steps, weight=self.weight)
 
 

@@ -4,30 +4,31 @@
 
 from __future__ import annotations
 
-from distill.config import NFE_PER_STEP, EvalConfig, ImageSpec
+from distill.config import NFE_PER_STEP, EvalConfig, ImageSpec, TeacherConfig
 
-TRUTH_SOLVER = "heun"
 GRID_COLUMNS = 12
 GRID_NFE = (1, 2, 4)
 GRID_TEACHER_NFE = 64
 
 
-def reference_nfe(evaluation: EvalConfig) -> int:
-    """Velocity evaluations of the teacher's fine solution, the truth."""
-    return evaluation.reference_steps * NFE_PER_STEP[TRUTH_SOLVER]
+def truth(teacher: TeacherConfig, evaluation: EvalConfig) -> tuple[str, int]:
+    """(solver, NFE) of the teacher's fine solution. A student that jumps is its own: finer jumps
+    would be another model's.
+    """
+    if teacher.solver == "jumps":
+        return "jumps", teacher.steps
+    return "heun", evaluation.reference_steps * NFE_PER_STEP["heun"]
 
 
-def is_truth(solver: str, nfe: int, evaluation: EvalConfig) -> bool:
-    """Whether a row of the teacher is the fine solution itself, whose samples are there already."""
-    return (solver, nfe) == (TRUTH_SOLVER, reference_nfe(evaluation))
-
-
-def teacher_curves(own_solver: str, evaluation: EvalConfig) -> list[tuple[str, int]]:
+def teacher_curves(teacher: TeacherConfig, evaluation: EvalConfig) -> list[tuple[str, int]]:
     """(solver, NFE) of the teacher's rows: its own solver, then Euler.
 
-    An NFE that is no whole number of solver steps is left out: Heun has no 1 NFE.
+    An NFE that is no whole number of solver steps is left out: Heun has no 1 NFE. A student that
+    jumps has at most the jumps it is used with, and no Euler.
     """
-    curves = {own_solver: evaluation.teacher_nfe}
+    if teacher.solver == "jumps":
+        return [("jumps", nfe) for nfe in evaluation.teacher_nfe if nfe <= teacher.steps]
+    curves = {teacher.solver: evaluation.teacher_nfe}
     curves.setdefault("euler", evaluation.euler_nfe)
     return [
         (solver, nfe)
@@ -37,12 +38,13 @@ def teacher_curves(own_solver: str, evaluation: EvalConfig) -> list[tuple[str, i
     ]
 
 
-def grid_rows(own_solver: str) -> list[tuple[str, str, int]]:
+def grid_rows(teacher: TeacherConfig) -> list[tuple[str, str, int]]:
     """(who, how, NFE) of the rows of the picture grid, top to bottom."""
+    is_student = teacher.solver == "jumps"
     return [
-        ("teacher", own_solver, GRID_TEACHER_NFE),
+        ("teacher", teacher.solver, teacher.steps if is_student else GRID_TEACHER_NFE),
         *(("student", "jumps", nfe) for nfe in GRID_NFE),
-        *(("teacher", "euler", nfe) for nfe in GRID_NFE),
+        *(("teacher", "euler", nfe) for nfe in GRID_NFE if not is_student),
     ]
 
 

@@ -5,6 +5,7 @@ Every number comes from the same samples: noise and label of id i are those of (
 describes results.json.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -18,19 +19,16 @@ from torch import Tensor
 from distill.config import DataConfig, EvalConfig, ImageSpec, TeacherConfig, check
 from distill.cost import read_cost
 from distill.curves import (
-    TRUTH_SOLVER,
     grid_columns,
     grid_rows,
-    is_truth,
-    reference_nfe,
     teacher_curves,
+    truth,
 )
 from distill.datasets import load_images
 from distill.draw import (
     Interrupt,
     Sampler,
     Samples,
-    TeacherVelocity,
     draw,
     evaluation_samples,
     student_sampler,
@@ -43,8 +41,9 @@ from distill.paths import MeanVelocity
 from distill.pictures import tile, write_npz, write_png
 from distill.rundir import RunDir, write_json
 from distill.sample import load_student, to_uint8
-from distill.teachers import build_teacher
-from distill.teachers.base import guided
+from distill.teachers import build_field, build_teacher
+from distill.teachers.base import FrozenTeacher
+from distill.teachers.native import Jumps
 
 
 class Evaluator:
@@ -99,17 +98,36 @@ class Evaluator:
         return row | {"seconds_per_1000": 1000 * seconds / len(x)}
 
 
+# (solver, NFE) -> the teacher drawn so
+TeacherSamplers = Callable[[str, int], Sampler]
+
+
+def teacher_samplers(
+    teacher: FrozenTeacher, config: TeacherConfig, interrupt: Interrupt
+) -> TeacherSamplers:
+    """The samplers of a teacher: solvers of its guided field, or a student's own jumps."""
+    field = build_field(teacher, config)
+    if isinstance(field, Jumps):
+        u = interrupt.watch(field.mean_velocity)
+        return lambda solver, nfe: student_sampler(u, nfe)
+    velocity = interrupt.watch(field)
+    return lambda solver, nfe: teacher_sampler(velocity, solver, nfe)
+
+
 def teacher_rows(
-    evaluator: Evaluator, velocity: TeacherVelocity, own_solver: str, evaluation: EvalConfig
+    evaluator: Evaluator,
+    samplers: TeacherSamplers,
+    teacher: TeacherConfig,
+    evaluation: EvalConfig,
 ) -> list[dict[str, Any]]:
     """The teacher's curves (`distill.curves`).
 
-    Where the own solver is the fine solution itself, its samples are taken, not drawn again.
+    Where one is the fine solution itself, its samples are taken, not drawn again.
     """
     rows = []
-    for solver, nfe in teacher_curves(own_solver, evaluation):
-        is_drawn = is_truth(solver, nfe, evaluation)
-        sampler = None if is_drawn else teacher_sampler(velocity, solver, nfe)
+    for solver, nfe in teacher_curves(teacher, evaluation):
+        is_drawn = (solver, nfe) == truth(teacher, evaluation)
+        sampler = None if is_drawn else samplers(solver, nfe)
         row = evaluator.row(sampler, f"teacher, {solver}, {nfe} NFE")
         rows.append({"nfe": nfe, "solver": solver} | row)
     return rows
@@ -120,8 +138,8 @@ def picture_grid(
     evaluator: Evaluator,
     image: ImageSpec,
     u: MeanVelocity,
-    velocity: TeacherVelocity,
-    solver: str,
+    samplers: TeacherSamplers,
+    teacher: TeacherConfig,
 ) -> None:
     """Writes samples/grid.npz and a PNG: a row per sampler, the same noise and label down a
     column."""
@@ -130,10 +148,8 @@ def picture_grid(
     if image.num_classes > 0:  # every class once, in order
         labels = torch.arange(num)
     rows = {
-        f"{who},{how},{nfe}": teacher_sampler(velocity, how, nfe)
-        if who == "teacher"
-        else student_sampler(u, nfe)
-        for who, how, nfe in grid_rows(solver)
+        f"{who},{how},{nfe}": samplers(how, nfe) if who == "teacher" else student_sampler(u, nfe)
+        for who, how, nfe in grid_rows(teacher)
     }
     chosen = Samples(evaluator.samples.noise[:num], labels)
     images = torch.stack(
@@ -176,17 +192,17 @@ def evaluate(
     teacher = build_teacher(config, place)
     with progress_bar() as progress:
         evaluator = Evaluator(data, evaluation, place, progress)
-        velocity = evaluator.interrupt.watch(guided(teacher, config.guidance))
+        samplers = teacher_samplers(teacher, config, evaluator.interrupt)
         u = evaluator.interrupt.watch(student.network)
-        truth = teacher_sampler(velocity, TRUTH_SOLVER, reference_nfe(evaluation))
-        evaluator.set_reference(truth)
+        solver, nfe = truth(config, evaluation)
+        evaluator.set_reference(samplers(solver, nfe))
         student_rows = [
             {"nfe": n} | evaluator.row(student_sampler(u, n), f"student, {n} NFE")
             for n in evaluation.nfe
         ]
-        curves = teacher_rows(evaluator, velocity, config.solver, evaluation)
+        curves = teacher_rows(evaluator, samplers, config, evaluation)
         if student.image.is_picture:
-            picture_grid(run, evaluator, student.image, u, velocity, config.solver)
+            picture_grid(run, evaluator, student.image, u, samplers, config)
     features = evaluator.features
     extractor: dict[str, Any] = {"name": "none", "sha256": ""}
     if features:
@@ -208,8 +224,8 @@ def evaluate(
             "teacher": name,
             "fingerprint": teacher.fingerprint,
             "guidance": config.guidance,
-            "solver": TRUTH_SOLVER,
-            "nfe": reference_nfe(evaluation),
+            "solver": solver,
+            "nfe": nfe,
         },
         "device": str(place),
         "cost": read_cost(run),

@@ -15,8 +15,11 @@ from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig, check
 from distill.noise import sample_labels, sample_noise
-from distill.solvers import solve
-from distill.teachers.base import FrozenTeacher, Guided, guided
+from distill.paths import MeanVelocity
+from distill.solvers import solve, solve_by_jumps
+from distill.teachers import build_field
+from distill.teachers.base import FrozenTeacher, Guided
+from distill.teachers.native import Jumps
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,7 @@ def generate_shard(
     count = trajectory.samples_per_shard
     ids = np.arange(shard * count, (shard + 1) * count, dtype=np.int64)
     labels = sample_labels(seed, ids, image.num_classes)
-    fields = {name: guided(teacher, configs[name].guidance) for name, teacher in teachers.items()}
+    fields = {name: build_field(teacher, configs[name]) for name, teacher in teachers.items()}
     states = torch.empty(count, len(teachers), len(trajectory.points), *image.shape)
     nfe = forwards = 0
     for first in range(0, count, trajectory.batch_size):
@@ -105,7 +108,7 @@ def integrate(
     grid: int,
     beat: Callable[[], None],
 ) -> Float[Tensor, "K1 B *S"]:
-    """States of the teacher's ODE at t = 0, 1/K .. 1 from `noise`, K = `grid`.
+    """States of the teacher's ODE, or of its jumps, at t = 0, 1/K .. 1 from `noise`, K = `grid`.
 
     Raises:
         ConfigError: teacher.steps is not a multiple of the grid.
@@ -122,7 +125,19 @@ def integrate(
         return field(x, t.expand(len(x)), label)
 
     times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
+    if isinstance(field, Jumps):
+        return solve_by_jumps(beating(field.mean_velocity, beat), noise, times, label, substeps)
     return solve(velocity, noise, times, config.solver, substeps)
+
+
+def beating(u: MeanVelocity, beat: Callable[[], None]) -> MeanVelocity:
+    """`u`, with a call of `beat` before every evaluation."""
+
+    def beaten(x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        beat()
+        return u(x, t, s, label)
+
+    return beaten
 
 
 def check_finite(states: Float[Tensor, "N M K1 *S"], ids: np.ndarray, names: list[str]) -> None:

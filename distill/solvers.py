@@ -7,16 +7,21 @@ With h the step from t to t + h and k_1 = v(x, t):
     rk4     x + h/6 (k_1 + 2 k_2 + 2 k_3 + k_4),  k_2, k_3 at t + h/2, k_4 at t + h          order 4
 
 One evaluation of v is one NFE, however many network forwards guidance makes of it.
+
+A student has no need of them: it jumps, x <- G(x, t, t + h) = x + h u(x, t, t + h).
 """
 
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torchdiffeq import odeint
 
-from distill.config import NFE_PER_STEP, check_choice, check_positive
+from distill.config import check_choice, check_positive
+from distill.paths import MeanVelocity, jump
+
+ODE_SOLVERS = ("euler", "heun", "rk4")
 
 # v(x [B, *S], t scalar tensor) -> dx/dt [B, *S]
 Velocity = Callable[[Float[Tensor, "B *S"], Float[Tensor, ""]], Float[Tensor, "B *S"]]
@@ -37,7 +42,7 @@ def solve(
     Raises:
         ConfigError: unknown solver, or no substeps.
     """
-    check_choice("solver", solver, tuple(NFE_PER_STEP))
+    check_choice("solver", solver, ODE_SOLVERS)
     check_positive("solver", substeps=substeps)
     states = [x]
     for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
@@ -63,6 +68,26 @@ def _step(velocity: Velocity, x: Tensor, t: float, h: float, solver: str) -> Ten
     k_3 = v(x + h / 2 * k_2, t + h / 2)
     k_4 = v(x + h * k_3, t + h)
     return x + h / 6 * (k_1 + 2 * k_2 + 2 * k_3 + k_4)
+
+
+def solve_by_jumps(
+    u: MeanVelocity,
+    x: Float[Tensor, "B *S"],
+    times: Float[Tensor, "K1"],
+    label: Int[Tensor, "B"],
+    substeps: int = 1,
+) -> Float[Tensor, "K1 B *S"]:
+    """States at `times`, from `x` at the first, by `substeps` equal jumps in each interval."""
+    check_positive("solver", substeps=substeps)
+    states = [x]
+    for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        h = (end - start) / substeps
+        for index in range(substeps):
+            t = torch.full((len(x),), start + index * h, dtype=x.dtype, device=x.device)
+            s = torch.full_like(t, end if index == substeps - 1 else start + (index + 1) * h)
+            x = jump(u, x, t, s, label)
+        states.append(x)
+    return torch.stack(states)
 
 
 def dopri5(

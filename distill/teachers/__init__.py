@@ -2,7 +2,8 @@
 
 | kind      | `teacher.path` is                                                            |
 |-----------|------------------------------------------------------------------------------|
-| native    | a model folder: `bowstring pretrain` or `bowstring export` wrote it           |
+| native    | a model folder: `bowstring pretrain` or `bowstring export` wrote it; to the    |
+|           | command line also the folder of an earlier run, for its student               |
 | analytic  | a name of `analytic.PRESETS`, or a JSON file with a Gaussian mixture          |
 | sit       | a checkpoint of the public SiT code, `.pt` or `.safetensors`                  |
 | diffusers | a folder with one flow-matching model: config.json and its safetensors        |
@@ -15,10 +16,10 @@ import torch
 
 from distill.config import ConfigError, TeacherConfig, check
 from distill.teachers.analytic import load_analytic
-from distill.teachers.base import FrozenTeacher
+from distill.teachers.base import FrozenTeacher, Guided, guided
 from distill.teachers.diffusers import load_diffusers
 from distill.teachers.edm import load_edm
-from distill.teachers.native import NativeTeacher
+from distill.teachers.native import Jumps, NativeTeacher
 from distill.teachers.sit import load_sit
 
 
@@ -32,7 +33,7 @@ def build_teacher(config: TeacherConfig, device: torch.device | str) -> FrozenTe
     path = Path(config.path)
     match config.kind:
         case "native":
-            return NativeTeacher(path, device)
+            return _load_native(path, config.guidance, device)
         case "analytic":
             return load_analytic(config.path, device)
         case "sit":
@@ -42,3 +43,25 @@ def build_teacher(config: TeacherConfig, device: torch.device | str) -> FrozenTe
         case "edm":
             return load_edm(path, device)
     raise ConfigError(f"teacher.kind={config.kind} is not known")
+
+
+def _load_native(path: Path, guidance: float, device: torch.device | str) -> NativeTeacher:
+    teacher = NativeTeacher(path, device)
+    check(
+        not teacher.is_student or teacher.image.num_classes == 0 or guidance == 1,
+        f"teacher.guidance={guidance} with the student {path} as teacher: a student has "
+        'learned the guided field and knows no label "none"; set teacher.NAME.guidance=1',
+    )
+    return teacher
+
+
+def build_field(teacher: FrozenTeacher, config: TeacherConfig) -> Guided:
+    """What the solver of `config` evaluates: the guided velocity, or a student's mean velocity.
+
+    Raises:
+        ConfigError: guidance of a teacher that has no classes.
+    """
+    if config.solver != "jumps":
+        return guided(teacher, config.guidance)
+    assert isinstance(teacher, NativeTeacher)
+    return Jumps(teacher)

@@ -6,10 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import ConfigError, TeacherConfig, TrajectoryConfig
+from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
 from distill.generate import generate_shard
+from distill.models import save_model
 from distill.noise import sample_labels, sample_noise
-from distill.testing import FaultInjector, GaussianFlow, tiny_teacher
+from distill.paths import jump
+from distill.sample import few_step
+from distill.solvers import solve
+from distill.teachers import build_teacher
+from distill.testing import FaultInjector, GaussianFlow, random_network, tiny_teacher
 
 TRAJECTORY = TrajectoryConfig(grid=4, samples_per_shard=10, batch_size=4, block_shards=1)
 CONFIG = TeacherConfig(kind="analytic", path="-", solver="heun", steps=16)
@@ -86,6 +91,67 @@ def test_guidance_is_counted_as_one_evaluation_and_two_forwards():
 def test_unconditional_labels_are_none():
     shard = generate(teacher=tiny_teacher(conditional=False))
     assert (shard.labels == np.full(10, -1)).all()
+
+
+# -----------------------------------------------------------------------------------------------
+# Students as teachers
+
+
+@pytest.fixture
+def student(tmp_path):
+    """A student whose map and whose field differ."""
+    network, image = random_network("dit", ImageSpec(1, 4, 3)).float(), ImageSpec(1, 4, 3)
+    save_model(tmp_path / "m", network.state_dict(), network.config, image, {"kind": "student"})
+    return TeacherConfig(path=str(tmp_path / "m"), steps=8, solver="jumps")
+
+
+def test_states_of_a_student_are_its_jumps_on_its_own_grid_and_on_a_coarser_one(student):
+    teacher = build_teacher(student, "cpu")
+    fine = replace(TRAJECTORY, grid=8)
+    coarse, whole = (
+        generate(config=student, teacher=teacher, trajectory=some) for some in (TRAJECTORY, fine)
+    )
+    noise, label = whole.states[:, 0, 0], torch.from_numpy(whole.labels)
+    end = few_step(teacher.network, noise, label, 8)
+    torch.testing.assert_close(whole.states[:, 0, -1], end, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(coarse.states, whole.states[:, :, ::2], rtol=1e-5, atol=1e-5)
+    assert (coarse.nfe, coarse.forwards) == (10 * 8, 10 * 8)  # steps are jumps, one NFE each
+    x = whole.states[:, 0, 2]
+    t, s = torch.full((10,), 0.25), torch.full((10,), 0.375)
+    landed = jump(teacher.network, x, t, s, label)
+    torch.testing.assert_close(whole.states[:, 0, 3], landed, rtol=1e-4, atol=1e-4)
+
+
+def test_a_grid_finer_than_the_jumps_is_refused(student):
+    with pytest.raises(ConfigError, match=r"steps=8 must be a multiple of trajectory.grid=16"):
+        teacher = build_teacher(student, "cpu")
+        generate(config=student, teacher=teacher, trajectory=replace(TRAJECTORY, grid=16))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
+def test_states_of_a_reflowed_student_follow_its_field(student, solver):
+    config = replace(student, solver=solver)
+    teacher = build_teacher(config, "cpu")
+    shard = generate(config=config, teacher=teacher)
+    label = torch.from_numpy(shard.labels)
+
+    def field(x, t):
+        times = t.expand(len(x))
+        return teacher.network(x, times, times, label)
+
+    times = torch.linspace(0, 1, 5, dtype=torch.float64)
+    states = solve(field, shard.states[:, 0, 0], times, solver, 2).transpose(0, 1)
+    torch.testing.assert_close(shard.states[:, 0], states, rtol=1e-4, atol=1e-4)
+
+
+def test_a_heartbeat_comes_with_every_jump(student):
+    beats, teacher = [], build_teacher(student, "cpu")
+    generate(config=student, teacher=teacher, beat=lambda: beats.append(1))
+    assert len(beats) == 8 * 3  # 10 samples in 3 batches
+
+
+# -----------------------------------------------------------------------------------------------
+# Heartbeats and refusals
 
 
 def test_a_heartbeat_comes_with_every_evaluation_and_can_stop_the_work():

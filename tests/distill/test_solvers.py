@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from distill.config import NFE_PER_STEP, ConfigError
-from distill.solvers import dopri5, solve
+from distill.sample import few_step
+from distill.solvers import ODE_SOLVERS, dopri5, solve, solve_by_jumps
 from distill.testing import GaussianFlow
 
 
@@ -60,7 +61,7 @@ def test_dopri5_reaches_the_closed_form():
         torch.testing.assert_close(state, flow_.map(x, 0.0, t), rtol=0, atol=1e-8)
 
 
-@pytest.mark.parametrize("solver", list(NFE_PER_STEP))
+@pytest.mark.parametrize("solver", ODE_SOLVERS)
 def test_evaluations_are_counted_right(solver):
     calls = []
 
@@ -72,6 +73,35 @@ def test_evaluations_are_counted_right(solver):
     assert len(calls) == 6 * NFE_PER_STEP[solver]
     assert min(calls) == 0
     assert max(calls) <= 1 + 1e-12
+
+
+@pytest.mark.parametrize("substeps", [1, 2, 5])
+def test_jumps_of_an_exact_map_are_exact_on_every_grid(substeps):
+    flow_, x, label = flow(), start(), torch.zeros(5, dtype=torch.int64)
+    times = torch.tensor([0.0, 0.1, 0.5, 1.0], dtype=torch.float64)
+    states = solve_by_jumps(flow_.student, x, times, label, substeps)
+    for t, state in zip(times.tolist(), states, strict=True):
+        torch.testing.assert_close(state, flow_.map(x, 0.0, t), rtol=1e-12, atol=1e-12)
+
+
+def test_jumps_on_an_even_grid_are_those_of_the_sampler():
+    """For any student, an inexact one too: every second state of 8 jumps is stored on a grid of 4,
+    and each jump is one evaluation, from the time where the last one ended."""
+    seen, label = [], torch.zeros(5, dtype=torch.int64)
+
+    def u(x, t, s, label):
+        seen.append((float(t[0]), float(s[0])))
+        return torch.sin(3 * x) + t[:, None] - s[:, None] ** 2
+
+    states = solve_by_jumps(u, start(), torch.linspace(0, 1, 5, dtype=torch.float64), label, 2)
+    assert seen == [(n / 8, (n + 1) / 8) for n in range(8)]
+    assert len(seen) == 8 * NFE_PER_STEP["jumps"]
+    torch.testing.assert_close(states[-1], few_step(u, start(), label, 8), rtol=1e-12, atol=1e-12)
+
+
+def test_jumps_are_no_solver_of_a_velocity():
+    with pytest.raises(ConfigError, match="solver=jumps is not known; choose one of: euler"):
+        solve(lambda x, t: x, start(), torch.tensor([0.0, 1.0]), "jumps")
 
 
 def test_unknown_solver_is_a_sentence():

@@ -10,9 +10,10 @@ from distill.config import ConfigError, DiTConfig, ImageSpec, TeacherConfig
 from distill.models import file_sha256, save_model
 from distill.networks import build_network
 from distill.solvers import solve
-from distill.teachers import build_teacher
+from distill.teachers import build_field, build_teacher
 from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
 from distill.teachers.base import guided
+from distill.teachers.native import Jumps
 from distill.testing import GaussianFlow, tiny_teacher
 
 IMAGE = ImageSpec(2, 8, 3)
@@ -177,6 +178,46 @@ def test_native_teacher_is_the_diagonal_of_its_network(tmp_path):
     assert torch.equal(teacher.velocity(x, t, label), network(x, t, t, label))
     assert teacher.fingerprint == file_sha256(tmp_path / "m" / "model.safetensors")
     assert not teacher.velocity(x, t, label).requires_grad
+
+
+def student_folder(folder, image=IMAGE):
+    """A model folder of a student of which no weight is zero."""
+    network = build_network(DIT, image)
+    state = {name: v + 0.1 * draw(*v.shape).float() for name, v in network.state_dict().items()}
+    save_model(folder, state, DIT, image, {"kind": "student"})
+    return str(folder)
+
+
+def test_a_student_jumps_by_its_own_map_and_counts_each_jump_once(tmp_path):
+    config = TeacherConfig(path=student_folder(tmp_path / "m"), solver="jumps", steps=4)
+    teacher = build_teacher(config, CPU)
+    field = build_field(teacher, config)
+    assert isinstance(field, Jumps)
+    x, t, s = draw(2, *IMAGE.shape).float(), torch.tensor([0.2, 0.5]), torch.tensor([0.9, 0.5])
+    label = torch.tensor([-1, 2])
+    u = field.mean_velocity(x, t, s, label)
+    assert torch.equal(u, teacher.network(x, t, s, label))
+    assert not u.requires_grad
+    assert torch.equal(u[1], field(x, t, label)[1])  # the diagonal is the velocity
+    assert not torch.equal(u[0], field(x, t, label)[0])
+    assert (field.evaluations, field.forwards) == (3, 3)
+
+
+def test_guidance_of_a_student_is_refused_where_it_has_classes(tmp_path):
+    path = student_folder(tmp_path / "m")
+    with pytest.raises(ConfigError, match=r"the student .* set teacher.NAME.guidance=1"):
+        build_teacher(TeacherConfig(path=path, guidance=1.5), CPU)
+    for solver in ("heun", "jumps"):
+        assert build_teacher(TeacherConfig(path=path, solver=solver), CPU).is_student
+    bare = student_folder(tmp_path / "bare", ImageSpec(2, 8, 0))
+    with pytest.raises(ConfigError, match="needs a teacher with classes"):
+        guided(build_teacher(TeacherConfig(path=bare, guidance=1.5), CPU), 1.5)
+
+
+@pytest.mark.parametrize("wrong", [{"kind": "sit"}, {"kind": "analytic"}, {"guidance": 1.5}])
+def test_only_a_student_jumps(wrong):
+    with pytest.raises(ConfigError, match=r"solver=jumps .* only a student jumps"):
+        TeacherConfig(solver="jumps", **wrong)
 
 
 def test_a_teacher_needs_a_path():

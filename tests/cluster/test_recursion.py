@@ -1,0 +1,174 @@
+"""A student of an earlier run as teacher: by its folder, without pre-training, to any depth."""
+
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from cluster.compose import compose
+from cluster.facts import own_teachers, with_absolute_paths
+from cluster.identity import check_or_write
+from cluster.plan import estimate, teacher_forwards
+from cluster.session import open_session
+from cluster.stages import Work, pretrain, run_spec, with_models
+from distill.config import ConfigError
+from distill.evaluate import evaluate
+from distill.export import export_run
+from distill.ledger import committed
+from distill.models import file_sha256, load_model
+from distill.rundir import RunDir
+from distill.shards import read_sample
+from distill.solvers import solve
+
+CHAIN = """
+import sys
+from cluster.compose import compose
+from cluster.runner import run
+for folder, *overrides in [words.split() for words in sys.argv[1:]]:
+    (config,) = compose(["experiment=tiny", f"run.dir={folder}", *overrides])
+    if run(config):
+        sys.exit(1)
+"""
+
+
+def stored_states(run):
+    """Noise, states [N, K+1, 1, 8, 8] and labels of a run's first shard."""
+    sidecar = committed(run)[0]
+    samples = [read_sample(run, sidecar, k).astype("float32") for k in range(len(sidecar.labels))]
+    states = torch.from_numpy(np.stack(samples))[:, 0]
+    return states[:, 0], states, torch.tensor(sidecar.labels)
+
+
+@pytest.fixture(scope="module")
+def earlier(finished_run, tmp_path_factory):
+    """A finished run that these tests may write to."""
+    return RunDir(shutil.copytree(finished_run.root, tmp_path_factory.mktemp("earlier") / "run"))
+
+
+def student_of(before, folder, *overrides):
+    """The configuration of a tiny run in `folder` whose teacher is the student of `before`."""
+    (config,) = compose(
+        [
+            "experiment=tiny",
+            f"run.dir={folder}",
+            "teacher=student",
+            f"teacher.student.path={before}",
+            "teacher.student.steps=8",
+            *overrides,
+        ]
+    )
+    return with_absolute_paths(config)
+
+
+def test_the_folder_of_a_run_stands_for_its_newest_student(earlier, tmp_path):
+    config = with_models(student_of(earlier.root, tmp_path / "run"))
+    folder = earlier.model(20)
+    assert config.teacher["student"].path == str(folder)
+    assert load_model(folder, "cpu")[1]["kind"] == "student"
+    again = with_models(config)  # a model folder is taken as it is
+    assert again == config
+
+
+def test_an_exported_student_outlives_the_checkpoints(earlier, tmp_path):
+    left = RunDir(tmp_path / "left")
+    exported = export_run(earlier, left.root / "student")
+    left.identity.write_bytes(earlier.identity.read_bytes())
+    config = with_models(student_of(left.root, tmp_path / "run"))
+    assert config.teacher["student"].path == str(exported)
+
+
+def test_a_run_without_a_student_is_a_sentence(earlier, tmp_path):
+    bare = RunDir(tmp_path / "bare")
+    bare.root.mkdir()
+    bare.identity.write_bytes(earlier.identity.read_bytes())
+    with pytest.raises(ConfigError, match=r"bare has no checkpoint yet; train it first"):
+        with_models(student_of(bare.root, tmp_path / "run"))
+
+
+def test_nothing_is_pre_trained_and_the_fingerprint_is_recorded(earlier, tmp_path):
+    config = with_models(student_of(earlier.root, tmp_path / "run"))
+    run = RunDir(tmp_path / "run")
+    assert own_teachers(config) == {}
+    assert "pretrain" not in estimate(config)["exact"]["forwards"]
+    with open_session(config, run) as session:
+        check_or_write(config, run)
+        assert pretrain(session) == Work()
+        spec = run_spec(session)
+    expected = file_sha256(earlier.model(20) / "model.safetensors")
+    assert json.loads(run.identity.read_text())["teachers"] == {"student": expected}
+    assert [teacher.fingerprint for teacher in spec.teachers] == [expected]
+
+
+def test_guidance_of_a_student_is_refused_before_any_work(earlier, tmp_path):
+    config = with_models(student_of(earlier.root, tmp_path / "run", "teacher.student.guidance=1.5"))
+    with open_session(config, RunDir(tmp_path / "run")) as session:
+        check_or_write(config, session.run)
+        with pytest.raises(ConfigError, match=r"guidance=1\.5 .*set teacher\.NAME\.guidance=1"):
+            run_spec(session)
+
+
+def test_the_estimate_counts_one_forward_for_a_jump(earlier, tmp_path):
+    config = student_of(earlier.root, tmp_path / "run")
+    (heun,) = config.teacher.values()
+    assert teacher_forwards(heun) == 16
+    assert teacher_forwards(replace(heun, solver="jumps")) == 8
+
+
+def test_a_jumping_teacher_is_its_own_truth(earlier, tmp_path, data):
+    """The student of the run is compared with itself, jump for jump: no distance at 8 NFE."""
+    jumping = student_of(earlier.root, tmp_path, "teacher.student.solver=jumps", "eval.nfe=[1,8]")
+    config = with_models(jumping)
+    results = evaluate(earlier, data, config.teacher, config.eval, "traflow", "cpu")
+    assert (results["truth"]["solver"], results["truth"]["nfe"]) == ("jumps", 8)
+    distance = {row["nfe"]: row["distance_to_teacher"] for row in results["student"]}
+    assert distance[8] < 1e-10 < distance[1]
+    assert [(row["solver"], row["nfe"]) for row in results["teacher"]] == [
+        ("jumps", 1),
+        ("jumps", 4),
+    ]
+    assert results["teacher"][0]["distance_to_teacher"] == pytest.approx(distance[1], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_reflow_of_reflow_of_reflow(tmp_path):
+    """Three runs by the command's own path: each is the teacher of the next."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    by = "teacher.pretrained"
+    commands = [
+        f"{first} objective=reflow",
+        f"{second} objective=reflow {by}.path={first} {by}.guidance=1",
+        f"{third} objective=reflow teacher=student teacher.student.path={second}",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", CHAIN, *commands],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    runs = [RunDir(folder) for folder in (first, second, third)]
+    assert all(run.report.exists() for run in runs)
+    assert [run.teacher.root.exists() for run in runs] == [True, False, False]
+    for before, later in itertools.pairwise(runs):
+        model = before.model(6)
+        teachers = json.loads(later.identity.read_text())["teachers"]
+        assert list(teachers.values()) == [file_sha256(model / "model.safetensors")]
+        noise, states, labels = stored_states(later)
+        network, _ = load_model(model, "cpu")
+
+        def field(x, t, network=network, labels=labels):
+            times = t.expand(len(x))
+            return network(x, times, times, labels)
+
+        times = torch.linspace(0, 1, 9, dtype=torch.float64)
+        expected = solve(field, noise, times, "heun", 2)  # 16 steps on a grid of 8
+        torch.testing.assert_close(states, expected.transpose(0, 1), rtol=1e-3, atol=2e-3)
