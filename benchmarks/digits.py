@@ -61,7 +61,7 @@ def digits_problem(folder: Path, is_quick: bool) -> Problem:
         make_network=network,
         num_pairs=4096,
         num_truth=1000,
-        steps=800,
+        steps=600,
         batch_size=128,
         lr=8e-3,
     )

@@ -30,6 +30,7 @@ from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
 MIXTURES = {"ring8": ring, "mixture64": random_mixture}
 NOISE_OF_TEACHERS = 0.2  # standard deviation of the error of every mean, per axis
 NUM_NOISY = 4
+STEPS = 600  # of every student here
 
 STRAIGHT = BezierConfig(variant="straight", degree=1)
 SETS: dict[str, dict[str, ObjectiveConfig]] = {
@@ -75,7 +76,7 @@ def guided_problem(name: str, folder: Path) -> Problem:
             teachers = (reflowed(exact, 3, folder),)
         case _:
             teachers = (fine,)
-    return replace(exact, name=name, teachers=teachers)
+    return replace(exact, name=name, teachers=teachers, steps=STEPS)
 
 
 def perturbed(mixture: MixtureTeacher, index: int) -> Field:

@@ -35,11 +35,11 @@ from torch import Tensor  # noqa: E402
 
 from benchmarks import summary  # noqa: E402
 from benchmarks.digits import digits_problem  # noqa: E402
-from benchmarks.guides import GUIDED, guided_problem, prepare  # noqa: E402
+from benchmarks.guides import GUIDED, STEPS, guided_problem, prepare  # noqa: E402
 from benchmarks.problems import Problem, integrate, mixture_problem  # noqa: E402
 from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
+from cluster.calls import objective_calls  # noqa: E402
 from cluster.compose import compose  # noqa: E402
-from cluster.plan import objective_calls  # noqa: E402
 from distill.config import NFE_PER_STEP, TrainConfig  # noqa: E402
 from distill.metrics import relative_distance  # noqa: E402
 from distill.objective_config import EndpointConfig, ObjectiveConfig  # noqa: E402
@@ -58,6 +58,7 @@ OVERRIDES = {  # the shipped settings, by name in configs/objective
     "meanflow": [],
 }
 TEACHER_NFE = (1, 2, 4, 8, 16)
+TABLES = ("equal steps", "equal compute", "guides")
 # Work of the second normalisation: so many times that of `endpoint` at equal steps.
 EQUAL_COMPUTE = 2
 
@@ -190,10 +191,9 @@ def plan(is_quick: bool) -> Iterator[tuple[str, Training]]:
                     yield "equal compute", Training(problem, row, objective, same, seed, is_quick)
     if not is_quick:
         for name, rows in GUIDED.items():
-            steps = make_problem(name.split("/")[0], False).steps
             for row, objective in rows.items():
                 for seed in SEEDS:
-                    yield "guides", Training(name, row, objective, steps, seed, is_quick)
+                    yield "guides", Training(name, row, objective, STEPS, seed, is_quick)
 
 
 def teacher_rows(name: str, is_quick: bool) -> list[dict[str, Any]]:
@@ -220,16 +220,19 @@ def main() -> None:
     """Runs all of it and writes what it found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, short training")
+    parser.add_argument(
+        "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="leave out the others"
+    )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
     options = parser.parse_args()
     CACHE.mkdir(exist_ok=True)
     started = time.perf_counter()
     torch.set_num_threads(options.jobs)
-    if not options.quick:
+    if not options.quick and "guides" in options.tables:
         prepare(CACHE / "reflowed")
     teachers = {name: teacher_rows(name, options.quick) for name in PROBLEMS}
-    todo = list(plan(options.quick))
+    todo = [(table, t) for table, t in plan(options.quick) if table in options.tables]
     unique = list(dict.fromkeys(repr(training) for _, training in todo))
     by_text = {repr(training): training for _, training in todo}
     results: dict[str, dict[str, Any]] = {}

@@ -156,7 +156,7 @@ def mixture_problem(
         make_network=lambda seed: VectorNetwork(mixture.image.channels, seed),
         num_pairs=32_768,
         num_truth=4000,
-        steps=1500,
+        steps=1200,
         batch_size=256,
         lr=6e-3,
     )

@@ -2,8 +2,8 @@
 
     python benchmarks/train_step.py
 
-Network, batch and number of forwards are the same on both sides; the bare loop has no objective, no
-terms and no random times: it calls the network on the same number of rows, takes a plain mean square
+Network, batch and number of forwards are the same on both sides. The bare loop has no objective, no
+terms, no random times: it calls the network on the same number of rows, takes a mean square,
 and steps the same AdamW. The two are timed in turn, many times, in one process; the ratio of the
 medians is the overhead. Prints a table and writes docs/benchmarks/train_step.json.
 """
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cluster.plan import Calls, objective_calls  # noqa: E402
+from cluster.calls import Calls, objective_calls  # noqa: E402
 from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
 from distill.engine import TorchEngine  # noqa: E402
 from distill.networks import build_network  # noqa: E402
