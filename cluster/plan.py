@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.calls import objective_calls
 from cluster.config import RunConfig
 from cluster.identity import is_own
 from cluster.netcost import NetworkCost, network_cost
@@ -24,89 +25,7 @@ from distill.config import NFE_PER_STEP, TeacherConfig, check
 from distill.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.layout import sidecar_bytes, tar_bytes
 from distill.ledger import shard_spec
-from distill.objective_config import (
-    BezierConfig,
-    ConsistencyConfig,
-    MeanFlowConfig,
-    ObjectiveConfig,
-    TraFlowConfig,
-)
 from distill.order import Order
-
-
-@dataclass(frozen=True)
-class Calls:
-    """Network forwards of one training sample: with gradient to the weights, without, with gradient
-    to the input.
-    """
-
-    weights: int = 0
-    plain: int = 0
-    inputs: int = 0
-
-    @property
-    def forwards(self) -> int:
-        """All of them."""
-        return self.weights + self.plain + self.inputs
-
-    @property
-    def in_forwards(self) -> int:
-        """Work in units of one forward: a backward pass costs one for the inputs and one for the
-        weights.
-        """
-        return 3 * self.weights + self.plain + 2 * self.inputs
-
-    def __add__(self, other: Calls) -> Calls:
-        return Calls(
-            self.weights + other.weights, self.plain + other.plain, self.inputs + other.inputs
-        )
-
-
-ONE, CONSISTENCY = Calls(1), Calls(1, 2, 1)
-# A forward-mode derivative costs two forwards. Double backward runs forward, back, and back through
-# both: about three times one evaluation with its gradient.
-EULERIAN = {"finite_difference": Calls(1, 1), "jvp": Calls(1, 2)}
-
-
-def objective_calls(objective: ObjectiveConfig) -> Calls:
-    """Network forwards of the objective on one sample. A term of weight 0 is not computed."""
-    match objective:
-        case TraFlowConfig():
-            weighted = (
-                (objective.weight_output, ONE),
-                (objective.weight_states, ONE),
-                (objective.weight_velocity, velocity_calls(objective)),
-                (objective.weight_consistency, CONSISTENCY),
-                (objective.weight_flow_matching, ONE),
-            )
-        case BezierConfig():
-            weighted = (
-                (objective.weight_drift, ONE),
-                (objective.weight_map, EULERIAN[objective.derivative]),
-                (objective.weight_end, ONE),
-                (0.0, ONE),
-            )
-        case MeanFlowConfig():
-            return EULERIAN[objective.derivative]
-        case ConsistencyConfig():
-            return CONSISTENCY
-        case _:
-            return ONE
-    return sum((calls for weight, calls in weighted if weight > 0), Calls())
-
-
-def velocity_calls(objective: TraFlowConfig) -> Calls:
-    """Those of the velocity term alone. It shares the jump of the states term where it can."""
-    is_shared = objective.weight_states > 0 and objective.velocity_mode == "trajectory"
-    jump = Calls() if is_shared else ONE
-    match objective.derivative:
-        case "finite_difference":
-            return jump + ONE
-        case "jvp":
-            return jump + Calls(0, 2)
-        case _:
-            return Calls(3)
-
 
 # -----------------------------------------------------------------------------------------------
 # Counts and bytes

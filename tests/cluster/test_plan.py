@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from cluster.calls import objective_calls
 from cluster.compose import compose
 from cluster.netcost import network_cost
-from cluster.plan import estimate, objective_calls, stream_plan, teacher_forwards
+from cluster.plan import estimate, stream_plan, teacher_forwards
 from distill.config import DiTConfig, ImageSpec, TeacherConfig, UNetConfig
 from distill.evaluate import evaluate
 from distill.generate import GeneratedShard
@@ -153,9 +154,9 @@ def test_blocks_cover_the_reads_and_no_more():
         [],
         ["trajectory.store_noise=false", "trajectory.dtype=float32"],
         ["objective=bezier", "trajectory.samples_per_shard=40", "trajectory.grid=16"],
-        ["trajectory.dtype=bfloat16", "trajectory.store_points=[0,2,4]"],
+        ["trajectory.dtype=bfloat16", "trajectory.store_points=[0,4,8]", "objective=endpoint"],
         ["trajectory.samples_per_shard=5", "trajectory.store_noise=false"],
-        ["data.size=32", "data.channels=3", "trajectory.store_points=[0,4]"],
+        ["data.size=32", "data.channels=3", "trajectory.store_points=[0,8]", "objective=endpoint"],
     ],
 )
 def test_shard_bytes_are_those_of_a_real_shard(overrides, tmp_path):
