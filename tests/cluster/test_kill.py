@@ -48,7 +48,7 @@ def tiny_run(root):
             "experiment=tiny",
             f"run.dir={root}",
             "~teacher",
-            "+teacher={mixture: {kind: analytic, path: " + str(path) + ", steps: 4}}",
+            "+teacher={mixture: {kind: analytic, path: " + str(path) + ", steps: 8}}",
             f"train.max_steps={STEPS}",
             "train.save_every=5",
         ]

@@ -88,7 +88,7 @@ def make_pool(folder, **cluster):
             "experiment=tiny",
             f"run.dir={folder}",
             "~teacher",
-            "+teacher={only: {kind: analytic, path: ring8, steps: 4}}",
+            "+teacher={only: {kind: analytic, path: ring8, steps: 8}}",
             *(f"cluster.teachers.{key}={value}" for key, value in cluster.items()),
         ]
     )
