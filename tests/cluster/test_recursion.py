@@ -21,7 +21,7 @@ from cluster.stages import Work, pretrain, run_spec, with_models
 from distill.config import ConfigError
 from distill.evaluate import evaluate
 from distill.export import export_run
-from distill.ledger import committed
+from distill.ledger import read_sidecar
 from distill.models import file_sha256, load_model
 from distill.rundir import RunDir
 from distill.shards import read_sample
@@ -40,7 +40,7 @@ for folder, *overrides in [words.split() for words in sys.argv[1:]]:
 
 def stored_states(run):
     """Noise, states [N, K+1, 1, 8, 8] and labels of a run's first shard."""
-    sidecar = committed(run)[0]
+    sidecar = read_sidecar(run, 0)
     samples = [read_sample(run, sidecar, k).astype("float32") for k in range(len(sidecar.labels))]
     states = torch.from_numpy(np.stack(samples))[:, 0]
     return states[:, 0], states, torch.tensor(sidecar.labels)
@@ -171,4 +171,5 @@ def test_reflow_of_reflow_of_reflow(tmp_path):
 
         times = torch.linspace(0, 1, 9, dtype=torch.float64)
         expected = solve(field, noise, times, "heun", 2)  # 16 steps on a grid of 8
-        torch.testing.assert_close(states, expected.transpose(0, 1), rtol=1e-3, atol=2e-3)
+        # The rounding of float16 at |x| < 8; the model before it is three times as far.
+        torch.testing.assert_close(states, expected.transpose(0, 1), rtol=0, atol=3e-3)
