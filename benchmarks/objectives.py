@@ -6,7 +6,8 @@
 Same trajectories, same student network, same optimiser for every objective. Two normalisations:
 equal optimiser steps, and equal work of the student in forwards (a backward pass counts as two,
 `cluster.plan.objective_calls`). Finished trainings are kept in benchmarks/.cache and not repeated
-while code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,md,png}.
+while code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,png}
+and its tables into docs/results.md.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import platform
 import sys
 import time
 from collections.abc import Iterator
@@ -225,6 +227,7 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "results.md")
     options = parser.parse_args()
     CACHE.mkdir(exist_ok=True)
     started = time.perf_counter()
@@ -257,6 +260,9 @@ def main() -> None:
     ]
     minutes = (time.perf_counter() - started) / 60
     found = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, no GPU used",
+        "command": " ".join(["python benchmarks/objectives.py", *sys.argv[1:]]),
         "quick": options.quick,
         "minutes": round(minutes, 1),
         "teachers": teachers,
@@ -266,7 +272,7 @@ def main() -> None:
     print(text)
     print(f"{minutes:.1f} minutes")
     if not options.quick:
-        summary.write(options.out, found, text)
+        summary.write(options.out, options.page, found, text)
 
 
 if __name__ == "__main__":

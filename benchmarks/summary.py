@@ -11,11 +11,12 @@ from typing import Any
 from matplotlib.figure import Figure
 
 NFE = ("1", "2", "4", "8")
+BEGIN, END = "<!-- objectives: begin -->", "<!-- objectives: end -->"
 
 
 def tables(found: dict[str, Any]) -> str:
     """Markdown: objectives by problem and normalisation, the teacher's curves, guides."""
-    parts = []
+    parts = [heading(found)]
     problems = list(found["teachers"])
     for table in ("equal steps", "equal compute"):
         for problem in problems:
@@ -118,9 +119,20 @@ def plot(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def write(folder: Path, found: dict[str, Any], text: str) -> None:
-    """objectives.json, objectives.md and objectives.png in `folder`."""
+def write(folder: Path, page: Path, found: dict[str, Any], text: str) -> None:
+    """objectives.json and objectives.png in `folder`; the tables between two marks of `page`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "objectives.json").write_text(json.dumps(found, indent=1) + "\n")
-    (folder / "objectives.md").write_text(text)
     plot(found).savefig(folder / "objectives.png", dpi=110)
+    before, rest = page.read_text().split(BEGIN)
+    _, after = rest.split(END)
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+
+
+def heading(found: dict[str, Any]) -> str:
+    """When, where and how long."""
+    return (
+        f"{found['date']}; {found['machine']}; `{found['command']}`, {found['minutes']} minutes. "
+        "Distance to the teacher and energy distance to samples of the data, mean ± standard "
+        "deviation over the seeds; s is seconds of training.\n"
+    )
