@@ -179,10 +179,10 @@ def code_hash() -> str:
 # Plan
 
 
-def plan(is_quick: bool) -> Iterator[tuple[str, Training]]:
+def plan(is_quick: bool, problems: list[str]) -> Iterator[tuple[str, Training]]:
     """(table, training) of everything to do."""
     objectives = {name: shipped(name) for name in OVERRIDES}
-    for problem in reversed(PROBLEMS):  # the longest first, so that no core idles at the end
+    for problem in reversed(problems):  # the longest first, so that no core idles at the end
         steps = make_problem(problem, is_quick).steps
         budget = EQUAL_COMPUTE * steps * objective_calls(EndpointConfig()).in_forwards
         for seed in SEEDS[: 1 if is_quick else None]:
@@ -222,6 +222,7 @@ def main() -> None:
     """Runs all of it and writes what it found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="one seed, short training")
+    parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument(
         "--tables", nargs="+", choices=TABLES, default=list(TABLES), help="leave out the others"
     )
@@ -234,8 +235,12 @@ def main() -> None:
     torch.set_num_threads(options.jobs)
     if not options.quick and "guides" in options.tables:
         prepare(CACHE / "reflowed")
-    teachers = {name: teacher_rows(name, options.quick) for name in PROBLEMS}
-    todo = [(table, t) for table, t in plan(options.quick) if table in options.tables]
+    teachers = {name: teacher_rows(name, options.quick) for name in options.problems}
+    todo = [
+        (table, training)
+        for table, training in plan(options.quick, options.problems)
+        if table in options.tables
+    ]
     unique = list(dict.fromkeys(repr(training) for _, training in todo))
     by_text = {repr(training): training for _, training in todo}
     results: dict[str, dict[str, Any]] = {}
