@@ -11,7 +11,6 @@ the tar, padded to a record of 10,240 bytes.
 from __future__ import annotations
 
 import json
-import tarfile
 from math import ceil, prod
 
 import numpy as np
@@ -48,14 +47,6 @@ def meta_json(spec: ShardSpec, sample_id: int, label: int) -> bytes:
 def state_bytes(spec: ShardSpec) -> int:
     """Length of a sample's states.npy."""
     return len(npy_header(spec)) + prod(spec.sample_shape) * stored_dtype(spec).itemsize
-
-
-def tar_header(name: str, num_bytes: int) -> bytes:
-    """The header of a tar member. All but name and size is fixed."""
-    member = tarfile.TarInfo(name)
-    member.size, member.mode, member.mtime = num_bytes, 0o444, 0
-    member.uname, member.gname = "bowstring", "bigdata"
-    return member.tobuf(tarfile.USTAR_FORMAT)
 
 
 def sample_room(spec: ShardSpec) -> int:

@@ -8,28 +8,25 @@ stored. No pickle. Equal states give equal bytes: names, order, times and header
 import errno
 import hashlib
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from webdataset.writer import TarWriter
 
 from distill.layout import (
     META,
     STATES,
-    TAR_BLOCK,
     meta_json,
     npy_header,
-    sample_room,
     state_bytes,
     state_offset,
     stored_dtype,
     tar_bytes,
-    tar_header,
 )
 from distill.ledger import (
     CorruptShard,
@@ -42,8 +39,6 @@ from distill.ledger import (
 )
 from distill.publish import publish, temporary_path
 from distill.rundir import RunDir
-
-WRITE_BYTES = 1_000_000  # of a tar, written and hashed at once
 
 
 @runtime_checkable
@@ -156,45 +151,43 @@ def _write_failure(run: RunDir, shard: int, num_bytes: int, error: OSError) -> s
     )
 
 
+class _Sink:
+    """A file that hashes what it is given, and swallows writes after one has failed: the tar stream
+    tries again when it is collected.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._failed = False
+        self.digest = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        """Number of bytes taken."""
+        if not self._failed:
+            self._failed = True
+            self._file.write(data)
+            self._failed = False
+            self.digest.update(data)
+        return len(data)
+
+
 def _write_tar(path: Path, spec: ShardSpec, generated: Trajectories, states: NDArray[Any]) -> str:
     """The sha256 of the tar in `path`, which is new and flushed to disk."""
-    digest = hashlib.sha256()
+    header = npy_header(spec)
+    content = states.astype(stored_dtype(spec).newbyteorder("<"), copy=False)
     with path.open("xb") as file:
-        for piece in _tar_pieces(spec, generated, states):
-            file.write(piece)
-            digest.update(piece)
+        sink = _Sink(file)
+        writer = TarWriter(sink, encoder=False, compress=False, mtime=0, user="bowstring")
+        for index, label, state in zip(
+            generated.ids.tolist(), generated.labels.tolist(), content, strict=True
+        ):
+            meta = meta_json(spec, index, label)
+            writer.write({"__key__": f"{index:012d}", META: meta, STATES: header + state.tobytes()})
+        writer.close()
         file.flush()
         os.fsync(file.fileno())
-    return digest.hexdigest()
-
-
-def _tar_pieces(
-    spec: ShardSpec, generated: Trajectories, states: NDArray[Any]
-) -> Iterator[memoryview]:
-    """The tar, some samples at a time: webdataset's own writer gives the same bytes, slower."""
-    head, size, start = _bytes(npy_header(spec)), state_bytes(spec), state_offset(spec, 0)
-    content = states.astype(stored_dtype(spec).newbyteorder("<"), copy=False)
-    content = content.reshape(len(states), -1).view(np.uint8)
-    at_once = max(1, WRITE_BYTES // sample_room(spec))
-    for first in range(0, len(states), at_once):
-        part = slice(first, first + at_once)
-        rows = np.zeros((len(content[part]), sample_room(spec)), dtype=np.uint8)
-        rows[:, start : start + len(head)] = head
-        rows[:, start + len(head) : start + size] = content[part]
-        for row, index, label in zip(
-            rows, generated.ids[part], generated.labels[part], strict=True
-        ):
-            meta = meta_json(spec, int(index), int(label))
-            assert len(meta) <= TAR_BLOCK
-            row[:TAR_BLOCK] = _bytes(tar_header(f"{index:012d}.{META}", len(meta)))
-            row[TAR_BLOCK : TAR_BLOCK + len(meta)] = _bytes(meta)
-            row[2 * TAR_BLOCK : start] = _bytes(tar_header(f"{index:012d}.{STATES}", size))
-        yield rows.reshape(-1).data
-    yield memoryview(bytes(tar_bytes(spec) - len(states) * sample_room(spec)))
-
-
-def _bytes(data: bytes) -> NDArray[np.uint8]:
-    return np.frombuffer(data, dtype=np.uint8)
+        assert file.tell() == tar_bytes(spec)
+    return sink.digest.hexdigest()
 
 
 # -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 import webdataset
 
-from distill import ledger, shards
+from distill import ledger
 from distill.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
 from distill.ledger import (
     CorruptShard,
@@ -161,8 +161,7 @@ def test_two_producers_write_the_same_bytes(run, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_the_bytes_are_those_of_webdatasets_own_writer(run, monkeypatch, dtype):
-    monkeypatch.setattr(shards, "WRITE_BYTES", 5000)  # several pieces, the last one smaller
+def test_the_bytes_are_those_of_webdatasets_own_writer(run, dtype):
     spec = replace(tiny_spec(7, dtype=dtype), image=(3, 9, 9))
     made = tiny_shard(spec, 123456)
     write_shard(run, spec, 123456, made, 1.0, "test")
@@ -257,7 +256,7 @@ def test_shard_of_another_run_is_refused_and_left(run):
     assert tar_path(run, 0).read_bytes() == before and not run.quarantine.exists()
 
 
-# Dies by SIGKILL at its n-th piece of a tar, flush or link, for n = 1, 2, .. until it commits.
+# Dies by SIGKILL at its n-th write, flush or link, for n = 1, 2, .. until it commits.
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
@@ -280,8 +279,7 @@ status, at = 1, 0
 while status != 0:
     at += 1
     if os.fork() == 0:
-        shards.WRITE_BYTES = 16_000
-        shards._bytes = deadly(shards._bytes, at)
+        shards._Sink.write = deadly(shards._Sink.write, at)
         os.fsync, os.link = deadly(os.fsync, at), deadly(os.link, at)
         write_tiny_shards(RunDir(Path(sys.argv[1]) / str(at)), tiny_spec(32), [0])
         os._exit(0)
