@@ -5,22 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from benchmarks.problems import Problem, Solved
-from benchmarks.student import averaged
+from benchmarks.student import averaged, fit
 from distill.config import DataConfig, DiTConfig, TrainConfig
 from distill.datasets import load_images
-from distill.engine import TorchEngine
 from distill.models import DESCRIPTION, load_model, save_model
 from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
 from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
 from distill.pretrain import ImageStream
 from distill.teachers.base import guided
 from distill.teachers.native import NativeTeacher
-from distill.train import learning_rate
 
 DATA = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 NETWORK = DiTConfig(patch_size=2, width=64, depth=3, num_heads=4, mlp_ratio=2.0)
@@ -33,12 +28,7 @@ def train_teacher(folder: Path, settings: TrainConfig) -> None:
     images, labels = load_images(DATA)
     stream = ImageStream(images, labels, 0, settings.batch_size, 0, 1, settings.label_dropout)
     network = build_network(NETWORK, DATA.image, 0)
-    engine = TorchEngine(network, settings, torch.device("cpu"))
-    objective = build_objective(ReflowConfig(), 0)
-    for step in range(settings.max_steps):
-        batch = stream.read(step)
-        engine.backward(objective.loss(batch, engine.student, engine.target, step).total, True)
-        engine.step(step, learning_rate(step, settings))
+    engine = fit(network, stream.read, ReflowConfig(), settings, 0)
     state = averaged(engine, build_network(NETWORK, DATA.image, 0)).state_dict()
     save_model(folder, state, NETWORK, DATA.image, {"kind": "teacher"})
 

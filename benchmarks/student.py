@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from distill.objective_config import ObjectiveConfig
 from distill.objectives import build_objective
 from distill.sample import few_step
 from distill.train import learning_rate
+from distill.trajectory import TrajectoryBatch
 
 NFE = (1, 2, 4, 8)
 
@@ -36,6 +38,23 @@ class Measured:
     seconds: float
 
 
+def fit(
+    network: AbstractNetwork,
+    read: Callable[[int], TrajectoryBatch],
+    objective: ObjectiveConfig,
+    settings: TrainConfig,
+    seed: int,
+) -> TorchEngine:
+    """The engine after all steps: `distill.train` without logs, checkpoints and resumption."""
+    engine = TorchEngine(network, settings, torch.device("cpu"))
+    loss = build_objective(objective, seed, gradient_norms=engine.gradient_norms)
+    for step in range(settings.max_steps):
+        terms = loss.loss(read(step), engine.student, engine.target, step)
+        engine.backward(terms.total, last=True)
+        engine.step(step, learning_rate(step, settings))
+    return engine
+
+
 def train_student(
     problem: Problem,
     trajectories: tuple[Tensor, Tensor],
@@ -44,14 +63,9 @@ def train_student(
     seed: int,
 ) -> tuple[AbstractNetwork, float]:
     """The average that is evaluated, as a network, and the seconds of training."""
-    engine = TorchEngine(problem.make_network(seed), settings, torch.device("cpu"))
-    loss = build_objective(objective, seed, gradient_norms=engine.gradient_norms)
     pairs = Pairs(*trajectories, seed, settings.batch_size)
     started = time.perf_counter()
-    for step in range(settings.max_steps):
-        terms = loss.loss(pairs.read(step), engine.student, engine.target, step)
-        engine.backward(terms.total, last=True)
-        engine.step(step, learning_rate(step, settings))
+    engine = fit(problem.make_network(seed), pairs.read, objective, settings, seed)
     seconds = time.perf_counter() - started
     return averaged(engine, problem.make_network(seed)), seconds
 

@@ -42,8 +42,7 @@ class Calls:
 
 
 ONE, CONSISTENCY = Calls(1), Calls(1, 2, 1)
-# A forward-mode derivative costs two forwards. Double backward runs forward, back, and back through
-# both: about three times one evaluation with its gradient.
+# A forward-mode derivative costs two forwards.
 EULERIAN = {"finite_difference": Calls(1, 1), "jvp": Calls(1, 2)}
 
 
@@ -82,5 +81,5 @@ def velocity_calls(objective: TraFlowConfig) -> Calls:
             return jump + ONE
         case "jvp":
             return jump + Calls(0, 2)
-        case _:
+        case _:  # forward, back, and back through both: about three evaluations with gradient
             return Calls(3)

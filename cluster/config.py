@@ -17,7 +17,7 @@ from distill.config import (
     check,
     check_positive,
 )
-from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
+from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig
 
 
 @dataclass
@@ -95,8 +95,7 @@ class RunConfig:
                 f"teacher.{name}.steps={teacher.steps} must be a multiple of "
                 f"trajectory.grid={self.trajectory.grid}",
             )
-        if isinstance(self.objective, TraFlowConfig):
-            self.objective.check_stored(self.trajectory.grid, self.trajectory.points)
+        self.objective.check_stored(self.trajectory.grid, self.trajectory.points)
         self.train.accumulation(self.cluster.trainer.num_workers)
         _check_precision(self.objective, self.train)
         stream = self.trajectory

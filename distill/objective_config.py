@@ -25,6 +25,9 @@ class ObjectiveConfig:
             "VGG16 weights",
         )
 
+    def check_stored(self, grid: int, points: list[int]) -> None:
+        """Raises ConfigError unless the stored states, at k / `grid` for k in `points`, suffice."""
+
 
 @dataclass
 class TraFlowConfig(ObjectiveConfig):
@@ -55,7 +58,7 @@ class TraFlowConfig(ObjectiveConfig):
         )
 
     def check_stored(self, grid: int, points: list[int]) -> None:
-        """Raises ConfigError unless the sampler's jumps go between stored points k of k / grid."""
+        """The sampler's jumps go between stored states."""
         for nfe in self.sampler_nfe:
             visited = {n * grid / nfe for n in range(nfe + 1)}
             check(
@@ -85,6 +88,15 @@ class BezierConfig(ObjectiveConfig):
         check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
         check_positive("objective", degree=self.degree)
         check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
+
+    def check_stored(self, grid: int, points: list[int]) -> None:
+        """A path of degree n is fitted through n - 1 states between the ends."""
+        check(
+            self.variant != "path" or len(points) - 2 >= self.degree - 1,
+            f"objective.degree={self.degree} of a path needs {self.degree - 1} stored states "
+            f"between the ends, not {len(points) - 2}; raise trajectory.grid={grid}, keep more points in "
+            "trajectory.store_points, or lower the degree",
+        )
 
 
 @dataclass

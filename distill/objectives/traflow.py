@@ -105,16 +105,16 @@ class TraFlow:
         straight:   x_t = (1 - t) x_0 + t x_1, against x_1 - x_0. It agrees with the flow map of
                     the reflowed model, and with the teacher's only where its paths are straight.
         """
-        config, times = self.config, batch.times
+        config = self.config
         distance, weight = self.distances.velocities, config.weight_velocity
-        is_straight = config.velocity_mode == "straight"
-        if is_straight:
-            jump = Call(interpolate(batch.noise, batch.best[:, -1], jump.t), jump.t, jump.s)
-        straight_slope = batch.best[:, -1] - batch.noise
-        if config.derivative == "finite_difference":
-            slope = straight_slope if is_straight else last_change(batch, b)
-            return finite_change_term(jump, times[b - 1], slope, distance, weight)
-        slope = straight_slope if is_straight else state_derivative(batch, b)
+        is_finite = config.derivative == "finite_difference"
+        if config.velocity_mode == "straight":
+            x_0, x_1 = batch.noise, batch.best[:, -1]
+            jump, slope = Call(interpolate(x_0, x_1, jump.t), jump.t, jump.s), x_1 - x_0
+        else:
+            slope = last_change(batch, b) if is_finite else state_derivative(batch, b)
+        if is_finite:
+            return finite_change_term(jump, batch.times[b - 1], slope, distance, weight)
         form = jvp_term if config.derivative == "jvp" else double_backward_term
         return form(jump, slope, student, batch.labels, distance, weight)
 

@@ -1,7 +1,6 @@
 """A shard is committed whole or not at all; a bad byte is found; a foreign shard is refused."""
 
 import errno
-import io
 import json
 import os
 import re
@@ -10,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +17,7 @@ import torch
 import webdataset
 
 from distill import ledger
-from distill.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
+from distill.layout import stored_dtype
 from distill.ledger import (
     CorruptShard,
     ForeignShard,
@@ -120,26 +118,6 @@ def test_bfloat16_holds_what_float16_cannot(run):
     assert torch.equal(found, made.states.bfloat16()) and found[1, 0, 2].isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-@pytest.mark.parametrize("store_noise", [True, False])
-@pytest.mark.parametrize("image", [(1, 8, 8), (3, 32, 32), (4, 32, 32)])
-@pytest.mark.parametrize("times", [(0.0, 1.0), (0.0, 0.25, 0.5, 1.0)])
-def test_sizes_are_known_before_anything_is_written(run, dtype, store_noise, image, times):
-    """The tar to the byte, tar and sidecar together within 1 %, for shards of any shape."""
-    for count, teachers in ((2, 1), (37, 3)):
-        spec = replace(
-            tiny_spec(count, teachers=teachers, dtype=dtype, store_noise=store_noise),
-            image=image,
-            times=times,
-        )
-        sidecar = write_shard(run, spec, count, tiny_shard(spec, count), 1.5, "host-1234")
-        size = tar_path(run, count).stat().st_size
-        whole = size + sidecar_path(run, count).stat().st_size
-        assert tar_bytes(spec) == size == sidecar.num_bytes
-        assert sidecar.member_bytes == state_bytes(spec)
-        assert tar_bytes(spec) + sidecar_bytes(spec, count) == pytest.approx(whole, rel=0.01)
-
-
 def test_sidecar_says_what_the_format_promises(run):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [1])
@@ -158,31 +136,6 @@ def test_two_producers_write_the_same_bytes(run, tmp_path):
     write_tiny_shards(run, spec, [3])
     write_tiny_shards(RunDir(tmp_path / "other"), spec, [3])
     assert tar_path(run, 3).read_bytes() == tar_path(RunDir(tmp_path / "other"), 3).read_bytes()
-
-
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_the_bytes_are_those_of_webdatasets_own_writer(run, dtype):
-    spec = replace(tiny_spec(7, dtype=dtype), image=(3, 9, 9))
-    made = tiny_shard(spec, 123456)
-    write_shard(run, spec, 123456, made, 1.0, "test")
-    plain = io.BytesIO()
-    writer = webdataset.TarWriter(plain, compress=False, mtime=0, user="bowstring")
-    for index, label, states in zip(made.ids, made.labels, made.states, strict=True):
-        bits = states.to(getattr(torch, dtype))
-        array = bits.view(torch.int16).numpy().view("u2") if dtype == "bfloat16" else bits.numpy()
-        meta = {"id": int(index), "label": int(label), "dtype": dtype}
-        writer.write({"__key__": f"{index:012d}", "meta.json": meta, "states.npy": array})
-    writer.close()
-    assert tar_path(run, 123456).read_bytes() == plain.getvalue()
-
-
-def test_header_is_numpys():
-    wide = tiny_spec(dtype="float32", teachers=1, grid=100)
-    for spec in (tiny_spec(), tiny_spec(dtype="bfloat16"), wide):
-        size = int(np.prod(spec.sample_shape)) * stored_dtype(spec).itemsize
-        array = np.load(io.BytesIO(npy_header(spec) + bytes(size)), allow_pickle=False)
-        assert array.shape == spec.sample_shape and array.dtype == stored_dtype(spec)
-        assert len(npy_header(spec)) % 64 == 0
 
 
 # -----------------------------------------------------------------------------------------------
