@@ -131,8 +131,12 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             "train.precision=bf16 is too coarse .* set objective.derivative=jvp",
         ),
         (
-            ["experiment=tiny", "objective=bezier", "objective.variant=path"]
-            + ["trajectory.store_points=[0,8]"],
+            [
+                "experiment=tiny",
+                "objective=bezier",
+                "objective.variant=path",
+                "trajectory.store_points=[0,8]",
+            ],
             "objective.degree=2 of a path needs 1 stored states between the ends, not 0",
         ),
         (
