@@ -94,8 +94,8 @@ class BezierConfig(ObjectiveConfig):
         check(
             self.variant != "path" or len(points) - 2 >= self.degree - 1,
             f"objective.degree={self.degree} of a path needs {self.degree - 1} stored states "
-            f"between the ends, not {len(points) - 2}; raise trajectory.grid={grid}, keep more points in "
-            "trajectory.store_points, or lower the degree",
+            f"between the ends, not {len(points) - 2}; raise trajectory.grid={grid}, keep more "
+            "points in trajectory.store_points, or lower the degree",
         )
 
 
