@@ -21,13 +21,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.problems import Field, Problem, Solved, VectorNetwork, mixture_problem
+from benchmarks.problems import MIXTURES, Field, Problem, Solved, mixture_problem
 from benchmarks.student import train_student
 from distill.config import TrainConfig
 from distill.objective_config import BezierConfig, ObjectiveConfig, ReflowConfig
-from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
+from distill.teachers.analytic import MixtureTeacher
 
-MIXTURES = {"ring8": ring, "mixture64": random_mixture}
 NOISE_OF_TEACHERS = 0.2  # standard deviation of the error of every mean, per axis
 NUM_NOISY = 4
 STEPS = 600  # of every student here
@@ -60,8 +59,7 @@ GUIDED = {f"{name}/{kind}": rows for name in MIXTURES for kind, rows in SETS.ite
 def guided_problem(name: str, folder: Path) -> Problem:
     """The problem "MIXTURE/SET"; reflowed teachers are kept in `folder`."""
     base, kind = name.split("/")
-    mixture = MIXTURES[base]()
-    exact = mixture_problem(base, mixture)
+    exact = mixture_problem(base)
     fine = exact.teachers[0]
     match kind:
         case "twice":
@@ -69,6 +67,7 @@ def guided_problem(name: str, folder: Path) -> Problem:
         case "cheap":
             teachers = (replace(fine, solver="euler", steps=8), fine)
         case "noisy":
+            mixture = MIXTURES[base][0]()
             teachers = tuple(replace(fine, field=perturbed(mixture, k)) for k in range(NUM_NOISY))
         case "reflowed":
             teachers = (reflowed(exact, 3, folder), reflowed(exact, 2, folder))
@@ -103,7 +102,7 @@ def reflowed(exact: Problem, times: int, folder: Path) -> Solved:
         network, _ = train_student(problem, pairs, ReflowConfig(), settings, times)
         folder.mkdir(parents=True, exist_ok=True)
         save_file(network.state_dict(), path)
-    network = VectorNetwork(exact.image.channels, 0)
+    network = exact.make_network(0)
     network.load_state_dict(load_file(path))
     network.eval().requires_grad_(False)
     return Solved(lambda x, t, label: network(x, t, t, label), "rk4", 8)

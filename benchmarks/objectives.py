@@ -45,7 +45,6 @@ from cluster.compose import compose  # noqa: E402
 from distill.config import NFE_PER_STEP, TrainConfig  # noqa: E402
 from distill.metrics import relative_distance  # noqa: E402
 from distill.objective_config import EndpointConfig, ObjectiveConfig  # noqa: E402
-from distill.teachers.analytic import random_mixture, ring  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / ".cache"
 SEEDS = (0, 1, 2)
@@ -106,7 +105,7 @@ def make_problem(name: str, is_quick: bool) -> Problem:
     if name == "digits":
         problem = digits_problem(CACHE / ("digits_quick" if is_quick else "digits"), is_quick)
     elif name in PROBLEMS:
-        problem = mixture_problem(name, {"ring8": ring, "mixture64": random_mixture}[name]())
+        problem = mixture_problem(name)
     else:
         problem = guided_problem(name, CACHE / "reflowed")
     if is_quick:
@@ -167,6 +166,7 @@ def code_hash() -> str:
         "noise.py",
         "paths.py",
         "solvers.py",
+        "times.py",
         "objective_config.py",
     ):
         sources += (ROOT / "distill").glob(pattern)

@@ -18,7 +18,7 @@ from distill.config import ImageSpec, NetworkConfig
 from distill.networks.layers import AbstractNetwork
 from distill.noise import permutation, sample_labels, sample_noise, uniform
 from distill.solvers import solve
-from distill.teachers.analytic import MixtureTeacher
+from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
 from distill.trajectory import TrajectoryBatch
 
 GRID = 8  # K, the product's default
@@ -29,14 +29,14 @@ Field = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class VectorNetwork(AbstractNetwork):
-    """u(x, t, s, label) for vectors [B, D, 1, 1]: a network of 0.25 M weights.
+    """u(x, t, s, label) for vectors [B, D, 1, 1]: a network of 0.25 to 0.3 M weights.
 
     Each hidden layer is scaled and shifted by an embedding of t and of s - t.
     """
 
     num_octaves, num_features = 4, 64
 
-    def __init__(self, dimensions: int, seed: int, width: int = 224, depth: int = 3) -> None:
+    def __init__(self, dimensions: int, seed: int, depth: int, width: int = 224) -> None:
         super().__init__(NetworkConfig(name="vector"), ImageSpec(dimensions, 1, 0))
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -140,20 +140,28 @@ def integrate(teacher: Solved, noise: Tensor, labels: Tensor, grid: int) -> Tens
     return torch.cat([part(x, y) for x, y in parts], dim=1)
 
 
-def mixture_problem(
-    name: str, mixture: MixtureTeacher, teachers: tuple[Solved, ...] = ()
-) -> Problem:
-    """A closed-form teacher; its own trajectories are exact to float32 rounding."""
+# Teacher, and hidden layers of the student's network: as many as `endpoint`, the best baseline at
+# one evaluation, is best with.
+MIXTURES: dict[str, tuple[Callable[[], MixtureTeacher], int]] = {
+    "ring8": (ring, 4),
+    "mixture64": (random_mixture, 3),
+}
+
+
+def mixture_problem(name: str) -> Problem:
+    """A closed-form teacher of `MIXTURES`; its trajectories are exact to float32 rounding."""
+    make, depth = MIXTURES[name]
+    mixture = make()
     exact = Solved(mixture.velocity, "rk4", 32)
     noise = torch.from_numpy(sample_noise(DATA_SEED, np.arange(4000), mixture.image.shape))
     data = mixture.sample(noise, torch.from_numpy(uniform(DATA_SEED, "data", 0, 4000)).float())
     return Problem(
         name=name,
         image=mixture.image,
-        teachers=teachers or (exact,),
+        teachers=(exact,),
         truth=Solved(mixture.velocity, "rk4", 64),
         data=data,
-        make_network=lambda seed: VectorNetwork(mixture.image.channels, seed),
+        make_network=lambda seed: VectorNetwork(mixture.image.channels, seed, depth),
         num_pairs=32_768,
         num_truth=4000,
         steps=1200,

@@ -20,6 +20,7 @@ from distill.solvers import solve, solve_by_jumps
 from distill.teachers import build_field
 from distill.teachers.base import FrozenTeacher, Guided
 from distill.teachers.native import Jumps
+from distill.times import sampler_times
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def integrate(
     """States of the teacher's ODE, or of its jumps, at t = 0, 1/K .. 1 from `noise`, K = `grid`.
 
     Raises:
-        ConfigError: teacher.steps is not a multiple of the grid.
+        ConfigError: teacher.steps is not a multiple of the grid, or its jumps leave a time out.
     """
     substeps, rest = divmod(config.steps, grid)
     check(
@@ -125,9 +126,17 @@ def integrate(
         return field(x, t.expand(len(x)), label)
 
     times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
-    if isinstance(field, Jumps):
-        return solve_by_jumps(beating(field.mean_velocity, beat), noise, times, label, substeps)
-    return solve(velocity, noise, times, config.solver, substeps)
+    if not isinstance(field, Jumps):
+        return solve(velocity, noise, times, config.solver, substeps)
+    visited = torch.tensor(sampler_times(config.steps), dtype=torch.float64)
+    kept = visited[::substeps]
+    check(
+        bool((kept - times).abs().max() < 1e-9),
+        f"teacher.steps={config.steps} jumps go through t = {visited.tolist()} and not through "
+        f"every state of trajectory.grid={grid}; raise teacher.steps",
+    )
+    u = beating(field.mean_velocity, beat)
+    return solve_by_jumps(u, noise, visited, label)[::substeps]
 
 
 def beating(u: MeanVelocity, beat: Callable[[], None]) -> MeanVelocity:

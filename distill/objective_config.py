@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from distill.config import check, check_choice, check_positive
+from distill.times import sampler_times
 
 
 @dataclass
@@ -60,12 +61,13 @@ class TraFlowConfig(ObjectiveConfig):
     def check_stored(self, grid: int, points: list[int]) -> None:
         """The sampler's jumps go between stored states."""
         for nfe in self.sampler_nfe:
-            visited = {n * grid / nfe for n in range(nfe + 1)}
+            visited = {time * grid for time in sampler_times(nfe)}
             check(
                 visited <= set(points),
-                f"objective.sampler_nfe={self.sampler_nfe}: {nfe} jumps visit times that are not "
-                f"stored; make trajectory.grid={grid} a multiple of {nfe}, keep those points in "
-                "trajectory.store_points, or leave it out of objective.sampler_nfe",
+                f"objective.sampler_nfe={self.sampler_nfe}: {nfe} jumps go through t = "
+                f"{sampler_times(nfe)}, and not all of these states are stored; choose another "
+                f"trajectory.grid={grid}, keep those points in trajectory.store_points, or leave "
+                f"{nfe} out of objective.sampler_nfe",
             )
 
 

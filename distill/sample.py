@@ -1,4 +1,4 @@
-"""Few-step sampling: x <- G(x, t_n, t_{n+1}) on the grid t_n = n / N, from noise to data.
+"""Few-step sampling: x <- G(x, t_n, t_{n+1}) at the times of `sampler_times`.
 
     from distill.sample import load_student
 
@@ -27,14 +27,15 @@ from distill.noise import sample_labels, sample_noise
 from distill.paths import MeanVelocity, jump
 from distill.pictures import tile, write_npz, write_png
 from distill.rundir import RunDir
+from distill.times import sampler_times
 
 
 @torch.no_grad()
 def few_step(
     u: MeanVelocity, noise: Float[Tensor, "B *S"], labels: Int[Tensor, "B"], nfe: int
 ) -> Float[Tensor, "B *S"]:
-    """x_1 after `nfe` jumps of equal length from `noise`: `nfe` network evaluations."""
-    times = torch.linspace(0, 1, nfe + 1, dtype=noise.dtype, device=noise.device)
+    """x_1 after `nfe` jumps from `noise`, at the times of `sampler_times`: `nfe` evaluations."""
+    times = torch.tensor(sampler_times(nfe), dtype=noise.dtype, device=noise.device)
     x = noise
     for t, s in itertools.pairwise(times):
         x = jump(u, x, t.expand(len(x)), s.expand(len(x)), labels)

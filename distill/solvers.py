@@ -11,6 +11,7 @@ One evaluation of v is one NFE, however many network forwards guidance makes of 
 A student has no need of them: it jumps, x <- G(x, t, t + h) = x + h u(x, t, t + h).
 """
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -75,18 +76,11 @@ def solve_by_jumps(
     x: Float[Tensor, "B *S"],
     times: Float[Tensor, "K1"],
     label: Int[Tensor, "B"],
-    substeps: int = 1,
 ) -> Float[Tensor, "K1 B *S"]:
-    """States at `times`, from `x` at the first, by `substeps` equal jumps in each interval."""
-    check_positive("solver", substeps=substeps)
+    """States at `times`, from `x` at the first, by one jump from each to the next."""
     states = [x]
-    for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        h = (end - start) / substeps
-        for index in range(substeps):
-            t = torch.full((len(x),), start + index * h, dtype=x.dtype, device=x.device)
-            s = torch.full_like(t, end if index == substeps - 1 else start + (index + 1) * h)
-            x = jump(u, x, t, s, label)
-        states.append(x)
+    for t, s in itertools.pairwise(times.to(x)):
+        states.append(jump(u, states[-1], t.expand(len(x)), s.expand(len(x)), label))
     return torch.stack(states)
 
 

@@ -37,6 +37,7 @@ from distill.objectives.consistency import consistency_term
 from distill.objectives.endpoint import output_term
 from distill.objectives.reflow import flow_matching_term
 from distill.paths import MeanVelocity, expand_as, interpolate
+from distill.times import sampler_times
 from distill.trajectory import TrajectoryBatch
 
 ADAPTIVE_RANGE = (0.01, 10.0)  # SCoT clips the adaptive weight of the velocity term so
@@ -126,7 +127,7 @@ class TraFlow:
 def draw_jump(
     times: Float[Tensor, "K1"], nfe: list[int], seed: int, step: int, batch: TrajectoryBatch
 ) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
-    """Grid indices a < b of a sampler's jump n/N -> (n+1)/N, N uniform in `nfe`, then n.
+    """Grid indices a < b of a jump of `sampler_times(N)`: N uniform in `nfe`, then the jump.
 
     With an empty `nfe`, any a < b of the grid: a uniform in 0 .. K-1, b in a+1 .. K.
 
@@ -138,12 +139,12 @@ def draw_jump(
         last = len(times) - 1
         a = draw_index(u, 0, last - 1)
         return a, draw_index(w, a + 1, last)
-    visited = [torch.linspace(0, 1, n + 1, dtype=times.dtype, device=times.device) for n in nfe]
+    visited = [torch.tensor(sampler_times(n), dtype=times.dtype, device=times.device) for n in nfe]
     gaps = (torch.cat(visited)[:, None] - times).abs()
     if bool((gaps.min(dim=1).values > 1e-6).any()):
         raise ConfigError(
             f"objective.sampler_nfe={nfe} visits times that are not stored; trajectory.grid must "
-            "be a multiple of each of them"
+            "hold the times of each of them"
         )
     index = gaps.argmin(dim=1)
     count = torch.tensor(nfe, device=times.device)

@@ -141,7 +141,7 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
         ),
         (
             ["experiment=tiny", "trajectory.store_points=[0,4,8]"],
-            "4 jumps visit times that are not stored",
+            "2 jumps go through t = .*, and not all of these states are stored",
         ),
         (["experiment=tiny", "foo"], "'foo'"),
     ],

@@ -1,5 +1,7 @@
 """Few-step sampling: exact for an exact map, the same picture for the same id."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -21,15 +23,20 @@ def test_exact_map_reaches_the_end_point_at_any_nfe(nfe):
     assert torch.allclose(x, FLOW.map(noise, 0.0, 1.0), atol=1e-13)
 
 
-def test_few_step_calls_the_network_nfe_times_on_the_uniform_grid():
+@pytest.mark.parametrize(
+    "times",
+    [[0.0, 1.0], [0.0, 0.75, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0]],
+    ids=lambda times: f"{len(times) - 1} NFE",
+)
+def test_few_step_calls_the_network_once_per_jump_between_the_samplers_times(times):
     calls = []
 
     def u(x, t, s, label):
         calls.append((t[0].item(), s[0].item()))
         return torch.zeros_like(x)
 
-    few_step(u, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), 4)
-    assert calls == [(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]
+    few_step(u, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), len(times) - 1)
+    assert calls == list(itertools.pairwise(times))
 
 
 def test_pixels_cover_the_range_and_clip():
