@@ -51,6 +51,19 @@ class Chaos:
         save_config(self.run, self.config)
         self.supervisor, self.env = None, os.environ | {"OMP_NUM_THREADS": "1"}
 
+    def limit_bytes(self, num_bytes):
+        """Sets the room for shards."""
+        self.config.trajectory.max_bytes = num_bytes
+        save_config(self.run, self.config)
+
+    def doom(self, shard, point):
+        """Has the first worker that takes `shard` die at `point` (`driver.py`)."""
+        (self.folder / f"doom/{shard:08d}").write_text(point)
+
+    def struck(self):
+        """The dooms that were met, one file each, as old as the death."""
+        return sorted((self.folder / "struck").iterdir())
+
     # -- Processes
 
     def start(self, stage="distil"):
@@ -112,10 +125,16 @@ class Chaos:
         later = (e for e in read_lines(self.run.events) if e["kind"] in kinds)
         return next((e["time"] - since for e in later if e["time"] > since), float("nan"))
 
+    def recovery_s(self, shard):
+        """Seconds from the death of the worker that made `shard` until the shard was there."""
+        died = (self.folder / f"struck/{shard:08d}").stat().st_mtime
+        times = [e["time"] for e in self.events("commit") if e["shard"] == shard]
+        return max(times, default=died) - died
+
     def wasted_nfe(self):
         """Velocity evaluations that are in no shard, and those that are in one."""
         beats = sum(path.stat().st_size for path in (self.folder / "beats").iterdir())
-        kept = sum(read_sidecar(self.run, shard).nfe for shard in self._all_shards())
+        kept = sum(read_sidecar(self.run, shard).nfe for shard in self.all_shards())
         return beats * self.config.trajectory.batch_size - kept, kept
 
     # -- The invariant
@@ -127,10 +146,11 @@ class Chaos:
         assert report["missing"] == [] and report["duplicate"] == []
         assert report["consumed_steps"] == self.config.train.max_steps
         assert self._consumed() == self._planned()
-        made = {shard: read_sidecar(self.run, shard).sha256 for shard in self._all_shards()}
+        made = {shard: read_sidecar(self.run, shard).sha256 for shard in self.all_shards()}
         assert made == self._undisturbed()
 
-    def _all_shards(self):
+    def all_shards(self):
+        """Numbers of the shards of the run."""
         return range(stream_plan(self.config).shards)
 
     def _consumed(self):
@@ -154,7 +174,7 @@ class Chaos:
         prints = {name: teacher.fingerprint for name, teacher in teachers.items()}
         spec = shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
         found = {}
-        for shard in self._all_shards():
+        for shard in self.all_shards():
             made = generate_shard(
                 teachers, config.teacher, config.trajectory, config.seed, shard, "cpu"
             )

@@ -390,7 +390,9 @@ def test_as_many_workers_are_wanted_as_fit_next_to_the_trainer(tmp_path):
 
 
 def test_a_limit_below_the_least_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"max_workers=1 is less than cluster\.teachers\.num_work"):
+    with pytest.raises(
+        ConfigError, match=r"max_workers=1 is less than cluster\.teachers\.num_work"
+    ):
         make_config(tmp_path, num_workers=2, max_workers=1)
 
 
