@@ -46,7 +46,7 @@ from distill.config import ConfigError
 from distill.ledger import ShardSpec, committed
 from distill.rundir import RunDir, append_line
 
-SCAN_PERIOD_S = 1.0  # how often the shard directory and the trainer's cursor are read
+SCAN_PERIOD_S = 1.0  # how often the shard directory is read
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -102,6 +102,8 @@ class TeacherPool:
         self._collect()
         self._ping(now)
         self._expire_loads(now)
+        # Every round: a trainer that is fast reads all of `ready_ahead` between two scans.
+        self._handle(CursorMoved(self._cursor()))
         self._handle(Tick())
         return self.is_done
 
@@ -137,7 +139,7 @@ class TeacherPool:
             self.members.append(Member(actor, actor.load.remote(), actor.progress.remote()))
 
     def _scan(self) -> None:
-        """Takes over what others changed in the directory: shards, trainer's position, target."""
+        """Takes over what others changed in the directory: shards and target."""
         self._follow()
         found, known = committed(self.run), self.coordinator.committed
         held = {member.shard for member in self.members}  # their own report is about to come
@@ -148,7 +150,6 @@ class TeacherPool:
             self._handle(Quarantined(shard))
         for shard in sorted(new):
             self._handle(Committed(shard, found[shard]))
-        self._handle(CursorMoved(self._cursor()))
         if self.coordinator.needs_room:
             step, block_shards = self._oldest.look(), self.config.trajectory.block_shards
             self._handle(Released(first_shard_read(self._order, block_shards, step)))

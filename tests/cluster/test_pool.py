@@ -97,12 +97,12 @@ def make_config(folder, address="", max_steps=6, **teachers):
     return config
 
 
-def make_pool(folder, **settings):
+def make_pool(folder, trainer_reads=False, **settings):
     config = make_config(folder, **settings)
     spec = shard_spec(
         config.seed, config.data.image, config.trajectory, config.teacher, {"only": "f" * 64}
     )
-    return TeacherPool(config, RunDir(folder), spec, stream_plan(config), trainer_reads=False)
+    return TeacherPool(config, RunDir(folder), spec, stream_plan(config), trainer_reads)
 
 
 def finish(pool, rounds=60):
@@ -117,6 +117,15 @@ def test_every_shard_is_leased_and_committed_once(ray, tmp_path):
     assert pool.is_done
     assert kinds.count("lease") == kinds.count("commit") == pool.plan.shards
     assert kinds.count("worker_join") == kinds.count("worker_leave") == len(ray.killed) == 2
+
+
+def test_shards_are_leased_as_soon_as_the_trainer_moves_on(ray, tmp_path):
+    """Between two scans of the directory, which never come here."""
+    pool = make_pool(tmp_path, trainer_reads=True, max_steps=40)
+    for block in range(4):
+        write_json(pool.run.cursor, {"block": block, "waiting_for": ""})
+        finish(pool)
+        assert len(pool.coordinator.committed) == 2 * (block + 1) + 4  # two a block, four ahead
 
 
 def test_a_worker_that_dies_is_replaced_and_its_shard_made_again(ray, tmp_path):
