@@ -49,7 +49,9 @@ class Chaos:
             ]
         )
         save_config(self.run, self.config)
-        self.supervisor, self.env = None, os.environ | {"OMP_NUM_THREADS": "1"}
+        # Ray makes its workers nice, and beside other work they would starve.
+        self.env = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
+        self.supervisor = None
 
     def limit_bytes(self, num_bytes):
         """Sets the room for shards."""

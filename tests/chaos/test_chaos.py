@@ -217,7 +217,8 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_roo
         while True:
             file.write(bytes(4096))
     assert case.supervisor.wait(timeout=300) == 1
-    assert "No space left on device" in case.log
+    assert "error: " in case.log and "No space left on device" in case.log
+    assert "Traceback" not in case.log
     ballast.unlink()
     case.start()
     case.finish()

@@ -58,6 +58,7 @@ def nodes(tmp_path, tmp_path_factory):
     token.touch(mode=0o600)
     token.write_text(secrets.token_hex(32))
     env = os.environ | {
+        "RAY_worker_niceness": "0",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
