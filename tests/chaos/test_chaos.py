@@ -6,10 +6,7 @@ the bytes that an undisturbed process gives it.
 """
 
 import os
-import subprocess
-import sys
 import time
-from contextlib import suppress
 
 import pytest
 
@@ -119,107 +116,22 @@ def kill_workers(case):
         worker.kill()
 
 
-def kill_supervisor(case):
-    """The process that holds the ledger, the run's lock, and Ray's daemons as its children."""
-    case.supervisor.kill()
-
-
-def kill_raylet(case):
-    """Ray's daemon of this machine."""
-    (raylet,) = case.processes("/raylet/raylet ")
-    raylet.kill()
-
-
-def kill_gcs(case):
-    """Ray's book-keeper."""
-    (server,) = case.processes("gcs_server ")
-    server.kill()
-
-
-# What is struck, and whether the same start of the run ends well.
-STRIKES = {
-    "nothing": (lambda case: None, True),
-    "trainer": (kill_trainer, True),
-    "teacher workers": (kill_workers, True),
-    "supervisor": (kill_supervisor, False),
-    "raylet": (kill_raylet, False),
-    "gcs": (kill_gcs, False),
-    "everything": (lambda case: case.kill_all(), False),
-}
+STRIKES = {"nothing": lambda case: None, "trainer": kill_trainer, "teacher workers": kill_workers}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STRIKES)
-def test_a_process_dies_and_the_same_command_goes_on(name, chaos):
-    strike, goes_on = STRIKES[name]
+def test_a_process_dies_and_the_run_goes_on(name, chaos):
     case = chaos()
     case.start()
     case.until_step(KILL_AT)
-    strike(case)
+    STRIKES[name](case)
     struck = time.time()
-    code = case.supervisor.wait(timeout=300)
-    ended_s = time.time() - struck
-    assert (code == 0) == goes_on, case.log
-    if not goes_on:
-        case.start()  # at once: nothing that is left of the first start is in the way
-        case.finish()
+    case.finish()
     case.check()
     wasted, kept = case.wasted_nfe()
-    print(f"\n{name}: exit code {code} after {ended_s:.1f} s,", end=" ")
-    print(f"next shard after {case.next_event_s(struck, 'commit'):.1f} s,", end=" ")
+    print(f"\n{name}: next shard after {case.next_event_s(struck, 'commit'):.1f} s,", end=" ")
     print(f"next training after {case.next_event_s(struck, 'resume'):.1f} s,", end=" ")
     print(f"wasted: {wasted} evaluations, {kept} kept")
     assert wasted <= 2 * kept // len(case.all_shards())
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_second_start_is_refused_as_long_as_the_first_one_lives(chaos):
-    case = chaos()
-    case.start()
-    case.until_step(KILL_AT)
-    (rank,) = case.processes("RayTrainWorker")
-    rank.suspend()
-    command = [sys.executable, "-m", "cluster.cli", "run", str(case.run.root)]
-    second = subprocess.run(command, capture_output=True, text=True, env=case.env)
-    assert second.returncode == 2 and "is being worked on by another process" in second.stderr
-    assert str(case.supervisor.pid) in second.stderr
-    rank.resume()
-    case.finish()
-    case.check()
-
-
-# -----------------------------------------------------------------------------------------------
-# Disk
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 24 MB at `tmp_path`."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(tmp_path)]
-    if subprocess.run(mount, capture_output=True).returncode != 0:
-        pytest.skip("a tmpfs cannot be mounted here; 'no room' above limits the size of a file")
-    yield tmp_path
-    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_room(
-    small_disk, chaos
-):
-    case = chaos()
-    case.start()
-    case.until_step(KILL_AT)
-    ballast = small_disk / "ballast"
-    with suppress(OSError), ballast.open("wb", buffering=0) as file:
-        while True:
-            file.write(bytes(4096))
-    assert case.supervisor.wait(timeout=300) == 1
-    assert "error: " in case.log and "No space left on device" in case.log
-    assert "Traceback" not in case.log
-    ballast.unlink()
-    case.start()
-    case.finish()
-    case.check()
