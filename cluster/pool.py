@@ -102,8 +102,7 @@ class TeacherPool:
         self._collect()
         self._ping(now)
         self._expire_loads(now)
-        # Every round: a trainer that is fast reads all of `ready_ahead` between two scans.
-        self._handle(CursorMoved(self._cursor()))
+        self._handle(CursorMoved(self._cursor()))  # between two scans a trainer may read far
         self._handle(Tick())
         return self.is_done
 
