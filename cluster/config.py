@@ -37,10 +37,19 @@ class WorkersConfig:
 
 @dataclass
 class TeacherPoolConfig(WorkersConfig):
-    """The teacher pool."""
+    """The teacher pool. On a cluster it has as many workers as fit, at least `num_workers`."""
 
+    max_workers: int = 0  # and at most these; 0: as many as fit. Without a cluster not used
     lease_timeout_s: float = 120.0  # for one velocity evaluation, and for loading the teachers
     max_attempts: int = 3  # a shard that failed this often is given up, with its traceback
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(
+            self.max_workers == 0 or self.max_workers >= self.num_workers,
+            f"cluster.teachers.max_workers={self.max_workers} is less than "
+            f"cluster.teachers.num_workers={self.num_workers}; 0 sets no limit",
+        )
 
 
 @dataclass

@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
+from cluster import production
 from cluster.config import RunConfig
 from cluster.coordinator import Coordinator
 from cluster.cursor import read_cursor
@@ -39,14 +40,13 @@ from cluster.messages import (
     Tick,
 )
 from cluster.plan import StreamPlan
-from cluster.production import check_fingerprints, production_limits, set_request_aside
-from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, most_workers, read_target
+from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, most_workers, wanted_workers
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.ledger import ShardSpec, committed
 from distill.rundir import RunDir, append_line
 
-SCAN_PERIOD_S = 1.0  # how often the shard directory and the trainer's cursor are read
+SCAN_PERIOD_S = 1.0  # how often the shard directory is read
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -67,23 +67,17 @@ class TeacherPool:
     deaths: int = 0  # since the last commit
 
     def __post_init__(self) -> None:
-        pool = self.config.cluster.teachers
-        limits = production_limits(self.config, self.plan, self.trainer_reads)
+        limits = production.production_limits(self.config, self.plan, self.trainer_reads)
         found = committed(self.run)
-        evicted = read_evicted(self.run, found)
-        self.coordinator = Coordinator(limits, found, evicted, cursor=self._cursor())
+        gone = read_evicted(self.run, found)
+        self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
         self._next_scan_s = self._next_ping_s = 0.0
-        self.target = pool.num_workers
+        self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
         self._event("pool", workers=self.target, most=most_workers(self.config.cluster))
-        self._actor_class = ray.remote(TeacherWorker).options(
-            num_cpus=pool.cpus_per_worker,
-            num_gpus=pool.gpus_per_worker,
-            resources={"teacher": 1.0},
-            max_concurrency=2,
-            max_restarts=0,
-        )
+        options = production.actor_options(self.config.cluster)
+        self._actor_class = ray.remote(TeacherWorker).options(**options)
 
     @property
     def is_done(self) -> bool:
@@ -108,6 +102,7 @@ class TeacherPool:
         self._collect()
         self._ping(now)
         self._expire_loads(now)
+        self._handle(CursorMoved(self._cursor()))  # between two scans a trainer may read far
         self._handle(Tick())
         return self.is_done
 
@@ -143,11 +138,8 @@ class TeacherPool:
             self.members.append(Member(actor, actor.load.remote(), actor.progress.remote()))
 
     def _scan(self) -> None:
-        """Takes over what others changed in the directory: shards, trainer's position, target."""
-        wanted = read_target(self.run)
-        if wanted is not None and wanted != self.target:
-            self.target = wanted
-            self._event("scale", workers=wanted)
+        """Takes over what others changed in the directory: shards and target."""
+        self._follow()
         found, known = committed(self.run), self.coordinator.committed
         held = {member.shard for member in self.members}  # their own report is about to come
         # Both before any is told: what follows from one changes what is known.
@@ -157,10 +149,17 @@ class TeacherPool:
             self._handle(Quarantined(shard))
         for shard in sorted(new):
             self._handle(Committed(shard, found[shard]))
-        self._handle(CursorMoved(self._cursor()))
         if self.coordinator.needs_room:
             step, block_shards = self._oldest.look(), self.config.trajectory.block_shards
             self._handle(Released(first_shard_read(self._order, block_shards, step)))
+
+    def _follow(self) -> None:
+        """Sets the target to what was asked for, and to what fits on the nodes there are now."""
+        nodes = ray.nodes() if self.config.cluster.address else []
+        wanted = wanted_workers(self.config.cluster, self.run, nodes)
+        if wanted != self.target:
+            self.target, self._most = wanted, max(wanted, self._most)
+            self._event("scale", workers=wanted)
 
     def _cursor(self) -> int:
         """First shard of the block the trainer reads."""
@@ -180,6 +179,9 @@ class TeacherPool:
             try:
                 result = ray.get(task)
             except RayActorError as error:
+                found = committed(self.run)
+                if member.shard in found:  # it died between its commit and its report
+                    self._handle(Committed(member.shard, found[member.shard]))
                 self._bury(member, str(error).strip().splitlines()[0])
             except RayTaskError as error:
                 self._failed(member, error)
@@ -188,7 +190,7 @@ class TeacherPool:
 
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
         if member.shard is None:
-            check_fingerprints(self.spec, result["worker"], result["fingerprints"])
+            production.check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             member.name = result["worker"]
             self._event("worker_join", **result)
             self._handle(Joined(member.name))
@@ -218,8 +220,9 @@ class TeacherPool:
     def _bury(self, member: Member, reason: str) -> None:
         """Forgets a worker that is lost; `_staff` starts another."""
         self.deaths += 1
+        self._follow()  # its node may be gone with it
         self._part(member, reason)
-        limit = DEATHS_PER_WORKER * max(1, self.target)
+        limit = DEATHS_PER_WORKER * max(1, self._most)  # a node may take most of them with it
         if self.deaths >= limit:
             raise PoolError(f"{limit} teacher workers died without making a shard; last: {reason}")
 
@@ -231,23 +234,24 @@ class TeacherPool:
             self._handle(Left(member.name, reason))
 
     def _ping(self, now: float) -> None:
-        """Asks busy workers for their progress; progress made is a heartbeat."""
+        """Asks workers for their progress, which is a heartbeat, and finds the dead idle ones."""
         for member in [m for m in self.members if m.ping is not None]:
-            ready, _ = ray.wait([member.ping], timeout=0)
-            if ready:
+            if ray.wait([member.ping], timeout=0)[0]:
                 self._take_ping(member, now)
         if now >= self._next_ping_s:
             self._next_ping_s = now + self.config.cluster.teachers.lease_timeout_s / 4
             for member in self.members:
-                if member.shard is not None and member.ping is None:
+                if member.ping is None:
                     member.ping = member.actor.progress.remote()
 
     def _take_ping(self, member: Member, now: float) -> None:
         ping, member.ping = member.ping, None
         try:
             name, samples = ray.get(ping)
-        except RayActorError:
-            return  # its task tells the same, and is dealt with there
+        except RayActorError as error:
+            if member.task is None:  # otherwise its task tells the same, and is dealt with there
+                self._bury(member, str(error).strip().splitlines()[0])
+            return
         if not member.name:
             member.name = name
             member.expires_s = now + self.config.cluster.teachers.lease_timeout_s
@@ -285,12 +289,9 @@ class TeacherPool:
             case Evicted(shards):
                 evict(self.run, shards, self._oldest.step)
             case GivenUp(shard, reason, error):
-                path = set_request_aside(self.run, shard, reason, error)
+                message = production.set_request_aside(self.run, shard, reason, error)
                 self._event("give_up", shard=shard, reason=reason)
-                raise PoolError(
-                    f"shard {shard} was given up after {reason}; see {path}. Mend the cause and "
-                    f"give the same command again. The last:\n{error}"
-                )
+                raise PoolError(message)
 
     def _member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)

@@ -6,10 +6,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from pathlib import Path
 from typing import Any
 
-from cluster.config import RunConfig
+from cluster.config import ClusterConfig, RunConfig
 from cluster.coordinator import Limits
 from cluster.plan import StreamPlan
 from distill.config import check
@@ -31,6 +30,18 @@ def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) 
     )
 
 
+def actor_options(cluster: ClusterConfig) -> dict[str, Any]:
+    """Options of a worker's Ray actor. Nobody but the pool starts one again."""
+    pool = cluster.teachers
+    return {
+        "num_cpus": pool.cpus_per_worker,
+        "num_gpus": pool.gpus_per_worker,
+        "resources": {"teacher": 1.0},
+        "max_concurrency": 2,
+        "max_restarts": 0,
+    }
+
+
 def check_fingerprints(spec: ShardSpec, worker: str, fingerprints: dict[str, Any]) -> None:
     """Raises ConfigError unless a worker holds the teachers of the run, weight for weight."""
     for teacher in spec.teachers:
@@ -42,9 +53,12 @@ def check_fingerprints(spec: ShardSpec, worker: str, fingerprints: dict[str, Any
         )
 
 
-def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> Path:
-    """The file in `quarantine/` that says why a shard cannot be made."""
+def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> str:
+    """What to tell the user of a shard that cannot be made; `quarantine/` gets a file with it."""
     path = run.quarantine / f"{shard:08d}-{uuid.uuid4().hex[:8]}" / f"{shard:08d}.reason.json"
     record = {"shard": shard, "reason": f"could not be made: {reason}", "traceback": traceback}
     write_json(path, {**record, "time": round(time.time(), 3)})
-    return path
+    return (
+        f"shard {shard} was given up after {reason}; see {path}. Mend the cause and give the same "
+        f"command again. The last:\n{traceback}"
+    )

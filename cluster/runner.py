@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 
 from cluster import stages
@@ -94,7 +95,8 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
             raise
         except Exception as error:  # the supervisor's one broad net: a failure is an exit code
             logger.debug("the run failed", exc_info=True)
-            append_line(session.run.events, {"kind": "failed", "error": str(error)})
+            with suppress(OSError):  # a full disk may be what it failed of
+                append_line(session.run.events, {"kind": "failed", "error": str(error)})
             session.bars.say(f"error: {error}")
             return 1
     return 0

@@ -2,12 +2,15 @@
 
     target.json   {"workers": 3}, written by `bowstring scale RUN 3`; the pool looks every second
 
-A pool that starts takes `cluster.teachers.num_workers` and removes what an earlier one left.
+A pool that starts takes `cluster.teachers.num_workers` and removes what an earlier one left. On a
+cluster it follows the nodes that come and go: as many workers as fit, at least `num_workers`, at
+most `max_workers` or what `scale` asks for.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,6 +70,35 @@ def read_target(run: RunDir) -> int | None:
         raise ConfigError(
             f"{run.target} is corrupt ({error}); write it again with `bowstring scale RUN N`"
         ) from error
+
+
+# -----------------------------------------------------------------------------------------------
+# What fits
+
+
+def wanted_workers(cluster: ClusterConfig, run: RunDir, nodes: list[dict[str, Any]]) -> int:
+    """Teacher workers that there shall be now; `nodes` is what Ray says of those of a cluster."""
+    pool, asked = cluster.teachers, read_target(run)
+    if not cluster.address:
+        return pool.num_workers if asked is None else asked
+    fit = sum(_fitting(cluster, node["Resources"]) for node in nodes if node["Alive"])
+    most = (pool.max_workers or math.inf) if asked is None else asked
+    return int(min(most, max(pool.num_workers, fit)))
+
+
+def _fitting(cluster: ClusterConfig, resources: dict[str, float]) -> int:
+    """Teacher workers that fit on a node next to the trainer ranks that it may have to take."""
+    pool, trainer = cluster.teachers, cluster.trainer
+    ranks = min(int(resources.get("trainer", 0.0)), trainer.num_workers)
+    fit = int(resources.get("teacher", 0.0))
+    for name, each, of_rank in (
+        ("CPU", pool.cpus_per_worker, trainer.cpus_per_worker),
+        ("GPU", pool.gpus_per_worker, trainer.gpus_per_worker),
+    ):
+        if each > 0:
+            free = resources.get(name, 0.0) - ranks * of_rank
+            fit = min(fit, math.floor(free / each + 1e-9))
+    return max(0, fit)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -17,7 +17,6 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchdiffeq import odeint
 
 from distill.config import check_choice, check_positive
 from distill.paths import MeanVelocity, jump
@@ -91,6 +90,9 @@ def dopri5(
 
     `tolerance` is both the relative and the absolute error allowed per step.
     """
+    # It imports SciPy, for more than a second, and a teacher worker has no use for either.
+    from torchdiffeq import odeint
+
     return odeint(
         lambda t, x: velocity(x, t), x, times, rtol=tolerance, atol=tolerance, method="dopri5"
     )

@@ -13,11 +13,11 @@ from cluster.member import Member
 from cluster.messages import Asked, Joined, Quarantined, Released
 from cluster.plan import stream_plan
 from cluster.pool import PoolError, TeacherPool
-from cluster.scale import read_target, staff, write_target
+from cluster.scale import read_target, staff, wanted_workers, write_target
 from cluster.status import quarantined, restarts
 from distill.config import ConfigError
 from distill.ledger import shard_spec
-from distill.rundir import RunDir, read_lines
+from distill.rundir import RunDir, read_lines, write_json
 
 
 @dataclass(eq=False)
@@ -82,20 +82,27 @@ def ray(monkeypatch):
     return fake
 
 
-def make_pool(folder, **cluster):
+def make_config(folder, address="", max_steps=6, **teachers):
     (config,) = compose(
         [
             "experiment=tiny",
             f"run.dir={folder}",
             "~teacher",
             "+teacher={only: {kind: analytic, path: ring8, steps: 8}}",
-            *(f"cluster.teachers.{key}={value}" for key, value in cluster.items()),
+            f"cluster.address={address}",
+            f"train.max_steps={max_steps}",
+            *(f"cluster.teachers.{key}={value}" for key, value in teachers.items()),
         ]
     )
+    return config
+
+
+def make_pool(folder, trainer_reads=False, **settings):
+    config = make_config(folder, **settings)
     spec = shard_spec(
         config.seed, config.data.image, config.trajectory, config.teacher, {"only": "f" * 64}
     )
-    return TeacherPool(config, RunDir(folder), spec, stream_plan(config), trainer_reads=False)
+    return TeacherPool(config, RunDir(folder), spec, stream_plan(config), trainer_reads)
 
 
 def finish(pool, rounds=60):
@@ -110,6 +117,15 @@ def test_every_shard_is_leased_and_committed_once(ray, tmp_path):
     assert pool.is_done
     assert kinds.count("lease") == kinds.count("commit") == pool.plan.shards
     assert kinds.count("worker_join") == kinds.count("worker_leave") == len(ray.killed) == 2
+
+
+def test_shards_are_leased_as_soon_as_the_trainer_moves_on(ray, tmp_path):
+    """Between two scans of the directory, which never come here."""
+    pool = make_pool(tmp_path, trainer_reads=True, max_steps=40)
+    for block in range(4):
+        write_json(pool.run.cursor, {"block": block, "waiting_for": ""})
+        finish(pool)
+        assert len(pool.coordinator.committed) == 2 * (block + 1) + 4  # two a block, four ahead
 
 
 def test_a_worker_that_dies_is_replaced_and_its_shard_made_again(ray, tmp_path):
@@ -344,3 +360,98 @@ def test_a_number_of_workers_that_cannot_be_is_refused(ray, tmp_path):
     run.target.write_text("3 workers")
     with pytest.raises(ConfigError, match=r"target\.json is corrupt"):
         read_target(run)
+
+
+# -----------------------------------------------------------------------------------------------
+# On a cluster
+
+
+def node(alive=True, **resources):
+    """A node as Ray tells of it."""
+    return {"Alive": alive, "Resources": {name: float(n) for name, n in resources.items()}}
+
+
+def test_as_many_workers_are_wanted_as_fit_next_to_the_trainer(tmp_path):
+    """Two ranks of one core each; a worker takes one core, and half a GPU in the second run."""
+    run = RunDir(tmp_path)
+    config = make_config(tmp_path, num_workers=1, address="there").cluster
+    empty = node(CPU=8)  # offers no place for teachers
+    both = node(CPU=4, teacher=4, trainer=8)
+    teachers = node(CPU=4, teacher=3)
+    for nodes, wanted in (
+        ([], 1),  # one is asked for in any case, and waits
+        ([empty], 1),
+        ([both], 2),
+        ([both, teachers], 5),
+        ([both, node(alive=False, CPU=4, teacher=3)], 2),
+    ):
+        assert wanted_workers(config, run, nodes) == wanted
+    config.teachers.gpus_per_worker = 0.5
+    assert wanted_workers(config, run, [teachers, node(CPU=4, teacher=3, GPU=1)]) == 2
+    config.teachers.max_workers = 4
+    config.teachers.gpus_per_worker = 0.0
+    assert wanted_workers(config, run, [both, teachers]) == 4
+    write_json(run.target, {"workers": 0})  # `bowstring scale RUN 0`
+    assert wanted_workers(config, run, [both, teachers]) == 0
+    config.address = ""
+    run.target.unlink()
+    assert wanted_workers(config, run, [both]) == 1  # on one machine nothing comes or goes
+
+
+def test_a_limit_below_the_least_is_refused(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"max_workers=1 is less than cluster\.teachers\.num_work"
+    ):
+        make_config(tmp_path, num_workers=2, max_workers=1)
+
+
+def test_a_node_that_takes_most_workers_with_it_does_not_stop_the_pool(ray, tmp_path, monkeypatch):
+    """8 of 9 workers die with their node, and 1 is wanted after that: no crash loop."""
+    there = [node(CPU=1, teacher=1), node(CPU=8, teacher=8)]
+    ray.nodes = lambda: there
+    ray.behaviour = lambda name, shard: "never"
+    pool = make_pool(tmp_path, num_workers=1, address="there", max_steps=40)
+    take_for_committed(pool, monkeypatch)
+    for _ in range(3):
+        pool._next_scan_s = 0.0
+        pool.poll()
+    assert [member.shard for member in pool.members] == list(range(9))
+    del there[1]
+    for member in pool.members[1:]:
+        member.task.value = ActorDiedError()
+    pool.poll()
+    assert pool.target == 1 and at_work(pool).joined == {"w1"}
+    ray.behaviour = lambda name, shard: {"bytes": 100, "seconds": 0.0}
+    pool.members[0].task.value = {"bytes": 100, "seconds": 0.0}
+    finish(pool)
+    assert pool.is_done and len(ray.actors) == 9
+
+
+def test_an_idle_worker_that_dies_is_found_and_replaced(ray, tmp_path, monkeypatch):
+    ray.behaviour = lambda name, shard: "never"
+    pool = make_pool(tmp_path, num_workers=5, lease_timeout_s=10)  # of a run of fewer shards
+    poll_by_the_second(pool, 4, monkeypatch)
+    (idle,) = [member for member in pool.members if member.shard is None]
+    idle.actor.progress = Method(lambda: ActorDiedError())
+    poll_by_the_second(pool, 12, monkeypatch)
+    assert idle.name not in at_work(pool).joined and len(at_work(pool).joined) == 5
+
+
+def test_a_shard_whose_producer_died_before_its_report_is_not_made_again(
+    ray, tmp_path, monkeypatch
+):
+    on_disk = {}
+    monkeypatch.setattr(pool_module, "committed", lambda run: dict(on_disk))
+
+    def behaviour(name, shard):
+        if shard != 1:
+            return {"bytes": 100, "seconds": 0.0}
+        on_disk[1] = 100
+        return ActorDiedError()
+
+    ray.behaviour = behaviour
+    pool = make_pool(tmp_path)
+    finish(pool)
+    assert pool.is_done
+    leased = [e["shard"] for e in read_lines(pool.run.events) if e["kind"] == "lease"]
+    assert leased.count(1) == 1

@@ -14,7 +14,7 @@ from cluster.job import TrainJob
 from cluster.runner import RunFailed, Stopped, TrainerGroup
 from cluster.stages import Work
 from distill.config import ConfigError
-from distill.rundir import RunDir, read_lines
+from distill.rundir import RunDir, append_line, read_lines
 
 
 @dataclass
@@ -176,3 +176,12 @@ def test_absent_images_are_named_before_anything_starts(teacher, tmp_path, monke
     (config,) = compose(overrides)
     with pytest.raises(ConfigError, match="apt-get install dataset-fashion-mnist"):
         runner.run(config)
+
+
+def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys):
+    (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}"])
+    run = RunDir(tmp_path / "run")
+    run.root.mkdir()
+    run.events.symlink_to("/dev/full")
+    assert runner.supervise(config, lambda session: append_line(run.events, {})) == 1
+    assert "error: [Errno 28] No space left on device" in capsys.readouterr().err

@@ -1,0 +1,89 @@
+"""A supervisor in a process of its own, for tests to kill: `python driver.py RUN_FOLDER STAGE`.
+
+Its teacher workers are the real ones and more: they count their velocity evaluations in
+`beats/PID`, one byte each, and one that finds its shard in `doom/SHARD` ends itself by kill -9 at
+the point that the file names. `struck/SHARD` then says that, and when, it did.
+"""
+
+import os
+import resource
+import signal
+import sys
+from pathlib import Path
+
+from cluster import pool, runner, stages
+from cluster.configfile import load_config
+from cluster.worker import TeacherWorker
+from distill import shards
+from distill.rundir import RunDir
+
+
+class DoomedWorker(TeacherWorker):
+    """A teacher worker that dies where it is told."""
+
+    def produce(self, shard):
+        """As the worker does, up to the point of its death."""
+        folder = self._run.root.parent
+        self._beats = os.open(folder / f"beats/{os.getpid()}", os.O_CREAT | os.O_APPEND | os.O_RDWR)
+        self._point, self._left = "", 3
+        self._struck = folder / f"struck/{shard:08d}"
+        try:
+            doom = folder / f"doom/{shard:08d}"
+            self._point = doom.read_text()
+            doom.rename(self._struck)  # once: the next worker lives
+        except FileNotFoundError:
+            pass
+        match self._point:
+            case "writing":
+                self._die_in_the_middle_of_the_tar()
+            case "named" | "published":
+                self._die_after_the_name(".tar" if self._point == "named" else ".json")
+            case "no room":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+                os.utime(self._struck)
+        result = super().produce(shard)
+        if self._point == "reporting":
+            self._die()
+        return result
+
+    def _beat(self):
+        super()._beat()
+        os.write(self._beats, b".")
+        self._left -= 1
+        if self._point == "generating" and self._left == 0:
+            self._die()
+
+    def _die(self):
+        os.utime(self._struck)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _die_in_the_middle_of_the_tar(self):
+        die = self._die
+
+        class Writer(shards.TarWriter):
+            num_written = 0
+
+            def write(self, sample):
+                size = super().write(sample)
+                self.num_written += 1
+                if self.num_written == 8:
+                    die()
+                return size
+
+        shards.TarWriter = Writer
+
+    def _die_after_the_name(self, ending):
+        link = os.link
+
+        def link_and_die(source, name, **options):
+            link(source, name, **options)
+            if str(name).endswith(ending):
+                self._die()
+
+        os.link = link_and_die
+
+
+if __name__ == "__main__":
+    pool.TeacherWorker = DoomedWorker
+    config = load_config(RunDir(Path(sys.argv[1])))
+    sys.exit(runner.supervise(config, vars(stages)[sys.argv[2]]))

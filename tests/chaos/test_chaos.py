@@ -1,0 +1,137 @@
+"""Whatever is killed, and whenever, the run ends with the same data as if nothing had happened.
+
+Each row is a fault; the theorem is `Chaos.check`: `verify` finds nothing missing, nothing twice and
+nothing corrupt, the trainer has consumed the planned sequence of (id, pass), and every shard has
+the bytes that an undisturbed process gives it.
+"""
+
+import os
+import time
+
+import pytest
+
+from cluster.cursor import read_cursor
+from cluster.plan import stream_plan
+from distill.ledger import committed, sidecar_path, tar_path
+
+KILL_AT = 12  # steps
+BLOCK, AHEAD = 2, 8  # shards
+FIT = 16  # shards that fit on disk, of the 120 that are made; the least that is not refused
+SAMPLE = 3072  # bytes in the tar: two headers, and the padded contents of two members
+
+# Where a teacher worker is ended, and on which shard: all of them in one run.
+WORKER_DIES = {
+    "generating": 2,
+    "writing": 3,  # a part of the tar is there, under a temporary name
+    "named": 4,  # the tar has its name, the sidecar is missing
+    "published": 5,  # the sidecar has its name too
+    "reporting": 6,  # all is done but the pool does not know
+    "no room": 7,  # the tar is larger than the system lets it be; not a death, a failure
+}
+
+
+def cut(path, size):
+    """Truncates a file."""
+    os.truncate(path, size)
+
+
+def put(path, at, data):
+    """Writes over a part of a file."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+def flip(path, at):
+    """Changes one bit."""
+    put(path, at, bytes([path.read_bytes()[at] ^ 1]))
+
+
+# What is done to a shard that is committed and not yet read; whether it must be set aside.
+DAMAGES = {
+    "tar cut at a member boundary": (lambda tar, sidecar: cut(tar, 4 * SAMPLE), True),
+    "tar cut in a header": (lambda tar, sidecar: cut(tar, 4 * SAMPLE + 100), True),
+    "tar cut in data": (lambda tar, sidecar: cut(tar, 4 * SAMPLE + 1700), True),
+    "end of the tar zeroed": (lambda tar, sidecar: put(tar, 8 * SAMPLE, bytes(8 * SAMPLE)), True),
+    "bit of the tar flipped": (lambda tar, sidecar: flip(tar, 4 * SAMPLE + 1700), True),
+    "bit of the sidecar flipped": (lambda tar, sidecar: flip(sidecar, 40), True),
+    "sidecar deleted": (lambda tar, sidecar: sidecar.unlink(), False),
+    "tar deleted": (lambda tar, sidecar: tar.unlink(), True),
+}
+
+
+@pytest.mark.timeout(600)  # under a minute on two idle cores
+def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(chaos):
+    """All of it in one run, where read shards must go to make room for new ones as well."""
+    case = chaos(f"trajectory.ready_ahead={AHEAD}", "train.max_steps=240")
+    case.limit_bytes(FIT * stream_plan(case.config).shard_bytes)
+    for point, shard in WORKER_DIES.items():
+        case.doom(shard, point)
+    case.start()
+    case.until_step(KILL_AT)
+    (rank,) = case.processes("RayTrainWorker")
+    rank.suspend()
+    first = (read_cursor(case.run)[0] + 1) * BLOCK  # nobody has read it, or what comes after it
+    case.until(lambda: first + AHEAD - 1 in committed(case.run))
+    case.kill_all()
+    killed = time.time()
+    for shard, (damage, _) in enumerate(DAMAGES.values(), first):
+        damage(tar_path(case.run, shard), sidecar_path(case.run, shard))
+
+    case.start()
+    case.finish()
+    case.check()
+    assert {int(path.name) for path in case.struck()} == set(WORKER_DIES.values())
+    aside = {int(path.name[:8]) for path in case.run.quarantine.iterdir()}
+    must = (must for _, must in DAMAGES.values())
+    assert aside == {shard for shard, is_bad in enumerate(must, first) if is_bad}
+    assert len(committed(case.run)) <= FIT
+
+    resumed = [event["step"] for event in case.events("resume")]
+    assert resumed[0] == 0 and len(resumed) == 2 and KILL_AT - 10 <= resumed[1] < 240
+    print()
+    for point, shard in WORKER_DIES.items():
+        print(f"worker, {point}: made good after {case.recovery_s(shard):.1f} s")
+    print(f"everything: the next step after {case.next_event_s(killed, 'steps'):.1f} s")
+    wasted, kept = case.wasted_nfe()
+    print(f"wasted: {wasted} evaluations, {kept} kept")
+    faults = len(WORKER_DIES) + len(DAMAGES)
+    workers = case.config.cluster.teachers.num_workers  # each may have been at work at the end
+    assert wasted <= (faults + workers) * kept // len(case.all_shards())
+
+
+# -----------------------------------------------------------------------------------------------
+# Processes
+
+
+def kill_trainer(case):
+    """A rank of the trainer: the supervisor starts the group again."""
+    (rank,) = case.processes("RayTrainWorker")
+    rank.kill()
+
+
+def kill_workers(case):
+    """Both teacher workers at once."""
+    for worker in case.processes("ray::DoomedWorker"):
+        worker.kill()
+
+
+STRIKES = {"nothing": lambda case: None, "trainer": kill_trainer, "teacher workers": kill_workers}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("name", STRIKES)
+def test_a_process_dies_and_the_run_goes_on(name, chaos):
+    case = chaos()
+    case.start()
+    case.until_step(KILL_AT)
+    STRIKES[name](case)
+    struck = time.time()
+    case.finish()
+    case.check()
+    wasted, kept = case.wasted_nfe()
+    print(f"\n{name}: next shard after {case.next_event_s(struck, 'commit'):.1f} s,", end=" ")
+    print(f"next training after {case.next_event_s(struck, 'resume'):.1f} s,", end=" ")
+    print(f"wasted: {wasted} evaluations, {kept} kept")
+    assert wasted <= 2 * kept // len(case.all_shards())
