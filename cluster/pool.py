@@ -43,10 +43,11 @@ from cluster.production import check_fingerprints, production_limits, set_reques
 from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, most_workers, read_target
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
-from distill.ledger import ShardSpec, committed
+from distill.ledger import ShardSpec
 from distill.rundir import RunDir, append_line
+from distill.store import committed
 
-SCAN_PERIOD_S = 1.0  # how often the shard directory and the trainer's cursor are read
+SCAN_PERIOD_S = 1.0  # at least, between two looks at the shards and the trainer's cursor
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -100,7 +101,7 @@ class TeacherPool:
         now = time.monotonic()
         if now >= self._next_scan_s:
             self._scan()
-            self._next_scan_s = now + SCAN_PERIOD_S
+            self._next_scan_s = now + max(SCAN_PERIOD_S, 10 * (time.monotonic() - now))
         if self.is_done:
             self.close()  # a shard that is quarantined later brings new workers
         else:

@@ -18,8 +18,8 @@ from cluster.job import stream_order
 from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
-from distill.ledger import committed
 from distill.rundir import RunDir, read_lines
+from distill.store import committed
 
 STEPS, KILL_AT = 120, 12
 FIT = 12  # shards that fit on disk, of the 60 that are made; the least that is not refused
