@@ -5,8 +5,9 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill.ledger import Sidecar
@@ -37,7 +38,7 @@ class ShardCache:
             return None
         if hashlib.sha256(content).hexdigest() != sidecar.sha256:
             return None
-        os.utime(path)
+        _touch(path)
         return content
 
     def read_part(self, sidecar: Sidecar, start: int, length: int) -> bytes | None:
@@ -51,8 +52,11 @@ class ShardCache:
             return None
 
     def add(self, sidecar: Sidecar, content: bytes) -> None:
-        """Keeps a copy, and deletes those that were not read for longest."""
+        """Keeps a copy, and deletes those that were not read for longest. Needs the lock."""
         write_atomic(self._path(sidecar), content)
+        _touch(self._path(sidecar))
+        for path in self._folder.glob(".*.tmp-*"):  # we hold the lock, so its process is dead
+            path.unlink()
         copies = sorted(self._folder.glob("*.tar"), key=lambda path: -path.stat().st_mtime_ns)
         room = CACHE_BYTES
         for path in copies:
@@ -67,3 +71,10 @@ class ShardCache:
         with (self._folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _touch(path: Path) -> None:
+    """Marks a copy as read now; the kernel's own times are too coarse to keep the order."""
+    now = time.time_ns()
+    with suppress(FileNotFoundError):  # another process needed its room
+        os.utime(path, ns=(now, now))
