@@ -97,7 +97,7 @@ def write_shard(
             return store.publish(sidecar, path)
     except OSError as error:
         message = _write_failure(store, shard, states.nbytes, error)
-        raise OSError(error.errno, message) from error
+        raise OSError(error.errno or errno.EIO, message) from error
 
 
 def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[Any]:
