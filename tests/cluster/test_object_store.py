@@ -115,7 +115,7 @@ def write_checkpoint(run, step):
     write_json(folder / "MANIFEST.json", {"step": step, "files": {"data": entry}})
 
 
-@pytest.mark.timeout(300)  # under a minute on two idle cores
+@pytest.mark.timeout(300)  # two starts of Ray, nearly all of it
 def test_shards_of_a_killed_run_in_s3_are_those_of_a_local_one(bucket, tmp_path, monkeypatch):
     config = tiny_run(tmp_path / "run", f"{bucket}/{uuid.uuid4().hex}")
     run, log = config.files, tmp_path / "log.txt"
