@@ -75,4 +75,6 @@ def open_run(folder: str) -> RunDir:
         raise ConfigError(
             f"there is no run at {root}" + (f"; there are: {others}" if others else "")
         )
-    return RunDir(root)
+    from cluster.configfile import shard_location
+
+    return RunDir(root, shard_location(RunDir(root)))

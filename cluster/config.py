@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from omegaconf import MISSING
 
@@ -18,6 +19,7 @@ from distill.config import (
     check_positive,
 )
 from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig
+from distill.rundir import RunDir
 
 
 @dataclass
@@ -96,7 +98,17 @@ class RunConfig:
     eval: EvalConfig = MISSING
     cluster: ClusterConfig = MISSING
 
+    @property
+    def files(self) -> RunDir:
+        """The run's files."""
+        return RunDir(Path(self.run.dir), self.trajectory.location)
+
     def __post_init__(self) -> None:
+        check(
+            not self.trajectory.location.startswith("memory:"),
+            f"trajectory.location={self.trajectory.location} lives in one process only, and a run "
+            "has many; take a folder or an object store such as s3://BUCKET/FOLDER",
+        )
         check(len(self.teacher) > 0, "teacher={} needs at least one teacher")
         for name, teacher in self.teacher.items():
             check(

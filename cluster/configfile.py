@@ -183,9 +183,24 @@ def move_to(tree: DictConfig, folder: str) -> None:
     """Points a stored configuration at `folder`: run.dir, and every path inside the old run.dir."""
     old = str(tree.run.dir)
     for teacher in tree.teacher.values():
-        if str(teacher.path).startswith(old + "/"):
-            teacher.path = folder + str(teacher.path)[len(old) :]
+        teacher.path = _moved(str(teacher.path), old, folder)
+    if "trajectory" in tree and "location" in tree.trajectory:
+        tree.trajectory.location = _moved(str(tree.trajectory.location), old, folder)
     tree.run.dir = folder
+
+
+def _moved(path: str, old: str, new: str) -> str:
+    """`path`, below `new` if it was below `old`."""
+    return new + path[len(old) :] if path.startswith(old + "/") else path
+
+
+def shard_location(run: RunDir) -> str:
+    """`trajectory.location` of a run as it was last started; "" before its first start."""
+    if not run.config.exists():
+        return ""
+    tree = read_tree(run.config)
+    location = str(OmegaConf.select(tree, "trajectory.location") or "")
+    return _moved(location, str(OmegaConf.select(tree, "run.dir")), str(run.root))
 
 
 def dotted(overrides: list[str]) -> DictConfig:

@@ -22,10 +22,10 @@ from cluster.config import RunConfig
 from cluster.job import stream_order
 from cluster.plan import StreamPlan
 from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check
-from distill.ledger import committed, tar_path
 from distill.manifest import committed_steps, verify
 from distill.order import Order
 from distill.rundir import RunDir, append_line, write_json
+from distill.store import committed, open_store
 
 # -----------------------------------------------------------------------------------------------
 # The record
@@ -58,8 +58,7 @@ def evict(run: RunDir, shards: tuple[int, ...], step: int) -> None:
     """Deletes the tars of `shards`, which lie behind the checkpoint of `step`."""
     append_line(run.events, {"kind": "evict", "shards": list(shards), "step": step})
     _record(run, recorded(run) | set(shards))
-    for shard in shards:
-        tar_path(run, shard).unlink(missing_ok=True)
+    open_store(run).delete_tars(shards)
 
 
 def forget_evicted(run: RunDir, first_shard: int) -> None:

@@ -11,9 +11,9 @@ from cluster.eviction import read_evicted
 from cluster.identity import check_identity, is_own
 from cluster.plan import stream_plan
 from distill.config import TeacherConfig
-from distill.ledger import committed
 from distill.manifest import latest_verified
 from distill.rundir import RunDir
+from distill.store import committed
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -23,9 +23,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         is_path = value.kind != "analytic" or Path(value.path).exists()
         return dataclasses.replace(value, path=_absolute(value.path)) if is_path else value
 
+    location = config.trajectory.location
+    location = location if "://" in location else _absolute(location)
     return dataclasses.replace(
         config,
         run=dataclasses.replace(config.run, dir=_absolute(config.run.dir)),
+        trajectory=dataclasses.replace(config.trajectory, location=location),
         data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
         teacher={name: teacher(value) for name, value in config.teacher.items()},
     )
@@ -79,7 +82,7 @@ def results_are_current(config: RunConfig, run: RunDir) -> bool:
 def is_finished(config: RunConfig) -> bool:
     """Whether nothing is left to do for `bowstring run`."""
     config = with_absolute_paths(config)
-    run = RunDir(Path(config.run.dir))
+    run = config.files
     has_report = run.report.exists()
     return has_report and is_distilled(config, run) and results_are_current(config, run)
 
@@ -87,7 +90,7 @@ def is_finished(config: RunConfig) -> bool:
 def check_all(configs: list[RunConfig]) -> None:
     """Raises ConfigError when one of the runs is there with other settings."""
     for config in configs:
-        check_identity(config, RunDir(Path(config.run.dir)))
+        check_identity(config, config.files)
 
 
 def unfinished(configs: list[RunConfig]) -> list[RunConfig]:
@@ -95,7 +98,7 @@ def unfinished(configs: list[RunConfig]) -> list[RunConfig]:
     left = []
     for config in configs:
         if is_finished(config):
-            print(f"nothing left to do; the report is at {RunDir(Path(config.run.dir)).report}")
+            print(f"nothing left to do; the report is at {config.files.report}")
         else:
             left.append(config)
     return left

@@ -35,7 +35,7 @@ PACKAGES = (
     "hydra-core",
 )
 TRAIN_LEFT_OUT = ("log_every", "save_every", "keep_last", "zero_stage", "micro_batch")
-TRAJECTORY_LEFT_OUT = ("ready_ahead", "max_bytes", "wait_timeout_s")
+TRAJECTORY_LEFT_OUT = ("location", "ready_ahead", "max_bytes", "wait_timeout_s")
 
 
 def _values(settings: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:

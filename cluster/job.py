@@ -32,7 +32,7 @@ class TrainJob:
     @property
     def run(self) -> RunDir:
         """Where this stage keeps its checkpoints, events and metrics."""
-        run = RunDir(Path(self.config.run.dir))
+        run = self.config.files
         return run.teacher if self.stage == "pretrain" else run
 
     @property

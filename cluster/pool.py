@@ -43,10 +43,11 @@ from cluster.plan import StreamPlan
 from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, most_workers, wanted_workers
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
-from distill.ledger import ShardSpec, committed
+from distill.ledger import ShardSpec
 from distill.rundir import RunDir, append_line
+from distill.store import committed
 
-SCAN_PERIOD_S = 1.0  # how often the shard directory is read
+SCAN_PERIOD_S = 1.0  # at least, between two looks at the shards
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -94,7 +95,7 @@ class TeacherPool:
         now = time.monotonic()
         if now >= self._next_scan_s:
             self._scan()
-            self._next_scan_s = now + SCAN_PERIOD_S
+            self._next_scan_s = now + max(SCAN_PERIOD_S, 10 * (time.monotonic() - now))
         if self.is_done:
             self.close()  # a shard that is quarantined later brings new workers
         else:
@@ -240,9 +241,8 @@ class TeacherPool:
                 self._take_ping(member, now)
         if now >= self._next_ping_s:
             self._next_ping_s = now + self.config.cluster.teachers.lease_timeout_s / 4
-            for member in self.members:
-                if member.ping is None:
-                    member.ping = member.actor.progress.remote()
+            for member in [m for m in self.members if m.ping is None]:
+                member.ping = member.actor.progress.remote()
 
     def _take_ping(self, member: Member, now: float) -> None:
         ping, member.ping = member.ping, None

@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from pathlib import Path
 
 from cluster import stages
 from cluster.config import RunConfig
@@ -32,7 +31,7 @@ from cluster.stages import Work
 from cluster.trainer import final_error, fit
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
-from distill.rundir import RunDir, append_line
+from distill.rundir import append_line
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def evaluate(config: RunConfig) -> int:
 def supervise(config: RunConfig, *chosen: Stage) -> int:
     """Exit code of the stages, one after the other, under the run's lock."""
     given, config = config, stages.with_models(with_absolute_paths(config))
-    with open_session(config, RunDir(Path(config.run.dir))) as session:
+    with open_session(config, config.files) as session:
         for note in check_or_write(config, session.run):
             session.bars.say(note)
         save_config(session.run, given)

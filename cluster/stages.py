@@ -25,9 +25,9 @@ from distill.export import latest_student
 from distill.ledger import ShardSpec, shard_spec
 from distill.manifest import latest_verified
 from distill.models import DESCRIPTION
-from distill.publish import clean_temporaries
 from distill.report import write_report
 from distill.rundir import RunDir
+from distill.store import open_store
 from distill.teachers import build_teacher
 
 
@@ -171,7 +171,7 @@ def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
 
 
 def _pool(session: Session, spec: ShardSpec, plan: StreamPlan, trainer_reads: bool) -> TeacherPool:
-    clean_temporaries(session.run.shards)
+    open_store(session.run).clear()
     assert plan.blocks == stream_order(session.config).num_blocks(session.config.train.max_steps)
     check_room(session.config, session.run, plan, trainer_reads)
     return TeacherPool(session.config, session.run, spec, plan, trainer_reads)

@@ -16,9 +16,9 @@ from cluster.eviction import read_evicted
 from cluster.plan import stream_plan
 from cluster.scale import PLANNED, staff
 from distill.cost import goodput
-from distill.ledger import committed
 from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.rundir import RunDir, read_lines
+from distill.store import committed, open_store
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
@@ -121,12 +121,13 @@ def shards(
 def quarantined(run: RunDir) -> list[dict[str, Any]]:
     """Shards that were set aside, each with its reason."""
     found = []
-    for path in sorted(run.quarantine.glob("*/*.reason.json")):
+    for folder, content in open_store(run).reasons().items():
         try:
-            note = json.loads(path.read_text())
+            note = json.loads(content)
             found.append({"shard": note["shard"], "reason": note["reason"]})
-        except (OSError, ValueError, KeyError, TypeError):
-            found.append({"shard": path.name.partition(".")[0], "reason": f"unreadable: {path}"})
+        except (ValueError, KeyError, TypeError):
+            reason = f"the reason in quarantine/{folder} is unreadable"
+            found.append({"shard": folder.partition("-")[0], "reason": reason})
     return found
 
 

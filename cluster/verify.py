@@ -26,19 +26,11 @@ from cluster.consumption import audit_consumption, planned_sha256
 from cluster.eviction import first_shard_read, recorded
 from cluster.identity import read_identity
 from distill.config import ConfigError
-from distill.ledger import (
-    SHARD_NAME,
-    CorruptShard,
-    MisplacedShard,
-    ShardSpec,
-    Sidecar,
-    committed,
-    read_sidecar,
-    verify_shard,
-)
+from distill.ledger import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.manifest import committed_steps, verify
 from distill.order import Order
 from distill.rundir import RunDir, read_lines
+from distill.store import open_store, read_sidecar, verify_shard
 
 
 def audit(run: RunDir) -> dict[str, Any]:
@@ -113,7 +105,7 @@ def audit(run: RunDir) -> dict[str, Any]:
 
 @dataclass
 class _Shards:
-    """What lies in `shards/`."""
+    """What lies where the shards do."""
 
     sidecars: dict[int, Sidecar] = field(default_factory=dict)  # of the sound ones
     misplaced: dict[int, Sidecar] = field(default_factory=dict)  # under another shard's name
@@ -125,15 +117,10 @@ class _Shards:
 
 def _audit_shards(run: RunDir) -> _Shards:
     """Checks every byte. Several threads, since hashing releases the interpreter."""
-    found, whole = _Shards(), committed(run)
-    names = {path.name for path in run.shards.iterdir()} if run.shards.is_dir() else set()
-    for name in sorted(names):
-        stem, _, kind = name.partition(".")
-        if SHARD_NAME.fullmatch(stem) and int(stem) not in whole:
-            if kind == "tar":
-                found.orphans.append(name)
-            elif kind == "json":
-                found.lost[int(stem)] = f"{name} has no tar"
+    found, listing = _Shards(), open_store(run).listing()
+    whole = listing.committed
+    found.orphans.extend(listing.orphans)
+    found.lost = {n: f"{shard_name(n)}.json has no tar" for n in listing.without_tar}
 
     def check(shard: int) -> Sidecar | CorruptShard | OSError:
         try:
@@ -236,9 +223,7 @@ def _produced_again(run: RunDir) -> list[int]:
 
 
 def _quarantined(run: RunDir) -> list[str]:
-    if not run.quarantine.is_dir():
-        return []
-    return sorted(path.name for path in run.quarantine.iterdir())
+    return list(open_store(run).reasons())
 
 
 # -----------------------------------------------------------------------------------------------

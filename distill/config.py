@@ -157,6 +157,21 @@ class TeacherConfig:
         check_positive("teacher", steps=self.steps, weight=self.weight)
 
 
+def check_location(location: str) -> None:
+    """Raises ConfigError unless trajectory.location may be written into files and messages."""
+    protocol, is_url, rest = location.partition("://")
+    # Not repeated in the message: it is a secret.
+    check(
+        not is_url or not set("@?*[") & set(rest),
+        f"trajectory.location={protocol}://... must be a plain address without user, password, "
+        "question mark or pattern; credentials come from the environment (docs/operations.md)",
+    )
+    check(
+        protocol != "file" or not is_url,
+        f"trajectory.location={location}: give a folder as a path, without file://",
+    )
+
+
 @dataclass
 class TrajectoryConfig:
     """The trajectory stream: what a shard holds and in which order it is read (docs/formats.md)."""
@@ -170,6 +185,7 @@ class TrajectoryConfig:
     store_noise: bool = True  # false: the reader makes it again from the sample id
     batch_size: int = 256  # samples a teacher integrates at once; fixed per run
     ready_ahead: int = 16  # shards at most beyond the block that is read
+    location: str = ""  # of the shards: a folder or an fsspec URL; "" is shards in the run's folder
     max_bytes: int = 20_000_000_000  # shards at most on disk, bytes
     wait_timeout_s: float = 900.0  # a reader waits this long for one block, then fails
 
@@ -184,6 +200,7 @@ class TrajectoryConfig:
             wait_timeout_s=self.wait_timeout_s,
         )
         check_choice("trajectory.dtype", self.dtype, ("float16", "bfloat16", "float32"))
+        check_location(self.location)
         check(
             self.points == sorted({*self.points})
             and (self.points[0], self.points[-1]) == (0, self.grid),

@@ -1,4 +1,4 @@
-"""What a run has cost so far, from its files. Standard library only."""
+"""What a run has cost so far, from its files. No torch."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from distill.rundir import RunDir, read_lines
+from distill.store import open_store
 
 
 def read_cost(run: RunDir) -> dict[str, float | int]:
@@ -18,7 +19,7 @@ def read_cost(run: RunDir) -> dict[str, float | int]:
     teacher_nfe: velocity evaluations of all teachers over all samples (guidance doubles the work
     of one, not the count). bytes: size of the committed shards.
     """
-    sidecars = [json.loads(path.read_text()) for path in sorted(run.shards.glob("*.json"))]
+    sidecars = [json.loads(content) for content in open_store(run).sidecars()]
     return {
         "teacher_device_s": round(sum(sidecar["seconds"] for sidecar in sidecars), 1),
         "train_device_s": round(train_device_s(run), 1),

@@ -30,11 +30,12 @@ from webdataset.writer import TarWriter
 from distill.config import check
 from distill.export import read_identity
 from distill.layout import stored_dtype
-from distill.ledger import ShardSpec, committed, read_sidecar
+from distill.ledger import ShardSpec
 from distill.noise import sample_noise
-from distill.publish import clean_temporaries, temporary_path
 from distill.rundir import RunDir, sync_directory, write_json
 from distill.shards import as_tensor, read_shard
+from distill.store import committed, read_sidecar
+from distill.temporaries import clean_temporaries, temporary_path
 
 INDEX, COUNTS = "index.json", "shard_count.json"
 

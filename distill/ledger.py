@@ -1,29 +1,28 @@
-"""The ledger of trajectory shards: the set of sidecars in `shards/`. No torch, no webdataset.
+"""The ledger of trajectory shards is the set of their sidecars. No torch, no webdataset.
 
-    shards/00000017.tar    the samples          published first, complete and flushed to disk
-    shards/00000017.json   its sidecar          published second: now the shard is committed
+    00000017.tar    the samples          published first, complete and flushed to disk
+    00000017.json   its sidecar          published second: now the shard is committed
 
-A shard is committed when both names exist. The sidecar holds the size and sha256 of the tar and of
-itself, so every byte of both can be proven. Names that start with a dot are in the making or left
-by a killed process; no reader looks at them. `distill.publish` makes the changes.
+A shard is committed when the sidecar and the tar that it means exist. The sidecar holds the size
+and sha256 of the tar and of itself, so every byte of both can be proven. What a sidecar says stands
+here; `distill.store` lists, reads and changes those of a run.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
-from distill.manifest import sha256_file
 from distill.rundir import RunDir
 
 FORMAT = 1
 SHARD_NAME = re.compile(r"\d{8,}")
+TAR_NAME = re.compile(r"(?P<shard>\d{8,})\.(?:[0-9a-f]{16}\.)?tar")  # the middle: of one producer
 
 
 class CorruptShard(RuntimeError):
@@ -151,6 +150,7 @@ class Sidecar:
         forwards: samples that went through a network.
         seconds: time it took to make.
         producer: who made it.
+        tar: name of the tar next to the sidecar; "" is the shard's number.
     """
 
     shard: int
@@ -164,16 +164,24 @@ class Sidecar:
     forwards: int
     seconds: float
     producer: str
+    tar: str = ""
 
     @property
     def ids(self) -> range:
         """Sample ids."""
         return self.spec.ids(self.shard)
 
+    @property
+    def tar_name(self) -> str:
+        """Name of the tar."""
+        return self.tar or f"{shard_name(self.shard)}.tar"
+
     def to_bytes(self) -> bytes:
         """The file's content: one JSON object, its own sha256 included."""
         tree = {"format": FORMAT, **asdict(self)}
         tree["bytes"] = tree.pop("num_bytes")
+        if not self.tar:
+            del tree["tar"]
         tree |= {"count": len(self.ids), "first_id": self.ids[0], "last_id": self.ids[-1]}
         tree["sidecar_sha256"] = _tree_hash(tree)
         return (json.dumps(tree) + "\n").encode()
@@ -190,13 +198,16 @@ class Sidecar:
             raise ValueError("its own sha256 does not match")
         if tree["format"] != FORMAT:
             raise ValueError(f"format {tree['format']} is not known")
-        values = {f.name: tree[f.name] for f in fields(Sidecar) if f.name != "num_bytes"}
-        values |= {"num_bytes": tree["bytes"], "spec": ShardSpec.from_json(tree["spec"])}
+        tree = {"tar": "", **tree, "num_bytes": tree["bytes"]}
+        values = {f.name: tree[f.name] for f in fields(Sidecar)}
+        values |= {"spec": ShardSpec.from_json(tree["spec"])}
         values |= {"labels": tuple(tree["labels"]), "offsets": tuple(tree["offsets"])}
         found = Sidecar(**values)
         ends = [offset + found.member_bytes for offset in found.offsets]
         if not len(found.ids) == len(found.labels) == len(ends) or max(ends) > found.num_bytes:
             raise ValueError("its index does not fit its size and count")
+        if not TAR_NAME.fullmatch(found.tar_name):
+            raise ValueError(f"{found.tar_name!r} is no name of a tar")
         return found
 
 
@@ -204,90 +215,73 @@ def _tree_hash(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Listing:
+    """What lies where the shards of a run lie.
+
+    Attributes:
+        committed: bytes of the tar of every committed shard, by number.
+        orphans: names of tars without a sidecar that means them: in the making, or of a producer
+            that was killed.
+        without_tar: shards with a sidecar whose tar is missing: evicted, or lost.
+    """
+
+    committed: dict[int, int]
+    orphans: tuple[str, ...]
+    without_tar: tuple[int, ...]
+
+
 # -----------------------------------------------------------------------------------------------
-# Reading the ledger
+# Names and checks
+
+
+def shard_name(shard: int) -> str:
+    """What the names of a shard's files begin with."""
+    return f"{shard:08d}"
 
 
 def tar_path(run: RunDir, shard: int) -> Path:
-    """The tar of a shard."""
-    return run.shards / f"{shard:08d}.tar"
+    """The tar of a shard in a local folder."""
+    return run.shards / f"{shard_name(shard)}.tar"
 
 
 def sidecar_path(run: RunDir, shard: int) -> Path:
-    """The sidecar of a shard."""
-    return run.shards / f"{shard:08d}.json"
+    """The sidecar of a shard in a local folder."""
+    return run.shards / f"{shard_name(shard)}.json"
 
 
-def committed(run: RunDir) -> dict[int, int]:
-    """Bytes of the tar of every committed shard, by number. Looks at names and sizes only."""
-    sizes: dict[int, int] = {}
-    sidecars: set[int] = set()
-    if run.shards.is_dir():
-        with os.scandir(run.shards) as entries:
-            for entry in entries:
-                stem, _, kind = entry.name.partition(".")
-                if not SHARD_NAME.fullmatch(stem):
-                    continue
-                if kind == "json":
-                    sidecars.add(int(stem))
-                elif kind == "tar":
-                    try:
-                        sizes[int(stem)] = entry.stat().st_size
-                    except FileNotFoundError:  # quarantined meanwhile
-                        continue
-    return {shard: sizes[shard] for shard in sorted(sizes.keys() & sidecars)}
-
-
-def is_committed(run: RunDir, shard: int) -> bool:
-    """Whether a shard is committed."""
-    return sidecar_path(run, shard).exists() and tar_path(run, shard).exists()
-
-
-def read_sidecar(run: RunDir, shard: int) -> Sidecar:
-    """The sidecar of a committed shard.
+def parse_sidecar(place: str, shard: int, data: bytes) -> Sidecar:
+    """The sidecar of shard `shard` from its bytes. `place` names it in messages, here and below.
 
     Raises:
-        FileNotFoundError: there is none.
-        CorruptShard: it is not what was written.
+        CorruptShard: it is not what was written, or of another shard.
     """
-    path = sidecar_path(run, shard)
     try:
-        sidecar = Sidecar.from_bytes(path.read_bytes())
+        sidecar = Sidecar.from_bytes(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptShard(f"{path}: {error}") from error
+        raise CorruptShard(f"sidecar of {place}: {error}") from error
     if sidecar.shard != shard:
-        raise MisplacedShard(f"{path}: it is the sidecar of shard {sidecar.shard}", sidecar)
+        raise MisplacedShard(f"{place}: its sidecar is of shard {sidecar.shard}", sidecar)
     return sidecar
 
 
-def check_size(run: RunDir, sidecar: Sidecar, num_bytes: int) -> None:
+def check_size(place: str, sidecar: Sidecar, num_bytes: int) -> None:
     """Raises CorruptShard unless `num_bytes` is the size the tar was committed with."""
     if num_bytes != sidecar.num_bytes:
-        raise CorruptShard(
-            f"{tar_path(run, sidecar.shard)}: {num_bytes} bytes instead of {sidecar.num_bytes}"
-        )
+        raise CorruptShard(f"{place}: {num_bytes} bytes instead of {sidecar.num_bytes}")
 
 
-def check_spec(run: RunDir, sidecar: Sidecar, spec: ShardSpec) -> None:
+def check_sha256(place: str, sidecar: Sidecar, sha256: str) -> None:
+    """Raises CorruptShard unless `sha256` is that of the tar that was committed."""
+    if sha256 != sidecar.sha256:
+        raise CorruptShard(f"{place}: sha256 differs from the sidecar")
+
+
+def check_spec(place: str, sidecar: Sidecar, spec: ShardSpec) -> None:
     """Raises ForeignShard unless a shard was made for `spec`."""
     if sidecar.spec != spec:
         raise ForeignShard(
-            f"{tar_path(run, sidecar.shard)} was made for another run "
+            f"{place} was made for another run "
             f"({spec.difference(sidecar.spec)}); it is left as it is and not trained on. Move "
             "foreign shards out of the folder, or take another run.name"
         )
-
-
-def verify_shard(run: RunDir, shard: int) -> Sidecar:
-    """The sidecar of a shard after every byte of it and of its tar was checked.
-
-    Raises:
-        FileNotFoundError: the shard is not there.
-        CorruptShard: a byte differs.
-    """
-    sidecar = read_sidecar(run, shard)
-    path = tar_path(run, shard)
-    check_size(run, sidecar, path.stat().st_size)
-    if sha256_file(path) != sidecar.sha256:
-        raise CorruptShard(f"{path}: sha256 differs from the sidecar")
-    return sidecar

@@ -19,9 +19,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class RunDir:
-    """Paths of a run below `root` (docs/formats.md)."""
+    """Paths of a run below `root` (docs/formats.md).
+
+    Attributes:
+        root: the run's folder.
+        location: where its shards lie: a folder, a URL, or "" for `shards` below `root`
+            (`distill.store`).
+    """
 
     root: Path
+    location: str = ""
 
     @property
     def identity(self) -> Path:
@@ -35,8 +42,13 @@ class RunDir:
 
     @property
     def shards(self) -> Path:
-        """Committed trajectory shards and their sidecars."""
-        return self.root / "shards"
+        """Committed trajectory shards and their sidecars, where they lie in a folder."""
+        return Path(self.location) if self.location else self.root / "shards"
+
+    @property
+    def cache(self) -> Path:
+        """Copies of shards that lie in an object store."""
+        return self.root / "cache"
 
     @property
     def evicted(self) -> Path:

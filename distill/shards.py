@@ -8,7 +8,6 @@ stored. No pickle. Equal states give equal bytes: names, order, times and header
 import errno
 import hashlib
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, runtime_checkable
 
@@ -28,17 +27,9 @@ from distill.layout import (
     stored_dtype,
     tar_bytes,
 )
-from distill.ledger import (
-    CorruptShard,
-    ShardSpec,
-    Sidecar,
-    check_size,
-    check_spec,
-    read_sidecar,
-    tar_path,
-)
-from distill.publish import publish, temporary_path
+from distill.ledger import CorruptShard, ShardSpec, Sidecar, check_spec
 from distill.rundir import RunDir
+from distill.store import ShardStore, open_store, read_sidecar
 
 
 @runtime_checkable
@@ -86,30 +77,27 @@ def write_shard(
         ForeignShard: the place is taken by a shard of another run.
     """
     assert generated.ids.tolist() == list(spec.ids(shard))
-    states = _to_stored(spec, generated)
-    temporary = temporary_path(tar_path(run, shard))
+    states, store = _to_stored(spec, generated), open_store(run)
     try:
-        run.shards.mkdir(parents=True, exist_ok=True)
-        sha256 = _write_tar(temporary, spec, generated, states)
-        sidecar = Sidecar(
-            shard=shard,
-            spec=spec,
-            num_bytes=tar_bytes(spec),
-            sha256=sha256,
-            labels=tuple(generated.labels.tolist()),
-            offsets=tuple(state_offset(spec, index) for index in range(len(states))),
-            member_bytes=state_bytes(spec),
-            nfe=generated.nfe,
-            forwards=generated.forwards,
-            seconds=round(seconds, 3),
-            producer=producer,
-        )
-        return publish(run, sidecar, temporary)
+        with store.room_for(shard) as path:
+            sha256 = _write_tar(path, spec, generated, states)
+            sidecar = Sidecar(
+                shard=shard,
+                spec=spec,
+                num_bytes=tar_bytes(spec),
+                sha256=sha256,
+                labels=tuple(generated.labels.tolist()),
+                offsets=tuple(state_offset(spec, index) for index in range(len(states))),
+                member_bytes=state_bytes(spec),
+                nfe=generated.nfe,
+                forwards=generated.forwards,
+                seconds=round(seconds, 3),
+                producer=producer,
+            )
+            return store.publish(sidecar, path)
     except OSError as error:
-        raise OSError(error.errno, _write_failure(run, shard, states.nbytes, error)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        message = _write_failure(store, shard, states.nbytes, error)
+        raise OSError(error.errno or errno.EIO, message) from error
 
 
 def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[Any]:
@@ -139,15 +127,15 @@ def _is_bits(spec: ShardSpec) -> bool:
     return spec.dtype == "bfloat16"
 
 
-def _write_failure(run: RunDir, shard: int, num_bytes: int, error: OSError) -> str:
+def _write_failure(store: ShardStore, shard: int, num_bytes: int, error: OSError) -> str:
     advice = {
         errno.ENOSPC: "; free some space, or lower trajectory.max_bytes",
         errno.EDQUOT: "; the quota is used up: free some space, or lower trajectory.max_bytes",
         errno.EFBIG: "; lower trajectory.samples_per_shard, or raise the limit (ulimit -f)",
     }.get(error.errno or 0, "")
     return (
-        f"shard {shard} ({num_bytes:,} bytes) could not be written to {run.shards}: "
-        f"{error.strerror}{advice}"
+        f"shard {shard} ({num_bytes:,} bytes) could not be written to {store.root}: "
+        f"{error.strerror or error}{advice}"
     )
 
 
@@ -210,15 +198,12 @@ def read_shard(
         CorruptShard: a byte is not as it was written.
         ForeignShard: it was made for another run.
     """
-    sidecar = read_sidecar(run, shard)
-    check_spec(run, sidecar, spec)
-    content = tar_path(run, shard).read_bytes()
-    check_size(run, sidecar, len(content))
-    if hashlib.sha256(content).hexdigest() != sidecar.sha256:
-        raise CorruptShard(f"{tar_path(run, shard)}: sha256 differs from the sidecar")
-    view = memoryview(content)
+    store, sidecar = open_store(run), read_sidecar(run, shard)
+    place = store.place(shard)
+    check_spec(place, sidecar, spec)
+    view = memoryview(store.read_tar(sidecar))
     for index, offset in enumerate(sidecar.offsets):
-        states[index] = _decode(run, sidecar, index, view[offset : offset + sidecar.member_bytes])
+        states[index] = _decode(place, sidecar, index, view[offset : offset + sidecar.member_bytes])
     labels[:] = sidecar.labels
     return sidecar
 
@@ -226,26 +211,24 @@ def read_shard(
 def read_sample(run: RunDir, sidecar: Sidecar, sample_id: int) -> NDArray[Any]:
     """Stored states [M, points, C, H, W] of one sample (`stored_dtype`), by one positioned read.
 
-    Size and member header are checked, the sha256 is not.
+    Size and member header are checked, the sha256 is not. From an object store the whole shard is
+    copied to the cache first, with its sha256 checked.
 
     Raises:
         FileNotFoundError: the shard is not there.
         CorruptShard: another size or header than was committed.
     """
-    index = sidecar.ids.index(sample_id)
-    with tar_path(run, sidecar.shard).open("rb", buffering=0) as file:
-        check_size(run, sidecar, os.fstat(file.fileno()).st_size)
-        content = os.pread(file.fileno(), sidecar.member_bytes, sidecar.offsets[index])
-    return _decode(run, sidecar, index, memoryview(content)).copy()
+    store, index = open_store(run), sidecar.ids.index(sample_id)
+    content = store.read_part(sidecar, sidecar.offsets[index], sidecar.member_bytes)
+    return _decode(store.place(sidecar.shard), sidecar, index, memoryview(content)).copy()
 
 
-def _decode(run: RunDir, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[Any]:
+def _decode(place: str, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[Any]:
     """The array in a states.npy, a view of `content`."""
     header, spec = npy_header(sidecar.spec), sidecar.spec
     if bytes(content[: len(header)]) != header or len(content) != state_bytes(spec):
         raise CorruptShard(
-            f"{tar_path(run, sidecar.shard)}: sample {sidecar.ids[index]} is not the array that "
-            "its sidecar promises"
+            f"{place}: sample {sidecar.ids[index]} is not the array that its sidecar promises"
         )
     dtype = stored_dtype(spec).newbyteorder("<")
     return np.frombuffer(content[len(header) :], dtype=dtype).reshape(spec.sample_shape)

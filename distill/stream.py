@@ -19,12 +19,12 @@ from torch import Tensor
 
 from distill.config import ConfigError, TrajectoryConfig, check
 from distill.layout import stored_dtype
-from distill.ledger import CorruptShard, ShardSpec, is_committed
+from distill.ledger import CorruptShard, ShardSpec
 from distill.noise import sample_noise
 from distill.order import Order
-from distill.publish import mark, quarantine
 from distill.rundir import RunDir
 from distill.shards import as_tensor, read_shard
+from distill.store import open_store
 from distill.trajectory import TrajectoryBatch
 
 POLL_S = 0.1  # how often a missing shard is looked for
@@ -234,7 +234,7 @@ class _Loading(threading.Thread):
                     self.num_ready += 1
             if missing:
                 self.doing = f"shard {missing[0]} is not there yet"
-                time.sleep(POLL_S)
+                time.sleep(max(POLL_S, open_store(self._run).pause_s))
         if self.cancelled:
             return
         ids = np.arange(spec.ids(self._shards[0])[0], spec.ids(self._shards[-1])[-1] + 1)
@@ -248,14 +248,15 @@ class _Loading(threading.Thread):
 
     def _read(self, shard: int, states: np.ndarray, labels: np.ndarray) -> bool:
         """Whether the shard was there and good."""
-        if not is_committed(self._run, shard):
+        store = open_store(self._run)
+        if not store.has(shard):
             return False
         try:
-            seen = mark(self._run, shard)
+            seen = store.mark(shard)
             read_shard(self._run, self._spec, shard, states, labels)
         except FileNotFoundError:  # another rank has set it aside meanwhile
             return False
         except CorruptShard as error:
-            quarantine(self._run, shard, str(error), seen)
+            store.quarantine(shard, str(error), seen)
             return False
         return True

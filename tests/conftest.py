@@ -1,7 +1,13 @@
 """A finished run in miniature: a checkpoint, its teacher, and what evaluation and report read."""
 
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 
+import fsspec
 import pytest
 import torch
 
@@ -13,6 +19,7 @@ from distill.networks import build_network
 from distill.rundir import RunDir, append_line, write_json
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
+PAGE = 5
 TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
 
 
@@ -51,3 +58,29 @@ def teachers(finished_run) -> dict[str, TeacherConfig]:
 def data() -> DataConfig:
     """Real digits."""
     return DIGITS
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory) -> Iterator[str]:
+    """URL of a bucket on a server that speaks S3: moto's, a process on this machine.
+
+    A page of a list has PAGE names, not 1,000, so that small tests need several.
+    """
+    log = tmp_path_factory.mktemp("s3") / "log.txt"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
+    with log.open("w") as file:
+        environment = os.environ | {"MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE)}
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+    deadline = time.monotonic() + 30
+    while "Running on " not in log.read_text():
+        assert server.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    address = log.read_text().partition("Running on ")[2].split()[0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL_S3", address)
+        patch.setenv("AWS_ACCESS_KEY_ID", "tests")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "not-a-secret")
+        fsspec.filesystem("s3", use_listings_cache=False).mkdir("bowstring")
+        yield "s3://bowstring"
+    server.terminate()
+    server.wait()

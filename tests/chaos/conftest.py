@@ -17,9 +17,10 @@ from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
 from distill.generate import generate_shard
-from distill.ledger import read_sidecar, shard_spec
+from distill.ledger import shard_spec
 from distill.rundir import RunDir, read_lines
 from distill.shards import write_shard
+from distill.store import read_sidecar
 from distill.teachers import build_teacher
 
 DRIVER = Path(__file__).parent / "driver.py"

@@ -12,7 +12,8 @@ import pytest
 
 from cluster.cursor import read_cursor
 from cluster.plan import stream_plan
-from distill.ledger import committed, sidecar_path, tar_path
+from distill.ledger import sidecar_path, tar_path
+from distill.store import committed
 
 KILL_AT = 12  # steps
 BLOCK, AHEAD = 2, 8  # shards

@@ -20,9 +20,10 @@ from cluster.facts import has_all_shards
 from cluster.job import stream_order
 from cluster.plan import stream_plan
 from distill.config import ConfigError
-from distill.ledger import committed, sidecar_path, tar_path
+from distill.ledger import sidecar_path, tar_path
 from distill.manifest import sha256_file, step_name
 from distill.rundir import RunDir, read_lines, write_json
+from distill.store import committed
 from distill.testing import tiny_spec, write_tiny_shards
 
 

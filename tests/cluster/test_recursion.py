@@ -21,11 +21,11 @@ from cluster.stages import Work, pretrain, run_spec, with_models
 from distill.config import ConfigError
 from distill.evaluate import evaluate
 from distill.export import export_run
-from distill.ledger import read_sidecar
 from distill.models import file_sha256, load_model
 from distill.rundir import RunDir
 from distill.shards import read_sample
 from distill.solvers import solve
+from distill.store import read_sidecar
 
 CHAIN = """
 import sys

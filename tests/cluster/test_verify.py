@@ -16,8 +16,8 @@ from cluster.verify import audit
 from distill.config import ConfigError
 from distill.ledger import sidecar_path, tar_path
 from distill.order import Order
-from distill.publish import mark, quarantine
 from distill.rundir import RunDir, append_line, write_json
+from distill.store import open_store
 from distill.testing import tiny_spec, write_tiny_shards
 
 # Blocks of 2 shards of 4 samples, read twice: 16 entries a block, 8 a step, so 2 steps a block.
@@ -103,7 +103,7 @@ def test_a_shard_that_was_not_needed_yet_is_not_missing(run):
 
 
 def test_quarantine_is_a_loss_only_until_it_is_made_good(run):
-    quarantine(run, 1, "a flipped byte", mark(run, 1))
+    open_store(run).quarantine(1, "a flipped byte", open_store(run).mark(1))
     found = audit(run)
     assert [entry["shard"] for entry in found["missing"]] == [1]
     write_tiny_shards(run, tiny_spec(), [1])

@@ -18,19 +18,11 @@ import webdataset
 
 from distill import ledger
 from distill.layout import stored_dtype
-from distill.ledger import (
-    CorruptShard,
-    ForeignShard,
-    Sidecar,
-    committed,
-    read_sidecar,
-    sidecar_path,
-    tar_path,
-    verify_shard,
-)
-from distill.publish import clean_temporaries, mark, quarantine, temporary_path
+from distill.ledger import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
 from distill.rundir import RunDir
 from distill.shards import as_tensor, read_sample, read_shard, write_shard
+from distill.store import committed, open_store, read_sidecar, verify_shard
+from distill.temporaries import clean_temporaries, temporary_path
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
 
@@ -322,16 +314,16 @@ def test_any_flipped_byte_is_found(run):
 def test_quarantine_moves_and_tells_the_reason(run):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [0, 1])
-    seen = mark(run, 0)
-    folder = quarantine(run, 0, "a flipped byte", seen)
+    seen = open_store(run).mark(0)
+    folder = Path(open_store(run).quarantine(0, "a flipped byte", seen))
     assert committed(run).keys() == {1}
     reason = json.loads((folder / "00000000.reason.json").read_text())
     assert (reason["shard"], reason["reason"]) == (0, "a flipped byte")
     assert (folder / "00000000.tar").exists() and (folder / "00000000.json").exists()
     # A slower reader that saw the same bad bytes must not set the new, good shard aside.
-    assert quarantine(run, 0, "a flipped byte", seen) is None
+    assert open_store(run).quarantine(0, "a flipped byte", seen) is None
     write_tiny_shards(run, spec, [0])
-    assert quarantine(run, 0, "a flipped byte", seen) is None
+    assert open_store(run).quarantine(0, "a flipped byte", seen) is None
     assert committed(run).keys() == {0, 1}
 
 
