@@ -127,8 +127,9 @@ class TraFlow:
 def draw_jump(
     times: Float[Tensor, "K1"], nfe: list[int], seed: int, step: int, batch: TrajectoryBatch
 ) -> tuple[Int[Tensor, "B"], Int[Tensor, "B"]]:
-    """Grid indices a < b of a jump of `sampler_times(N)`: N uniform in `nfe`, then the jump.
+    """Grid indices a < b of a jump of `sampler_times(N)`, N uniform in `nfe`.
 
+    The jump is the one that holds a uniform time, so a long one is drawn more often.
     With an empty `nfe`, any a < b of the grid: a uniform in 0 .. K-1, b in a+1 .. K.
 
     Raises:
@@ -139,19 +140,19 @@ def draw_jump(
         last = len(times) - 1
         a = draw_index(u, 0, last - 1)
         return a, draw_index(w, a + 1, last)
-    visited = [torch.tensor(sampler_times(n), dtype=times.dtype, device=times.device) for n in nfe]
-    gaps = (torch.cat(visited)[:, None] - times).abs()
-    if bool((gaps.min(dim=1).values > 1e-6).any()):
+    visited = torch.full((len(nfe), max(nfe) + 1), 1.0, dtype=times.dtype)
+    for row, n in zip(visited, nfe, strict=True):
+        row[: n + 1] = torch.tensor(sampler_times(n))
+    visited = visited.to(times.device)
+    gaps = (visited[:, :, None] - times).abs()
+    if bool((gaps.min(dim=2).values > 1e-6).any()):
         raise ConfigError(
             f"objective.sampler_nfe={nfe} visits times that are not stored; trajectory.grid must "
             "hold the times of each of them"
         )
-    index = gaps.argmin(dim=1)
-    count = torch.tensor(nfe, device=times.device)
-    first = (count + 1).cumsum(0) - (count + 1)  # where the times of each N start in `index`
-    level = draw_index(u, 0, len(nfe) - 1)
-    place = first[level] + draw_index(w, torch.zeros_like(level), count[level] - 1)
-    return index[place], index[place + 1]
+    index, level = gaps.argmin(dim=2), draw_index(u, 0, len(nfe) - 1)
+    place = (visited[level] <= w[:, None]).sum(dim=1) - 1
+    return index[level, place], index[level, place + 1]
 
 
 def states_term(

@@ -89,11 +89,11 @@ def drawn(nfe: list[int], grid: int = 8, count: int = 9600) -> collections.Count
     return collections.Counter(zip(a.tolist(), b.tolist(), strict=True))
 
 
-def test_only_the_jumps_of_the_sampler_are_drawn_each_level_equally_often():
+def test_only_the_jumps_of_the_sampler_are_drawn_by_their_length_each_level_equally_often():
     found, levels = drawn([2, 4, 8]), {n: jumps_of_the_sampler(n, 8) for n in (2, 4, 8)}
     expected: collections.Counter = collections.Counter()
     for jumps in levels.values():  # 3/4 -> 1 is a jump of two samplers
-        expected.update(dict.fromkeys(jumps, 3200 / len(jumps)))
+        expected.update({(a, b): 3200 * (b - a) / 8 for a, b in jumps})
     assert found.keys() == expected.keys()
     for jump, count in expected.items():
         assert found[jump] == pytest.approx(count, rel=0.25)
