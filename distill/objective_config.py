@@ -36,13 +36,13 @@ class TraFlowConfig(ObjectiveConfig):
 
     name: str = "traflow"
     weight_output: float = 1.0
-    weight_states: float = 1.0
-    weight_velocity: float = 0.05
+    weight_states: float = 0.5
+    weight_velocity: float = 0.2
     weight_consistency: float = 0.0
     weight_flow_matching: float = 0.0
     weights: str = "fixed"  # fixed | adaptive (by the gradient's norm, relative to the first term)
     sampler_nfe: list[int] = field(
-        default_factory=lambda: [2, 2, 4, 4, 8]
+        default_factory=lambda: [2, 4, 4, 8]
     )  # jumps of the states and velocity terms: those of samplers with so many steps; []: any
     velocity_mode: str = "trajectory"  # straight | trajectory
     derivative: str = "finite_difference"  # jvp | double_backward | finite_difference
