@@ -61,7 +61,7 @@ OVERRIDES = {  # the shipped settings, by name in configs/objective
 TEACHER_NFE = (1, 2, 4, 8, 16)
 TABLES = ("equal steps", "equal compute", "guides")
 # Work of the second normalisation: so many times that of `endpoint` at equal steps.
-EQUAL_COMPUTE = 2
+EQUAL_COMPUTE = 1.5
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def plan(is_quick: bool, problems: list[str]) -> Iterator[tuple[str, Training]]:
             for row, objective in objectives.items():
                 yield "equal steps", Training(problem, row, objective, steps, seed, is_quick)
                 if not is_quick:
-                    same = budget // objective_calls(objective).in_forwards
+                    same = int(budget // objective_calls(objective).in_forwards)
                     yield "equal compute", Training(problem, row, objective, same, seed, is_quick)
     if not is_quick:
         for name, rows in GUIDED.items():

@@ -37,7 +37,7 @@ class TraFlowConfig(ObjectiveConfig):
     name: str = "traflow"
     weight_output: float = 1.0
     weight_states: float = 0.5
-    weight_velocity: float = 0.2
+    weight_velocity: float = 0.15
     weight_consistency: float = 0.0
     weight_flow_matching: float = 0.0
     weights: str = "fixed"  # fixed | adaptive (by the gradient's norm, relative to the first term)
