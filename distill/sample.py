@@ -9,7 +9,6 @@ Image i of a seed is always the same: its noise and label come from (seed, i), s
 matter how many are drawn or in which batches.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +23,10 @@ from distill.config import ConfigError, ImageSpec, check
 from distill.export import latest_student
 from distill.models import load_model
 from distill.noise import sample_labels, sample_noise
-from distill.paths import MeanVelocity, jump
+from distill.paths import MeanVelocity
 from distill.pictures import tile, write_npz, write_png
 from distill.rundir import RunDir
+from distill.solvers import solve_by_jumps
 from distill.times import sampler_times
 
 
@@ -35,11 +35,8 @@ def few_step(
     u: MeanVelocity, noise: Float[Tensor, "B *S"], labels: Int[Tensor, "B"], nfe: int
 ) -> Float[Tensor, "B *S"]:
     """x_1 after `nfe` jumps from `noise`, at the times of `sampler_times`: `nfe` evaluations."""
-    times = torch.tensor(sampler_times(nfe), dtype=noise.dtype, device=noise.device)
-    x = noise
-    for t, s in itertools.pairwise(times):
-        x = jump(u, x, t.expand(len(x)), s.expand(len(x)), labels)
-    return x
+    times = torch.tensor(sampler_times(nfe), dtype=torch.float64)
+    return solve_by_jumps(u, noise, times, labels)[-1]
 
 
 def to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:

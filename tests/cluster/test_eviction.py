@@ -21,8 +21,8 @@ from cluster.job import stream_order
 from cluster.plan import stream_plan
 from distill.config import ConfigError
 from distill.ledger import sidecar_path, tar_path
-from distill.manifest import sha256_file, step_name
-from distill.rundir import RunDir, read_lines, write_json
+from distill.manifest import step_name
+from distill.rundir import RunDir, read_lines
 from distill.store import committed
 from distill.testing import tiny_spec, write_tiny_shards
 
@@ -33,15 +33,6 @@ def make_config(folder, steps=200, **trajectory):
     return dataclasses.replace(
         config, trajectory=dataclasses.replace(config.trajectory, **trajectory)
     )
-
-
-def write_checkpoint(run, step):
-    folder = run.checkpoints / step_name(step)
-    folder.mkdir(parents=True)
-    (folder / "data").write_bytes(b"weights")
-    entry = {"bytes": 7, "sha256": sha256_file(folder / "data")}
-    write_json(folder / "MANIFEST.json", {"step": step, "files": {"data": entry}})
-    return folder
 
 
 @pytest.fixture
@@ -79,7 +70,7 @@ def test_a_corrupt_record_is_refused_and_left(run):
     assert run.evicted.read_text() == '{"shards": [[0'
 
 
-def test_the_oldest_checkpoint_that_verifies_decides(run):
+def test_the_oldest_checkpoint_that_verifies_decides(run, write_checkpoint):
     assert oldest_verified(run.checkpoints) == 0
     damaged = write_checkpoint(run, 2)
     write_checkpoint(run, 4)
@@ -101,7 +92,7 @@ def test_shards_are_made_again_when_the_checkpoint_behind_them_is_gone(run):
     assert [e["shards"] for e in read_lines(run.events) if e["kind"] == "make_again"] == [[2, 3]]
 
 
-def test_a_run_without_checkpoints_makes_all_that_it_evicted_again(run, tmp_path):
+def test_a_run_without_checkpoints_makes_all_that_it_evicted_again(run, tmp_path, write_checkpoint):
     config = make_config(run.root)
     plan = stream_plan(config)
     config = make_config(run.root, max_bytes=20 * plan.shard_bytes)
@@ -137,7 +128,7 @@ def test_a_run_that_could_stop_for_want_of_room_is_refused(fit, is_enough, run):
             check_room(config, run, plan, trainer_reads=True)
 
 
-def test_shards_made_without_training_must_all_fit(run):
+def test_shards_made_without_training_must_all_fit(run, write_checkpoint):
     plan = stream_plan(make_config(run.root))
     config = make_config(run.root, max_bytes=99 * plan.shard_bytes)
     with pytest.raises(ConfigError, match=r"100 shards .* without training.*use `bowstring run`"):
@@ -146,7 +137,7 @@ def test_shards_made_without_training_must_all_fit(run):
     check_room(config, run, plan, trainer_reads=False)
 
 
-def test_shards_that_are_there_and_still_needed_count(run):
+def test_shards_that_are_there_and_still_needed_count(run, write_checkpoint):
     plan = stream_plan(make_config(run.root))
     write_tiny_shards(run, tiny_spec(), range(6, 12))
     config = make_config(run.root, max_bytes=10 * plan.shard_bytes)

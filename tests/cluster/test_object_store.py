@@ -23,9 +23,8 @@ from distill import object_store
 from distill.config import ConfigError
 from distill.generate import generate_shard
 from distill.ledger import tar_path
-from distill.manifest import sha256_file, step_name
 from distill.objects import Objects
-from distill.rundir import RunDir, read_lines, write_json
+from distill.rundir import RunDir, read_lines
 from distill.shards import write_shard
 from distill.store import committed, open_store, read_sidecar
 from distill.stream import TrajectoryStream
@@ -107,16 +106,10 @@ def local_twin(config, spec, root):
     return run
 
 
-def write_checkpoint(run, step):
-    folder = run.checkpoints / step_name(step)
-    folder.mkdir(parents=True)
-    (folder / "data").write_bytes(b"weights")
-    entry = {"bytes": 7, "sha256": sha256_file(folder / "data")}
-    write_json(folder / "MANIFEST.json", {"step": step, "files": {"data": entry}})
-
-
 @pytest.mark.timeout(300)  # two starts of Ray, nearly all of it
-def test_shards_of_a_killed_run_in_s3_are_those_of_a_local_one(bucket, tmp_path, monkeypatch):
+def test_shards_of_a_killed_run_in_s3_are_those_of_a_local_one(
+    bucket, tmp_path, monkeypatch, write_checkpoint
+):
     config = tiny_run(tmp_path / "run", f"{bucket}/{uuid.uuid4().hex}")
     run, log = config.files, tmp_path / "log.txt"
     planned = stream_plan(config).shards

@@ -15,7 +15,6 @@ from cluster.status import is_live, last_verified, open_leases, pairs_per_s, sta
 from cluster.status_view import render, show_audit
 from distill.cost import goodput
 from distill.ledger import tar_path
-from distill.manifest import sha256_file, step_name
 from distill.rundir import RunDir, append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
@@ -27,15 +26,6 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     run = RunDir(Path(config.run.dir))
     save_config(run, config)
     return run
-
-
-def write_checkpoint(run: RunDir, step: int) -> Path:
-    folder = run.checkpoints / step_name(step)
-    folder.mkdir(parents=True)
-    (folder / "data").write_bytes(b"weights" * step)
-    entry = {"bytes": 7 * step, "sha256": sha256_file(folder / "data")}
-    write_json(folder / "MANIFEST.json", {"step": step, "files": {"data": entry}})
-    return folder
 
 
 def test_a_fresh_run_has_done_nothing(run):
@@ -84,7 +74,7 @@ def test_speed_counts_commits_over_the_last_minute():
     assert pairs_per_s(events[:1], samples_per_shard=50) is None
 
 
-def test_a_damaged_checkpoint_is_passed_over(run):
+def test_a_damaged_checkpoint_is_passed_over(run, write_checkpoint):
     write_checkpoint(run, 2)
     assert last_verified(run) == {"step": 2, "checked": "sha256", "newer_bad": []}
     folder = write_checkpoint(run, 4)

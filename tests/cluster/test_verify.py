@@ -38,16 +38,8 @@ def window(first: int, last: int) -> dict:
     return {"kind": "steps", "first": first, "last": last, "ids_sha256": digest}
 
 
-def write_checkpoint(run, step: int) -> None:
-    folder = run.checkpoints / f"step_{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "rank_00000.safetensors").write_bytes(b"weights")
-    entry = {"bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()}
-    write_json(folder / "MANIFEST.json", {"step": step, "files": {"rank_00000.safetensors": entry}})
-
-
 @pytest.fixture
-def run(tmp_path) -> RunDir:
+def run(tmp_path, write_checkpoint) -> RunDir:
     """Six shards, five steps in three windows, two checkpoints, a restart that fell back."""
     run = RunDir(tmp_path / "run")
     record = {"identity": {}, "hash": hash_of({}), "stream": STREAM, "teachers": {}}
@@ -203,7 +195,7 @@ def test_consumption_that_differs_from_the_plan(run, event, sentence):
 
 
 def test_bad_checkpoint(run):
-    os.truncate(run.checkpoints / "step_00000005" / "rank_00000.safetensors", 3)
+    os.truncate(run.checkpoints / "step_00000005" / "data", 3)
     found = audit(run)
     assert not found["ok"] and found["checkpoints"]["verified"] == [2]
     assert found["checkpoints"]["bad"][0]["step"] == 5
