@@ -5,7 +5,7 @@
 
 Same trajectories, same student network, same optimiser for every objective. Two normalisations:
 equal optimiser steps, and equal work of the student in forwards (a backward pass counts as two,
-`cluster.plan.objective_calls`). Finished trainings are kept in benchmarks/.cache and not repeated
+`cluster.calls.objective_calls`). Finished trainings are kept in benchmarks/.cache and not repeated
 while code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,png}
 and its tables into docs/results.md.
 """
@@ -107,7 +107,7 @@ def make_problem(name: str, is_quick: bool) -> Problem:
     elif name in PROBLEMS:
         problem = mixture_problem(name)
     else:
-        problem = guided_problem(name, CACHE / "reflowed")
+        problem = guided_problem(name, reflowed_folder())
     if is_quick:
         problem = replace(problem, num_pairs=2048, num_truth=500, steps=problem.steps // 5)
     return problem
@@ -175,6 +175,11 @@ def code_hash() -> str:
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()
 
 
+def reflowed_folder() -> Path:
+    """Of the reflowed teachers, which change with the code like everything they are trained by."""
+    return CACHE / f"reflowed_{code_hash()[:12]}"
+
+
 # -----------------------------------------------------------------------------------------------
 # Plan
 
@@ -234,7 +239,7 @@ def main() -> None:
     started = time.perf_counter()
     torch.set_num_threads(options.jobs)
     if not options.quick and "guides" in options.tables:
-        prepare(CACHE / "reflowed")
+        prepare(reflowed_folder())
     teachers = {name: teacher_rows(name, options.quick) for name in options.problems}
     todo = [
         (table, training)

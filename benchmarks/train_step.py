@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -26,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from cluster.calls import Calls, objective_calls  # noqa: E402
+from cluster.compose import compose  # noqa: E402
 from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
 from distill.engine import TorchEngine  # noqa: E402
 from distill.networks import build_network  # noqa: E402
@@ -47,6 +49,7 @@ BATCH, GRID = 128, 8
 OBJECTIVES: dict[str, ObjectiveConfig] = {
     "traflow": TraFlowConfig(),
     "traflow, consistency too": TraFlowConfig(weight_consistency=1.0),
+    "scot": compose(["experiment=digits", "objective=scot"])[0].objective,
     "bezier": BezierConfig(variant="path"),
     "endpoint": EndpointConfig(),
     "reflow": ReflowConfig(),
@@ -76,7 +79,8 @@ def new_engine() -> TorchEngine:
 
 def objective_step(config: ObjectiveConfig) -> Callable[[int], None]:
     """A step of the objective."""
-    engine, objective, batch = new_engine(), build_objective(config, 0), random_batch()
+    engine, batch = new_engine(), random_batch()
+    objective = build_objective(config, 0, gradient_norms=engine.gradient_norms)
 
     def step(index: int) -> None:
         engine.backward(
@@ -102,6 +106,8 @@ def bare_step(calls: Calls) -> Callable[[int], None]:
         with torch.no_grad():
             for _ in range(calls.plain):
                 engine.target(noise, t, s, labels)
+            for _ in range(calls.tangents):
+                torch.func.jvp(lambda s_: engine.student(noise, t, s_, labels), (s,), (t,))
         for _ in range(calls.inputs):
             out = engine.target(out[-BATCH:], t, s, labels)
         engine.backward(out.square().mean(), last=True)
@@ -124,9 +130,7 @@ def compare(config: ObjectiveConfig, repeats: int) -> dict[str, float]:
     medians = {name: statistics.median(values) for name, values in times.items()}
     ratios = [a / b for a, b in zip(times["objective"], times["bare"], strict=True)]
     return {
-        "rows": calls.weights,
-        "plain": calls.plain,
-        "inputs": calls.inputs,
+        **asdict(calls),
         "forwards": calls.in_forwards,
         "objective_s": medians["objective"],
         "bare_s": medians["bare"],
@@ -141,18 +145,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "docs/benchmarks/train_step.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    print("| objective | with gradient | without | to the input | forwards | s | bare s | ratio |")
-    print("|---|---|---|---|---|---|---|---|")
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, config in OBJECTIVES.items():
-        row = found[name] = compare(config, options.repeats)
-        print(
-            f"| {name} | {row['rows']} | {row['plain']} | {row['inputs']} | {row['forwards']} "
-            f"| {row['objective_s']:.4f} | {row['bare_s']:.4f} | {row['ratio']:.3f} |"
-        )
+        row = compare(config, options.repeats)
+        if not found:
+            print("| objective |", " | ".join(row), "|")
+            print("|---" * (len(row) + 1) + "|")
+        found[name] = row
+        cells = [
+            f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()
+        ]
+        print("|", " | ".join([name, *cells]), "|")
     print(
-        "\nforwards: one call with gradient to the weights is three (forward, and a backward pass "
-        "for\ninputs and one for weights), one with gradient to its input two, one without one."
+        "\nCalls of the network: with gradient to the weights, plain, with gradient to the input,\n"
+        "and tangents (forward mode). In forwards: three (forward, a backward pass for inputs and\n"
+        "one for weights), one, two, two."
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")

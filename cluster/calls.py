@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from distill.objective_config import (
     BezierConfig,
@@ -15,35 +15,33 @@ from distill.objective_config import (
 
 @dataclass(frozen=True)
 class Calls:
-    """Network forwards of one training sample: with gradient to the weights, without, with gradient
-    to the input.
+    """Network calls of one training sample: with gradient to the weights, without, with gradient
+    to the input, and forward-mode derivatives (a value and its tangent, two forwards).
     """
 
     weights: int = 0
     plain: int = 0
     inputs: int = 0
+    tangents: int = 0
 
     @property
     def forwards(self) -> int:
-        """All of them."""
-        return self.weights + self.plain + self.inputs
+        """All of them, in forwards."""
+        return self.weights + self.plain + self.inputs + 2 * self.tangents
 
     @property
     def in_forwards(self) -> int:
         """Work in units of one forward: a backward pass costs one for the inputs and one for the
         weights.
         """
-        return 3 * self.weights + self.plain + 2 * self.inputs
+        return 3 * self.weights + self.plain + 2 * self.inputs + 2 * self.tangents
 
     def __add__(self, other: Calls) -> Calls:
-        return Calls(
-            self.weights + other.weights, self.plain + other.plain, self.inputs + other.inputs
-        )
+        return Calls(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-ONE, CONSISTENCY = Calls(1), Calls(1, 2, 1)
-# A forward-mode derivative costs two forwards.
-EULERIAN = {"finite_difference": Calls(1, 1), "jvp": Calls(1, 2)}
+ONE, CONSISTENCY = Calls(1), Calls(1, plain=2, inputs=1)
+EULERIAN = {"finite_difference": Calls(1, plain=1), "jvp": Calls(1, tangents=1)}
 
 
 def objective_calls(objective: ObjectiveConfig) -> Calls:
@@ -80,6 +78,6 @@ def velocity_calls(objective: TraFlowConfig) -> Calls:
         case "finite_difference":
             return jump + ONE
         case "jvp":
-            return jump + Calls(0, 2)
+            return jump + Calls(tangents=1)
         case _:  # forward, back, and back through both: about three evaluations with gradient
             return Calls(3)
