@@ -29,7 +29,7 @@ from distill.teachers.analytic import MixtureTeacher
 
 NOISE_OF_TEACHERS = 0.2  # standard deviation of the error of every mean, per axis
 NUM_NOISY = 4
-STEPS = 400  # of every student here
+STEPS, PAIRS = 300, 16_384  # of every student here
 
 STRAIGHT = BezierConfig(variant="straight", degree=1)
 SETS: dict[str, dict[str, ObjectiveConfig]] = {
@@ -49,6 +49,7 @@ SETS: dict[str, dict[str, ObjectiveConfig]] = {
     "reflowed": {
         "straight, last alone": STRAIGHT,
         "path 1, mean of two": BezierConfig(variant="path", degree=1),
+        "path 2, mean of two": BezierConfig(variant="path", degree=2),
         "endpoint 2": BezierConfig(variant="endpoint", degree=2),
     },
     "reflowed3": {"straight": STRAIGHT},
@@ -75,7 +76,7 @@ def guided_problem(name: str, folder: Path) -> Problem:
             teachers = (reflowed(exact, 3, folder),)
         case _:
             teachers = (fine,)
-    return replace(exact, name=name, teachers=teachers, steps=STEPS)
+    return replace(exact, name=name, teachers=teachers, num_pairs=PAIRS, steps=STEPS)
 
 
 def perturbed(mixture: MixtureTeacher, index: int) -> Field:
@@ -108,8 +109,6 @@ def reflowed(exact: Problem, times: int, folder: Path) -> Solved:
     return Solved(lambda x, t, label: network(x, t, t, label), "rk4", 8)
 
 
-def prepare(folder: Path) -> None:
-    """Trains the reflowed teachers that are not there yet."""
-    for name in GUIDED:
-        if "reflowed" in name:
-            guided_problem(name, folder)
+def prepare(name: str, folder: Path) -> None:
+    """Trains the reflowed teachers of a mixture that are not there yet."""
+    reflowed(mixture_problem(name), 3, folder)

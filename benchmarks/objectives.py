@@ -38,7 +38,7 @@ from torch import Tensor  # noqa: E402
 from benchmarks import summary  # noqa: E402
 from benchmarks.digits import digits_problem  # noqa: E402
 from benchmarks.guides import GUIDED, STEPS, guided_problem, prepare  # noqa: E402
-from benchmarks.problems import Problem, integrate, mixture_problem  # noqa: E402
+from benchmarks.problems import MIXTURES, Problem, integrate, mixture_problem  # noqa: E402
 from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
 from cluster.calls import objective_calls  # noqa: E402
 from cluster.compose import compose  # noqa: E402
@@ -52,7 +52,7 @@ PROBLEMS = ("ring8", "mixture64", "digits")
 OVERRIDES = {  # the shipped settings, by name in configs/objective
     "traflow": [],
     "scot": [],
-    "bezier": ["objective.variant=path"],  # one teacher here; more of them below
+    "bezier": [],  # one teacher here; more of them below
     "endpoint": [],
     "reflow": ["objective.times=u_shaped"],
     "consistency": [],
@@ -60,8 +60,6 @@ OVERRIDES = {  # the shipped settings, by name in configs/objective
 }
 TEACHER_NFE = (1, 2, 4, 8, 16)
 TABLES = ("equal steps", "equal compute", "guides")
-# Work of the second normalisation: so many times that of `endpoint` at equal steps.
-EQUAL_COMPUTE = 1.5
 
 
 @dataclass(frozen=True)
@@ -125,9 +123,14 @@ def evaluation(name: str, is_quick: bool) -> tuple[Tensor, Tensor, Tensor]:
     return make_problem(name, is_quick).evaluation()
 
 
-def run(training: Training) -> tuple[Training, dict[str, Any]]:
-    """Trains and measures one student, or takes it from the cache."""
+def run(trainings: list[Training]) -> list[tuple[Training, dict[str, Any]]]:
+    """Trains and measures students, one after the other."""
     torch.set_num_threads(1)
+    return [(training, run_one(training)) for training in trainings]
+
+
+def run_one(training: Training) -> dict[str, Any]:
+    """Trains and measures one student, or takes it from the cache."""
     path = CACHE / f"{cache_key(training)}.json"
     if not path.exists():
         problem = make_problem(training.problem, training.is_quick)
@@ -145,7 +148,8 @@ def run(training: Training) -> tuple[Training, dict[str, Any]]:
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(asdict(measured)))
         temporary.replace(path)
-    return training, json.loads(path.read_text())
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
 
 
 def cache_key(training: Training) -> str:
@@ -189,7 +193,7 @@ def plan(is_quick: bool, problems: list[str]) -> Iterator[tuple[str, Training]]:
     objectives = {name: shipped(name) for name in OVERRIDES}
     for problem in reversed(problems):  # the longest first, so that no core idles at the end
         steps = make_problem(problem, is_quick).steps
-        budget = EQUAL_COMPUTE * steps * objective_calls(EndpointConfig()).in_forwards
+        budget = steps * objective_calls(EndpointConfig()).in_forwards  # of equal compute
         for seed in SEEDS[: 1 if is_quick else None]:
             for row, objective in objectives.items():
                 yield "equal steps", Training(problem, row, objective, steps, seed, is_quick)
@@ -201,6 +205,17 @@ def plan(is_quick: bool, problems: list[str]) -> Iterator[tuple[str, Training]]:
             for row, objective in rows.items():
                 for seed in SEEDS:
                     yield "guides", Training(name, row, objective, STEPS, seed, is_quick)
+
+
+def in_parts(trainings: list[Training]) -> list[list[Training]]:
+    """What a process takes at once: one training, or all on the trajectories of a guided problem,
+    which cost as much to make as a training.
+    """
+    parts: dict[str, list[Training]] = {}
+    for text, training in {repr(training): training for training in trainings}.items():
+        key = training.problem if training.problem in GUIDED else text
+        parts.setdefault(key, []).append(training)
+    return list(parts.values())
 
 
 def teacher_rows(name: str, is_quick: bool) -> list[dict[str, Any]]:
@@ -238,24 +253,23 @@ def main() -> None:
     CACHE.mkdir(exist_ok=True)
     started = time.perf_counter()
     torch.set_num_threads(options.jobs)
-    if not options.quick and "guides" in options.tables:
-        prepare(reflowed_folder())
     teachers = {name: teacher_rows(name, options.quick) for name in options.problems}
     todo = [
         (table, training)
         for table, training in plan(options.quick, options.problems)
         if table in options.tables
     ]
-    unique = list(dict.fromkeys(repr(training) for _, training in todo))
-    by_text = {repr(training): training for _, training in todo}
+    parts = in_parts([training for _, training in todo])
     results: dict[str, dict[str, Any]] = {}
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
     pool = multiprocessing.get_context("spawn").Pool(options.jobs)
     with pool, Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("trainings", total=len(unique))
-        for training, measured in pool.imap_unordered(run, [by_text[text] for text in unique]):
-            results[repr(training)] = measured
-            progress.advance(task)
+        if "guides" in options.tables and not options.quick:
+            pool.starmap(prepare, [(name, reflowed_folder()) for name in MIXTURES])
+        task = progress.add_task("trainings", total=sum(map(len, parts)))
+        for part in pool.imap_unordered(run, parts):
+            results |= {repr(training): measured for training, measured in part}
+            progress.advance(task, len(part))
     rows = [
         {
             "table": table,

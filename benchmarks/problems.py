@@ -141,16 +141,16 @@ def integrate(teacher: Solved, noise: Tensor, labels: Tensor, grid: int) -> Tens
 
 
 # Teacher, and hidden layers of the student's network: as many as `endpoint`, the best baseline at
-# one evaluation, is best with.
-MIXTURES: dict[str, tuple[Callable[[], MixtureTeacher], int]] = {
-    "ring8": (ring, 5),
-    "mixture64": (random_mixture, 3),
+# one evaluation, is best with. Last, the steps at equal steps.
+MIXTURES: dict[str, tuple[Callable[[], MixtureTeacher], int, int]] = {
+    "ring8": (ring, 5, 1200),
+    "mixture64": (random_mixture, 3, 900),
 }
 
 
 def mixture_problem(name: str) -> Problem:
     """A closed-form teacher of `MIXTURES`; its trajectories are exact to float32 rounding."""
-    make, depth = MIXTURES[name]
+    make, depth, steps = MIXTURES[name]
     mixture = make()
     exact = Solved(mixture.velocity, "rk4", 32)
     noise = torch.from_numpy(sample_noise(DATA_SEED, np.arange(4000), mixture.image.shape))
@@ -164,7 +164,7 @@ def mixture_problem(name: str) -> Problem:
         make_network=lambda seed: VectorNetwork(mixture.image.channels, seed, depth),
         num_pairs=32_768,
         num_truth=4000,
-        steps=1200,
+        steps=steps,
         batch_size=256,
         lr=6e-3,
     )

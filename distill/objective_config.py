@@ -76,7 +76,7 @@ class BezierConfig(ObjectiveConfig):
     """Multi-teacher Bezier distillation: teachers' outputs or states as control points."""
 
     name: str = "bezier"
-    variant: str = "endpoint"  # endpoint | path | straight
+    variant: str = "path"  # endpoint | path | straight
     degree: int = 2
     weight_drift: float = 0.0
     weight_map: float = 1.0

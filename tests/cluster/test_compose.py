@@ -59,8 +59,8 @@ def test_every_experiment_starts_with_its_command(experiment):
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_bezier_takes_an_early_and_a_late_teacher_of_one_pre_training(experiment):
-    config = one(f"experiment={experiment}", "objective=bezier")
+def test_an_early_and_a_late_teacher_come_from_one_pre_training(experiment):
+    config = one(f"experiment={experiment}", "objective=bezier", "teacher=early_late")
     assert isinstance(config.objective, BezierConfig)
     assert config.run.dir == f"runs/{experiment}-bezier"
     assert list(config.teacher) == ["early", "late"]
@@ -70,11 +70,6 @@ def test_bezier_takes_an_early_and_a_late_teacher_of_one_pre_training(experiment
     models = f"runs/{experiment}-bezier/teacher/models"
     assert config.teacher["early"].path == f"{models}/step_{early:08d}"
     assert config.teacher["late"].path == f"{models}/step_{last:08d}"
-
-
-def test_the_command_line_chooses_the_teacher_over_bezier():
-    config = one("experiment=digits", "objective=bezier", "teacher=pretrained")
-    assert list(config.teacher) == ["pretrained"]
 
 
 def test_a_chosen_name_moves_the_run_and_its_own_teacher():
@@ -134,7 +129,6 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             [
                 "experiment=tiny",
                 "objective=bezier",
-                "objective.variant=path",
                 "trajectory.store_points=[0,8]",
             ],
             "objective.degree=2 of a path needs 1 stored states between the ends, not 0",

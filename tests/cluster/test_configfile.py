@@ -13,7 +13,7 @@ from distill.rundir import RunDir
 @pytest.fixture
 def saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
-    (config,) = compose(["experiment=tiny", "objective=bezier", "student=unet", "train.lr=3e-4"])
+    (config,) = compose(["experiment=tiny", "teacher=early_late", "student=unet", "train.lr=3e-4"])
     run = RunDir(Path(config.run.dir))
     save_config(run, config)
     return run, config

@@ -153,7 +153,7 @@ def test_blocks_cover_the_reads_and_no_more():
     [
         [],
         ["trajectory.store_noise=false", "trajectory.dtype=float32"],
-        ["objective=bezier", "trajectory.samples_per_shard=40", "trajectory.grid=16"],
+        ["teacher=early_late", "trajectory.samples_per_shard=40", "trajectory.grid=16"],
         ["trajectory.dtype=bfloat16", "trajectory.store_points=[0,4,8]", "objective=endpoint"],
         ["trajectory.samples_per_shard=5", "trajectory.store_noise=false"],
         ["data.size=32", "data.channels=3", "trajectory.store_points=[0,8]", "objective=endpoint"],
