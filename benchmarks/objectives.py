@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -259,6 +260,7 @@ def main() -> None:
         for table, training in plan(options.quick, options.problems)
         if table in options.tables
     ]
+    cached = sum((CACHE / f"{cache_key(training)}.json").exists() for _, training in todo)
     parts = in_parts([training for _, training in todo])
     results: dict[str, dict[str, Any]] = {}
     columns = (*Progress.get_default_columns(), TimeElapsedColumn())
@@ -286,9 +288,10 @@ def main() -> None:
     found = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{len(os.sched_getaffinity(0))} cores, {platform.machine()}, no GPU used",
-        "command": " ".join(["python benchmarks/objectives.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "benchmarks/objectives.py", *sys.argv[1:]]),
         "quick": options.quick,
         "minutes": round(minutes, 1),
+        "cached": cached,
         "teachers": teachers,
         "rows": rows,
     }

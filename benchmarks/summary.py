@@ -115,7 +115,7 @@ def plot(found: dict[str, Any]) -> Figure:
         axes.minorticks_off()
         axes.grid(alpha=0.2)
     panels[0].set_ylabel("distance to the teacher")
-    panels[-1].legend(fontsize=8)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     return figure
 
 
@@ -132,7 +132,8 @@ def write(folder: Path, page: Path, found: dict[str, Any], text: str) -> None:
 def heading(found: dict[str, Any]) -> str:
     """When, where and how long."""
     return (
-        f"{found['date']}; {found['machine']}; `{found['command']}`, {found['minutes']} minutes. "
+        f"{found['date']}; {found['machine']}; `{found['command']}`, {found['minutes']} minutes, "
+        f"{found['cached']} of {len(found['rows'])} rows trained in an earlier run. "
         "Distance to the teacher and energy distance to samples of the data, mean ± standard "
         "deviation over the seeds; s is seconds of training.\n"
     )
