@@ -128,11 +128,14 @@ class Chaos:
         later = (e for e in read_lines(self.run.events) if e["kind"] in kinds)
         return next((e["time"] - since for e in later if e["time"] > since), float("nan"))
 
-    def recovery_s(self, shard):
-        """Seconds from the death of the worker that made `shard` until the shard was there."""
+    def recovery_s(self, shard, until):
+        """Seconds from the death of the worker that made `shard` to its commit by another one.
+
+        0 if the shard was there; a commit after `until` has another cause.
+        """
         died = (self.folder / f"struck/{shard:08d}").stat().st_mtime
         times = [e["time"] for e in self.events("commit") if e["shard"] == shard]
-        return max(times, default=died) - died
+        return next((time - died for time in times if died < time < until), 0.0)
 
     def wasted_nfe(self):
         """Velocity evaluations that are in no shard, and those that are in one."""

@@ -92,7 +92,7 @@ def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(c
     assert resumed[0] == 0 and len(resumed) == 2 and KILL_AT - 10 <= resumed[1] < 240
     print()
     for point, shard in WORKER_DIES.items():
-        print(f"worker, {point}: made good after {case.recovery_s(shard):.1f} s")
+        print(f"worker, {point}: made good after {case.recovery_s(shard, killed):.1f} s")
     print(f"everything: the next step after {case.next_event_s(killed, 'steps'):.1f} s")
     wasted, kept = case.wasted_nfe()
     print(f"wasted: {wasted} evaluations, {kept} kept")
