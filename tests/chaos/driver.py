@@ -10,8 +10,6 @@ the point that the file names. `struck/SHARD` then says that, and when, it did.
 import os
 import resource
 import signal
-import sys
-from pathlib import Path
 
 from cluster import cli, pool, runner, stages
 from cluster.worker import TeacherWorker
