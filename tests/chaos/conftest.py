@@ -18,7 +18,6 @@ from cluster.identity import hash_of, identity_of
 from cluster.job import TrainJob, stream_order
 from cluster.plan import stream_plan
 from cluster.progress import last_step
-from cluster.rank import run_rank
 from cluster.verify import audit
 from distill.generate import generate_shard
 from distill.ledger import shard_spec
@@ -227,6 +226,8 @@ class Undisturbed:
 
 def train_alone(rank, world_size, job):
     """The whole training in this process."""
+    from cluster.rank import run_rank  # it imports DeepSpeed
+
     return run_rank(job, torch.device("cpu"), lambda: False)
 
 
