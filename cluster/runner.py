@@ -129,13 +129,19 @@ def _work(session: Session, work: Work) -> None:
                 _show(session, pool, job, before)
                 if session.stop_signal:
                     raise Stopped
+                if lost := session.lost_daemon():
+                    raise RunFailed(
+                        f"Ray's {lost} has died, out of memory perhaps (see dmesg); the same "
+                        "command goes on from the last verified checkpoint"
+                    )
                 time.sleep(POLL_PERIOD_S)
             _show(session, pool, job, before)
     finally:
         stop_file(session.scratch).touch()
-        if pool is not None:
+        answers = not session.lost_daemon()
+        if pool is not None and answers:
             pool.close()
-        if group is not None:
+        if group is not None and answers:
             group.wait(STOP_GRACE_S)
         stop_file(session.scratch).unlink()
 

@@ -135,14 +135,16 @@ def kill_gcs(case):
     server.kill()
 
 
-# What is struck, and whether the run goes on by itself; otherwise the same command does.
+# Long enough that the last step is not made before the rest of Ray notices.
+LONG = ["train.max_steps=2000", "train.save_every=50"]
+# What is struck, whether the run goes on by itself or by the same command, and its settings.
 STRIKES = {
-    "nothing": (lambda case: None, True),
-    "trainer": (kill_trainer, True),
-    "teacher workers": (kill_workers, True),
-    "supervisor": (kill_supervisor, False),
-    "raylet": (kill_raylet, False),
-    "GCS": (kill_gcs, False),
+    "nothing": (lambda case: None, True, []),
+    "trainer": (kill_trainer, True, []),
+    "teacher workers": (kill_workers, True, []),
+    "supervisor": (kill_supervisor, False, []),
+    "raylet": (kill_raylet, False, LONG),
+    "GCS": (kill_gcs, False, LONG),
 }
 
 
@@ -150,8 +152,8 @@ STRIKES = {
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STRIKES)
 def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos):
-    strike, goes_on = STRIKES[name]
-    case = chaos()
+    strike, goes_on, settings = STRIKES[name]
+    case = chaos(*settings)
     case.start()
     case.until_step(KILL_AT)
     strike(case)

@@ -37,10 +37,13 @@ class Bars:
 class Session:
     def __init__(self, config, folder):
         self.config, self.run, self.scratch = config, RunDir(folder), folder
-        self.bars, self.stop_signal = Bars(), 0
+        self.bars, self.stop_signal, self.lost = Bars(), 0, ""
 
     def start_ray(self):
         pass
+
+    def lost_daemon(self):
+        return self.lost
 
 
 @pytest.fixture
@@ -121,6 +124,16 @@ def test_a_failed_training_is_seen_while_the_pool_is_busy(session, job, monkeypa
     with pytest.raises(RunFailed):
         runner._work(session, Work(pool, job))
     assert pool.closed
+
+
+def test_a_lost_daemon_of_ray_ends_the_run_and_nothing_is_asked_of_ray(session, job, monkeypatch):
+    monkeypatch.setattr(runner, "fit", lambda job, name: threading.Event().wait())
+    monkeypatch.setattr(runner, "steps_done", lambda run: 0)
+    monkeypatch.setattr(runner, "_show", lambda *_: None)
+    pool, session.lost = EndlessPool(), "raylet"
+    with pytest.raises(RunFailed, match="Ray's raylet has died"):
+        runner._work(session, Work(pool, job))
+    assert not pool.closed
 
 
 def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
