@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -100,6 +101,14 @@ def test_an_error_that_would_only_repeat_ends_the_run_at_once(session, job, monk
     trainings = Trainings(monkeypatch, [0])
     job.final.write_text('{"kind": "ConfigError", "message": "train.batch_size=7 ..."}')
     with pytest.raises(ConfigError, match=r"train\.batch_size=7"):
+        run_to_end(TrainerGroup(session, job))
+    assert trainings.starts == 1
+
+
+def test_a_training_is_not_started_again_on_a_disk_that_takes_no_files(session, job, monkeypatch):
+    trainings = Trainings(monkeypatch, [0])
+    session.scratch = Path(__file__)  # no folder
+    with pytest.raises(RunFailed, match=r"takes no files \(File exists\)"):
         run_to_end(TrainerGroup(session, job))
     assert trainings.starts == 1
 
