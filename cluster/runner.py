@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from pathlib import Path
 
 from cluster import stages
 from cluster.config import RunConfig
@@ -31,13 +32,14 @@ from cluster.stages import Work
 from cluster.trainer import final_error, fit
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
-from distill.rundir import append_line
+from distill.rundir import append_line, write_atomic
 
 logger = logging.getLogger(__name__)
 
 POLL_PERIOD_S = 0.1
 STOP_GRACE_S = 120.0  # for the last checkpoint after a stop signal
 STARVED_GRACE_S = 3.0
+PROBE_BYTES = 2**16  # written before a training starts again
 
 
 class RunFailed(RuntimeError):
@@ -129,13 +131,19 @@ def _work(session: Session, work: Work) -> None:
                 _show(session, pool, job, before)
                 if session.stop_signal:
                     raise Stopped
+                if lost := session.lost_daemon():
+                    raise RunFailed(
+                        f"Ray's {lost} has died, out of memory perhaps (see dmesg); the same "
+                        "command goes on from the last verified checkpoint"
+                    )
                 time.sleep(POLL_PERIOD_S)
             _show(session, pool, job, before)
     finally:
         stop_file(session.scratch).touch()
-        if pool is not None:
+        answers = not session.lost_daemon()
+        if pool is not None and answers:
             pool.close()
-        if group is not None:
+        if group is not None and answers:
             group.wait(STOP_GRACE_S)
         stop_file(session.scratch).unlink()
 
@@ -154,6 +162,17 @@ def _show(session: Session, pool: TeacherPool | None, job: TrainJob | None, befo
         if job.stage == "train":
             note = read_cursor(job.run)[1] or note
         session.bars.show(title, done, job.train.max_steps, note)
+
+
+def check_disk(folder: Path) -> None:
+    """Raises RunFailed when nothing can be written there: a training would only fail again."""
+    try:
+        write_atomic(folder / "probe", bytes(PROBE_BYTES))
+    except OSError as error:
+        raise RunFailed(
+            f"training failed, and {folder} takes no files ({error.strerror}); the same command "
+            "goes on once it does"
+        ) from error
 
 
 class TrainerGroup:
@@ -203,6 +222,7 @@ class TrainerGroup:
             raise final
         if self._session.stop_signal:
             return
+        check_disk(self._session.scratch)
         verified = steps_done(self._job.run)
         self._failures = 1 if verified > self._verified else self._failures + 1
         self._verified = max(verified, self._verified)

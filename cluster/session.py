@@ -2,6 +2,7 @@
 
 Ray is started on this machine only when a stage needs it, and all of it ends with this process,
 however it ends: Ray's daemons are its children and die with it, and workers die with the daemons.
+A daemon that dies alone would leave the supervisor waiting for answers, so it looks after them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+import psutil
 import ray
 
 from cluster.config import RunConfig
@@ -39,6 +41,8 @@ RAY_ENVIRONMENT = {
 }
 
 
+DAEMONS = ("gcs_server", "raylet")  # Ray's processes without which none of its calls ends
+
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -55,6 +59,7 @@ class Session:
         self.scratch = run.root / ".ray"  # Ray Train's own files; on a file system all nodes see
         self.stop_signal = 0
         self._stops_at_once = False
+        self._daemons: dict[str, psutil.Process] = {}
         # Short, and the same for every start of this run, so nothing piles up after kills.
         digest = hashlib.sha256(str(run.root).encode()).hexdigest()[:8]
         base = tempfile.gettempdir()
@@ -110,11 +115,18 @@ class Session:
             log_to_driver=False,
             _temp_dir=str(self._ray_temp),
         )
+        children = psutil.Process().children()
+        self._daemons = {c.name(): c for c in children if c.name() in DAEMONS}
+
+    def lost_daemon(self) -> str:
+        """Name of a daemon of the Ray started here that has died; "" as long as all live."""
+        return next((name for name, child in self._daemons.items() if not is_alive(child)), "")
 
     def stop_ray(self) -> None:
         """Ends a Ray started here; leaves a cluster."""
         if ray.is_initialized():
             ray.shutdown()
+            self._daemons = {}
             self._take_signals()  # Ray leaves SIGTERM to the system, behind Python's back
         if not self.config.cluster.address:
             shutil.rmtree(self._ray_temp, ignore_errors=True)
@@ -145,6 +157,14 @@ class Session:
             raise Stopped
         if again:
             raise KeyboardInterrupt
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a child of this process is at work. A dead one stays as a zombie until waited for."""
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 @contextmanager

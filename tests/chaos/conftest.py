@@ -1,5 +1,6 @@
 """A small run whose processes can be killed, and what must hold of it after any fault."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -9,19 +10,23 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
 from cluster.compose import compose
 from cluster.configfile import save_config
-from cluster.job import stream_order
+from cluster.identity import hash_of, identity_of
+from cluster.job import TrainJob, stream_order
 from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
 from distill.generate import generate_shard
 from distill.ledger import shard_spec
+from distill.manifest import read_manifest, step_name
 from distill.rundir import RunDir, read_lines
 from distill.shards import write_shard
 from distill.store import read_sidecar
 from distill.teachers import build_teacher
+from distill.testing import run_ranks
 
 DRIVER = Path(__file__).parent / "driver.py"
 DEADLINE_S = 240.0
@@ -30,19 +35,19 @@ DEADLINE_S = 240.0
 class Chaos:
     """A run of two teacher workers and one trainer rank on a closed-form teacher."""
 
-    def __init__(self, folder, *overrides):
+    def __init__(self, folder, undisturbed, *overrides):
         self.folder, self.run = folder, RunDir(folder / "run")
-        mixture = {"shape": [1, 8, 8], "means": [[-0.5] * 64, [0.5] * 64], "stds": [0.2, 0.1]}
+        self._undisturbed = undisturbed
         for name in ("beats", "doom", "struck", "run"):
-            (folder / name).mkdir()
-        (folder / "mixture.json").write_text(json.dumps(mixture))
-        path = folder / "mixture.json"
+            (folder / name).mkdir(exist_ok=True)
         (self.config,) = compose(
             [
                 "experiment=tiny",
                 f"run.dir={self.run.root}",
                 "~teacher",
-                "+teacher={mixture: {kind: analytic, path: " + str(path) + ", steps: 8}}",
+                "+teacher={mixture: {kind: analytic, path: "
+                + str(undisturbed.teacher)
+                + ", steps: 8}}",
                 "train.max_steps=120",
                 "train.save_every=5",
                 "cluster.trainer.num_workers=1",
@@ -69,12 +74,15 @@ class Chaos:
 
     # -- Processes
 
-    def start(self, stage="distil"):
+    def command(self, verb="run"):
+        """The command line that works on the run."""
+        return [sys.executable, str(DRIVER), verb, str(self.run.root)]
+
+    def start(self, verb="run"):
         """Starts a supervisor."""
         with (self.folder / "log.txt").open("a") as log:
-            command = [sys.executable, str(DRIVER), str(self.run.root), stage]
             self.supervisor = psutil.Popen(
-                command, stdout=log, stderr=log, start_new_session=True, env=self.env
+                self.command(verb), stdout=log, stderr=log, start_new_session=True, env=self.env
             )
 
     @property
@@ -128,11 +136,14 @@ class Chaos:
         later = (e for e in read_lines(self.run.events) if e["kind"] in kinds)
         return next((e["time"] - since for e in later if e["time"] > since), float("nan"))
 
-    def recovery_s(self, shard):
-        """Seconds from the death of the worker that made `shard` until the shard was there."""
+    def recovery_s(self, shard, until):
+        """Seconds from the death of the worker that made `shard` to its commit by another one.
+
+        0 if the shard was there; a commit after `until` has another cause.
+        """
         died = (self.folder / f"struck/{shard:08d}").stat().st_mtime
         times = [e["time"] for e in self.events("commit") if e["shard"] == shard]
-        return max(times, default=died) - died
+        return next((time - died for time in times if died < time < until), 0.0)
 
     def wasted_nfe(self):
         """Velocity evaluations that are in no shard, and those that are in one."""
@@ -143,14 +154,16 @@ class Chaos:
     # -- The invariant
 
     def check(self):
-        """Nothing lost, nothing twice, the same sequence and the same states as without a fault."""
-        report = audit(self.run)
+        """Nothing lost, nothing twice, the same sequence, shards and weights as without a fault."""
+        report, steps = audit(self.run), self.config.train.max_steps
         assert report["ok"], report
         assert report["missing"] == [] and report["duplicate"] == []
-        assert report["consumed_steps"] == self.config.train.max_steps
+        assert report["consumed_steps"] == steps
         assert self._consumed() == self._planned()
         made = {shard: read_sidecar(self.run, shard).sha256 for shard in self.all_shards()}
-        assert made == self._undisturbed()
+        shards, checkpoint = self._undisturbed.hashes(self.config)
+        assert made == shards
+        assert checkpoint_hashes(self.run, steps) == checkpoint
 
     def all_shards(self):
         """Numbers of the shards of the run."""
@@ -170,28 +183,76 @@ class Chaos:
             for step in range(self.config.train.max_steps)
         }
 
-    def _undisturbed(self):
-        """sha256 of every shard as one process makes them, one after the other."""
-        config, run = self.config, RunDir(self.folder / "undisturbed")
+
+# -----------------------------------------------------------------------------------------------
+# The same run without a fault: one process makes all shards, then one trains on them
+
+
+class Undisturbed:
+    """What runs give without a fault, and without pool, Ray and coordinator; each is made once."""
+
+    def __init__(self, folder):
+        self._folder, self._known = folder, {}
+        self.teacher = folder / "mixture.json"
+        mixture = {"shape": [1, 8, 8], "means": [[-0.5] * 64, [0.5] * 64], "stds": [0.2, 0.1]}
+        self.teacher.write_text(json.dumps(mixture))
+
+    def hashes(self, config):
+        """sha256 of every shard by number, and of every file of the last checkpoint by name.
+
+        A checkpoint holds weights, moments and averages, so equal hashes are equal states, bit for
+        bit. That needs the same torch on the same kind of CPU, and the same ranks and micro-batch.
+        """
+        key = hash_of(identity_of(config)), config.train.max_steps
+        if key not in self._known:
+            self._known[key] = self._make(config, self._folder / str(len(self._known)))
+        return self._known[key]
+
+    def _make(self, config, folder):
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
         teachers = {name: build_teacher(t, "cpu") for name, t in config.teacher.items()}
         prints = {name: teacher.fingerprint for name, teacher in teachers.items()}
         spec = shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
-        found = {}
-        for shard in self.all_shards():
+        shards = {}
+        for shard in range(stream_plan(config).shards):
             made = generate_shard(
                 teachers, config.teacher, config.trajectory, config.seed, shard, "cpu"
             )
-            found[shard] = write_shard(run, spec, shard, made, 0.0, "test").sha256
-        return found
+            shards[shard] = write_shard(config.files, spec, shard, made, 0.0, "test").sha256
+        job = TrainJob("train", config, spec, folder / "scratch")
+        assert run_ranks(train_alone, 1, folder / "rank", job) == [config.train.max_steps]
+        return shards, checkpoint_hashes(config.files, config.train.max_steps)
+
+
+def train_alone(rank, world_size, job):
+    """The whole training in this process."""
+    from cluster.rank import run_rank  # it imports DeepSpeed
+
+    return run_rank(job, torch.device("cpu"), lambda: False)
+
+
+def checkpoint_hashes(run, step):
+    """sha256 of every file of a checkpoint by name."""
+    files = read_manifest(run.checkpoints / step_name(step))["files"]
+    return {name: entry["sha256"] for name, entry in files.items()}
+
+
+# -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The runs without a fault."""
+    return Undisturbed(tmp_path_factory.mktemp("undisturbed"))
 
 
 @pytest.fixture
-def chaos(tmp_path):
+def chaos(tmp_path, undisturbed):
     """Makes runs; whatever they have started ends with the test."""
     made = []
 
     def make(*overrides):
-        made.append(Chaos(tmp_path, *overrides))
+        made.append(Chaos(tmp_path, undisturbed, *overrides))
         return made[-1]
 
     yield make

@@ -1,4 +1,6 @@
-"""A supervisor in a process of its own, for tests to kill: `python driver.py RUN_FOLDER STAGE`.
+"""The command line in a process of its own, for tests to kill: `python driver.py VERB RUN`.
+
+`run` ends after the training; an evaluation would add nothing but time.
 
 Its teacher workers are the real ones and more: they count their velocity evaluations in
 `beats/PID`, one byte each, and one that finds its shard in `doom/SHARD` ends itself by kill -9 at
@@ -8,14 +10,10 @@ the point that the file names. `struck/SHARD` then says that, and when, it did.
 import os
 import resource
 import signal
-import sys
-from pathlib import Path
 
-from cluster import pool, runner, stages
-from cluster.configfile import load_config
+from cluster import cli, pool, runner, stages
 from cluster.worker import TeacherWorker
 from distill import shards
-from distill.rundir import RunDir
 
 
 class DoomedWorker(TeacherWorker):
@@ -85,5 +83,5 @@ class DoomedWorker(TeacherWorker):
 
 if __name__ == "__main__":
     pool.TeacherWorker = DoomedWorker
-    config = load_config(RunDir(Path(sys.argv[1])))
-    sys.exit(runner.supervise(config, vars(stages)[sys.argv[2]]))
+    runner.run = lambda config: runner.supervise(config, stages.distil)
+    cli.main()

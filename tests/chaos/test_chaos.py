@@ -2,10 +2,11 @@
 
 Each row is a fault; the theorem is `Chaos.check`: `verify` finds nothing missing, nothing twice and
 nothing corrupt, the trainer has consumed the planned sequence of (id, pass), and every shard has
-the bytes that an undisturbed process gives it.
+the bytes that an undisturbed process gives it, and so has the last checkpoint.
 """
 
 import os
+import subprocess
 import time
 
 import pytest
@@ -92,7 +93,7 @@ def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(c
     assert resumed[0] == 0 and len(resumed) == 2 and KILL_AT - 10 <= resumed[1] < 240
     print()
     for point, shard in WORKER_DIES.items():
-        print(f"worker, {point}: made good after {case.recovery_s(shard):.1f} s")
+        print(f"worker, {point}: made good after {case.recovery_s(shard, killed):.1f} s")
     print(f"everything: the next step after {case.next_event_s(killed, 'steps'):.1f} s")
     wasted, kept = case.wasted_nfe()
     print(f"wasted: {wasted} evaluations, {kept} kept")
@@ -117,22 +118,125 @@ def kill_workers(case):
         worker.kill()
 
 
-STRIKES = {"nothing": lambda case: None, "trainer": kill_trainer, "teacher workers": kill_workers}
+def kill_supervisor(case):
+    """The process that holds the ledger, the run's lock, and Ray's daemons as its children."""
+    case.supervisor.kill()
+
+
+def kill_raylet(case):
+    """Ray's daemon of this machine, the parent of all its workers."""
+    (raylet,) = case.processes("/raylet/raylet ")
+    raylet.kill()
+
+
+def kill_gcs(case):
+    """Ray's book-keeper."""
+    (server,) = case.processes("gcs_server ")
+    server.kill()
+
+
+LONG = ["train.max_steps=400", "train.save_every=20"]  # ranks outlive their raylet by seconds
+# What is struck, whether the run goes on by itself or by the same command, and its settings.
+STRIKES = {
+    "nothing": (lambda case: None, True, []),
+    "trainer": (kill_trainer, True, []),
+    "teacher workers": (kill_workers, True, []),
+    "supervisor": (kill_supervisor, False, []),
+    "raylet": (kill_raylet, False, LONG),
+    "GCS": (kill_gcs, False, LONG),
+}
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STRIKES)
-def test_a_process_dies_and_the_run_goes_on(name, chaos):
+def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos):
+    strike, goes_on, settings = STRIKES[name]
+    case = chaos(*settings)
+    case.start()
+    case.until_step(KILL_AT)
+    strike(case)
+    struck = time.time()
+    code = case.supervisor.wait(timeout=300)
+    ended = time.time()
+    assert (code == 0) == goes_on, case.log
+    if not goes_on:
+        case.start()  # at once: nothing that is left of the first start is in the way
+        case.finish()
+    case.check()
+    wasted, kept = case.wasted_nfe()
+    since = struck if goes_on else ended
+    print(f"\n{name}: exit code {code} {ended - struck:.1f} s after it;", end=" ")
+    print(f"next shard after {case.next_event_s(since, 'commit'):.1f} s,", end=" ")
+    print(f"next training after {case.next_event_s(since, 'resume'):.1f} s,", end=" ")
+    print(f"wasted: {wasted} evaluations, {kept} kept")
+    assert wasted <= 2 * kept // len(case.all_shards())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_second_start_beside_a_live_one_is_refused_and_disturbs_nothing(chaos):
+    """The lock of one that died is free: the row "supervisor" starts again at once."""
     case = chaos()
     case.start()
     case.until_step(KILL_AT)
-    STRIKES[name](case)
-    struck = time.time()
+    (rank,) = case.processes("RayTrainWorker")
+    rank.suspend()  # so that the first is there all the time
+    second = subprocess.run(case.command(), capture_output=True, text=True, env=case.env)
+    assert second.returncode == 2 and "is being worked on by another process" in second.stderr
+    assert str(case.supervisor.pid) in second.stderr
+    rank.resume()
     case.finish()
     case.check()
     wasted, kept = case.wasted_nfe()
-    print(f"\n{name}: next shard after {case.next_event_s(struck, 'commit'):.1f} s,", end=" ")
-    print(f"next training after {case.next_event_s(struck, 'resume'):.1f} s,", end=" ")
+    print(f"\na second start: wasted: {wasted} evaluations, {kept} kept")
+    assert wasted == 0
+
+
+# -----------------------------------------------------------------------------------------------
+# Disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """The folder of the run, on a file system of its own of 24 MB."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "none", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("a tmpfs cannot be mounted here; 'no room' above limits the size of a file")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_room(
+    small_disk, chaos
+):
+    case = chaos()
+    case.start()
+    case.until_step(KILL_AT)
+    filled, ballast = time.time(), small_disk / "ballast"
+    with ballast.open("wb", buffering=0) as file:
+        while case.supervisor.poll() is None:  # what a deleted checkpoint frees is taken too
+            assert time.time() < filled + 300, case.log
+            try:
+                file.write(bytes(65536))
+            except OSError:
+                time.sleep(0.01)
+    ended_s = time.time() - filled
+    assert case.supervisor.wait() == 1
+    assert "error: " in case.log and "No space left on device" in case.log
+    assert "Traceback" not in case.log
+    ballast.unlink()
+    restarted = time.time()
+    case.start()
+    case.finish()
+    case.check()
+    wasted, kept = case.wasted_nfe()
+    print(f"\nfull disk: exit code 1 after {ended_s:.1f} s,", end=" ")
+    print(
+        f"next training {case.next_event_s(restarted, 'resume'):.1f} s after the restart,", end=" "
+    )
     print(f"wasted: {wasted} evaluations, {kept} kept")
-    assert wasted <= 2 * kept // len(case.all_shards())

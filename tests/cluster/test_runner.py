@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -37,10 +38,13 @@ class Bars:
 class Session:
     def __init__(self, config, folder):
         self.config, self.run, self.scratch = config, RunDir(folder), folder
-        self.bars, self.stop_signal = Bars(), 0
+        self.bars, self.stop_signal, self.lost = Bars(), 0, ""
 
     def start_ray(self):
         pass
+
+    def lost_daemon(self):
+        return self.lost
 
 
 @pytest.fixture
@@ -101,6 +105,14 @@ def test_an_error_that_would_only_repeat_ends_the_run_at_once(session, job, monk
     assert trainings.starts == 1
 
 
+def test_a_training_is_not_started_again_on_a_disk_that_takes_no_files(session, job, monkeypatch):
+    trainings = Trainings(monkeypatch, [0])
+    session.scratch = Path(__file__)  # no folder
+    with pytest.raises(RunFailed, match=r"takes no files \(File exists\)"):
+        run_to_end(TrainerGroup(session, job))
+    assert trainings.starts == 1
+
+
 class EndlessPool:
     """A pool that is never done, as under back-pressure."""
 
@@ -121,6 +133,16 @@ def test_a_failed_training_is_seen_while_the_pool_is_busy(session, job, monkeypa
     with pytest.raises(RunFailed):
         runner._work(session, Work(pool, job))
     assert pool.closed
+
+
+def test_a_lost_daemon_of_ray_ends_the_run_and_nothing_is_asked_of_ray(session, job, monkeypatch):
+    monkeypatch.setattr(runner, "fit", lambda job, name: threading.Event().wait())
+    monkeypatch.setattr(runner, "steps_done", lambda run: 0)
+    monkeypatch.setattr(runner, "_show", lambda *_: None)
+    pool, session.lost = EndlessPool(), "raylet"
+    with pytest.raises(RunFailed, match="Ray's raylet has died"):
+        runner._work(session, Work(pool, job))
+    assert not pool.closed
 
 
 def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):

@@ -3,12 +3,13 @@
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from cluster.compose import compose
 from cluster.cursor import read_cursor
 from cluster.progress import last_step
-from cluster.session import missing_resources, open_session
+from cluster.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
 from distill.rundir import RunDir, append_line
 
@@ -42,6 +43,16 @@ def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(config, tmp_path,
     with open_session(config, run) as session:
         assert session.scratch.is_dir()
     assert not session.scratch.exists()
+
+
+def test_a_child_that_was_killed_is_dead_before_and_after_it_is_waited_for():
+    child = psutil.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    assert is_alive(child)
+    child.kill()
+    while is_alive(child):
+        pass
+    child.wait()
+    assert not is_alive(child)
 
 
 def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
