@@ -79,7 +79,7 @@ class Shape:
         generator = torch.Generator().manual_seed(shard)
         states = torch.randn(self.count, *spec.sample_shape, generator=generator)
         ids = np.array(spec.ids(shard), dtype=np.int64)
-        return GeneratedShard(states, ids % 10, ids, 0, 0)
+        return GeneratedShard(states, ids % 10, ids, 0, 0, self.count)
 
 
 SHAPES = (

@@ -45,7 +45,7 @@ from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.ledger import ShardSpec
 from distill.rundir import RunDir, append_line
-from distill.store import committed
+from distill.store import committed, is_committed
 
 SCAN_PERIOD_S = 1.0  # at least, between two looks at the shards
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
@@ -180,9 +180,9 @@ class TeacherPool:
             try:
                 result = ray.get(task)
             except RayActorError as error:
-                found = committed(self.run)
-                if member.shard in found:  # it died between its commit and its report
-                    self._handle(Committed(member.shard, found[member.shard]))
+                if member.shard is not None and is_committed(self.run, member.shard):
+                    # It died between its commit and its report.
+                    self._handle(Committed(member.shard, self.plan.shard_bytes))
                 self._bury(member, str(error).strip().splitlines()[0])
             except RayTaskError as error:
                 self._failed(member, error)

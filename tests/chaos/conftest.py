@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -17,9 +18,10 @@ from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
 from distill.generate import generate_shard
+from distill.layout import stored_dtype
 from distill.ledger import shard_spec
 from distill.rundir import RunDir, read_lines
-from distill.shards import write_shard
+from distill.shards import read_shard, write_shard
 from distill.store import read_sidecar
 from distill.teachers import build_teacher
 
@@ -32,6 +34,7 @@ class Chaos:
 
     def __init__(self, folder, *overrides):
         self.folder, self.run = folder, RunDir(folder / "run")
+        self.alone = RunDir(folder / "alone")  # what an undisturbed process makes
         mixture = {"shape": [1, 8, 8], "means": [[-0.5] * 64, [0.5] * 64], "stds": [0.2, 0.1]}
         for name in ("beats", "doom", "struck", "run"):
             (folder / name).mkdir()
@@ -150,7 +153,9 @@ class Chaos:
         assert report["consumed_steps"] == self.config.train.max_steps
         assert self._consumed() == self._planned()
         made = {shard: read_sidecar(self.run, shard).sha256 for shard in self.all_shards()}
-        assert made == self._undisturbed()
+        self.make_alone()
+        alone = {shard: read_sidecar(self.alone, shard).sha256 for shard in self.all_shards()}
+        assert made == alone
 
     def all_shards(self):
         """Numbers of the shards of the run."""
@@ -170,19 +175,27 @@ class Chaos:
             for step in range(self.config.train.max_steps)
         }
 
-    def _undisturbed(self):
-        """sha256 of every shard as one process makes them, one after the other."""
-        config, run = self.config, RunDir(self.folder / "undisturbed")
+    def make_alone(self):
+        """Has one process make every shard, one after the other, into the run `alone`."""
+        config, spec = self.config, self._spec()
         teachers = {name: build_teacher(t, "cpu") for name, t in config.teacher.items()}
-        prints = {name: teacher.fingerprint for name, teacher in teachers.items()}
-        spec = shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
-        found = {}
         for shard in self.all_shards():
             made = generate_shard(
                 teachers, config.teacher, config.trajectory, config.seed, shard, "cpu"
             )
-            found[shard] = write_shard(run, spec, shard, made, 0.0, "test").sha256
-        return found
+            write_shard(self.alone, spec, shard, made, 0.0, "test")
+
+    def read(self, run, shard):
+        """Sidecar and states of a shard of `self.run` or `self.alone`."""
+        spec = self._spec()
+        count = spec.samples_per_shard
+        states = np.empty((count, *spec.sample_shape), dtype=stored_dtype(spec))
+        return read_shard(run, spec, shard, states, np.empty(count, dtype=np.int64)), states
+
+    def _spec(self):
+        config = self.config
+        prints = {n: build_teacher(t, "cpu").fingerprint for n, t in config.teacher.items()}
+        return shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
 
 
 @pytest.fixture
