@@ -451,6 +451,7 @@ def test_a_shard_whose_producer_died_before_its_report_is_not_made_again(
 
     ray.behaviour = behaviour
     pool = make_pool(tmp_path)
+    pool.poll()
     monkeypatch.setattr(pool_module, "committed", None)
     finish(pool)
     assert pool.is_done and pool.coordinator.committed[1] == pool.plan.shard_bytes
