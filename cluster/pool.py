@@ -20,7 +20,7 @@ from cluster.coordinator import Coordinator
 from cluster.cursor import read_cursor
 from cluster.eviction import OldestCheckpoint, evict, first_shard_read, read_evicted
 from cluster.job import stream_order
-from cluster.member import Member
+from cluster.member import Member, choose_leaving
 from cluster.messages import (
     Action,
     Asked,
@@ -48,6 +48,7 @@ from distill.rundir import RunDir, append_line
 from distill.store import committed, is_committed
 
 SCAN_PERIOD_S = 1.0  # at least, between two looks at the shards
+SLEEP_PER_ROUND = 20  # times as long as the round
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -57,7 +58,7 @@ class PoolError(RuntimeError):
 
 @dataclass
 class TeacherPool:
-    """The pool of one run. `poll` does whatever can be done now and never blocks."""
+    """The pool of one run. `poll` does whatever can be done now and never blocks; `rest` waits."""
 
     config: RunConfig
     run: RunDir
@@ -73,12 +74,12 @@ class TeacherPool:
         gone = read_evicted(self.run, found)
         self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
-        self._next_scan_s = self._next_ping_s = 0.0
+        self._next_scan_s = self._next_ping_s = self._round_s = 0.0
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
         self._event("pool", workers=self.target, most=most_workers(self.config.cluster))
-        options = production.actor_options(self.config.cluster)
-        self._actor_class = ray.remote(TeacherWorker).options(**options)
+        actor = ray.remote(TeacherWorker)
+        self._actor_class = actor.options(**production.actor_options(self.config.cluster))
 
     @property
     def is_done(self) -> bool:
@@ -105,7 +106,18 @@ class TeacherPool:
         self._expire_loads(now)
         self._handle(CursorMoved(self._cursor()))  # between two scans a trainer may read far
         self._handle(Tick())
+        self._round_s = time.monotonic() - now
         return self.is_done
+
+    def rest(self, seconds: float) -> None:
+        """Sleeps so long, or until a worker is done; many workers take no more rounds than few."""
+        pause = min(seconds, SLEEP_PER_ROUND * self._round_s)
+        time.sleep(pause)
+        tasks = [member.task for member in self.members if member.task is not None]
+        if tasks:
+            ray.wait(tasks, timeout=seconds - pause)
+        else:
+            time.sleep(seconds - pause)
 
     def close(self) -> None:
         """Ends all workers. A shard in the making leaves no trace."""
@@ -123,14 +135,7 @@ class TeacherPool:
 
     def _staff(self) -> None:
         """Starts the workers that are missing. Those that are too many finish their shard."""
-        staying = [member for member in self.members if not member.leaves]
-        staying.sort(key=lambda member: member.shard is None)
-        for member in staying[self.target :]:  # the idle ones first
-            member.leaves = True
-        missing = self.target - len(staying)
-        for member in [m for m in self.members if m.leaves and m.shard is not None]:
-            if missing > 0:
-                member.leaves, missing = False, missing - 1
+        missing = choose_leaving(self.members, self.target)
         for member in [m for m in self.members if m.leaves and m.shard is None]:
             ray.kill(member.actor)
             self._part(member, SCALED_DOWN)
@@ -181,8 +186,7 @@ class TeacherPool:
                 result = ray.get(task)
             except RayActorError as error:
                 if member.shard is not None and is_committed(self.run, member.shard):
-                    # It died between its commit and its report.
-                    self._handle(Committed(member.shard, self.plan.shard_bytes))
+                    self._handle(Committed(member.shard, self.plan.shard_bytes))  # not told
                 self._bury(member, str(error).strip().splitlines()[0])
             except RayTaskError as error:
                 self._failed(member, error)
@@ -252,12 +256,8 @@ class TeacherPool:
             if member.task is None:  # otherwise its task tells the same, and is dealt with there
                 self._bury(member, str(error).strip().splitlines()[0])
             return
-        if not member.name:
-            member.name = name
-            member.expires_s = now + self.config.cluster.teachers.lease_timeout_s
-        if samples != member.samples:
-            member.samples = samples
-            self._handle(Heartbeat(member.name))
+        if member.hear(name, samples, now + self.config.cluster.teachers.lease_timeout_s):
+            self._handle(Heartbeat(name))
 
     def _expire_loads(self, now: float) -> None:
         """Ends the workers that do not get their teachers loaded."""

@@ -129,7 +129,10 @@ def _work(session: Session, work: Work) -> None:
                 _show(session, pool, job, before)
                 if session.stop_signal:
                     raise Stopped
-                time.sleep(POLL_PERIOD_S)
+                if pool is None:
+                    time.sleep(POLL_PERIOD_S)
+                else:
+                    pool.rest(POLL_PERIOD_S)
             _show(session, pool, job, before)
     finally:
         stop_file(session.scratch).touch()

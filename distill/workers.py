@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class WorkerHistory:
     changes: list[tuple[float, int, int]]
     spans: list[tuple[float, float]]
 
-    def shards_made(self, times: ArrayLike) -> NDArray[np.float64]:
+    def shards_made(self, times: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
         """Shards made until `times`. A shard counts evenly from its lease to its commit."""
         if not self.spans:
             return np.zeros(np.shape(times))
