@@ -73,9 +73,12 @@ def page(name: str, found: dict[str, Any]) -> str:
 def main() -> None:
     """Measures, prints, and writes the pages unless --quick."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], default=list(SECTIONS))
+    parser.add_argument("sections", nargs="*", default=list(SECTIONS), help=", ".join(SECTIONS))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
+    unknown = set(options.sections) - set(SECTIONS)
+    if unknown:
+        parser.error(f"no such section: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
     store = OUT / "stream.json"
     found = json.loads(store.read_text()) if store.exists() else {}

@@ -51,7 +51,7 @@ def compare(settings: list[str], seconds: float, rounds: int, folder: Path) -> d
 
 def measure(quick: bool, folder: Path) -> dict[str, Any]:
     """A row for teachers on the same cores, and one for teachers elsewhere."""
-    blocks, rounds = (1, 1) if quick else (BLOCKS, 3)
+    blocks, rounds = (1, 1) if quick else (BLOCKS, 2)
     work = ["objective=endpoint", f"train.max_steps={176 * blocks}", "train.log_every=1"]
     here, there = network(folder / "teacher"), mixture(folder / "mixture.json")
     return {

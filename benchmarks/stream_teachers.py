@@ -25,7 +25,7 @@ from distill.rundir import read_lines
 from distill.solvers import solve
 from distill.teachers import build_field, build_teacher
 
-SHARD, GRID = 256, 8  # samples, points of the grid
+SHARD, GRID, BLOCK = 256, 8, 8  # samples, intervals of the grid, shards
 
 
 def bare_loop(config: TeacherConfig, batches: int, barrier: Barrier, out: Any) -> None:
@@ -65,14 +65,14 @@ def bare_pairs_per_s(config: TeacherConfig, workers: int, batches: int) -> float
     return sum(speeds)
 
 
-def pool_pairs_per_s(folder: Path, teacher: list[str], workers: int, blocks: int) -> float:
+def pool_pairs_per_s(folder: Path, teacher: list[str], workers: int) -> float:
     """Of the pool between the first shard of its last worker and the last one of its first."""
     run = Run(
         folder,
         [
             *teacher,
             f"cluster.teachers.num_workers={workers}",
-            f"train.max_steps={176 * blocks}",  # 8 shards a block, 22 passes, batch 256
+            f"train.max_steps={176 * workers}",  # a block of 22 passes each, batch 256
         ],
     )
     run.finish(run.start("generate"))
@@ -91,12 +91,11 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
     config = TeacherConfig(path=str(folder / "teacher"), steps=16, guidance=1.5)
     rows = []
     for workers in (1, 2):
-        blocks = workers * (1 if quick else 2)
         bare, ours = [], []
         for index in range(1 if quick else 3):
-            bare.append(bare_pairs_per_s(config, workers, 8 * blocks // workers))
+            bare.append(bare_pairs_per_s(config, workers, BLOCK))
             place = folder / f"{workers}-{index}"
-            ours.append(pool_pairs_per_s(place, teacher, workers, blocks))
+            ours.append(pool_pairs_per_s(place, teacher, workers))
         rows.append(
             {
                 "workers": workers,

@@ -110,6 +110,9 @@ class EndlessPool:
     def poll(self):
         return False
 
+    def rest(self, seconds):
+        time.sleep(seconds)
+
     def close(self):
         self.closed = True
 
