@@ -61,8 +61,10 @@ class StandIn:
         return self
 
     def wait(self, tasks: list[Task], num_returns: int = 1, timeout: float = 0) -> Any:
-        """The tasks that are done, and the others."""
+        """The tasks that are done, and the others; waits for the first."""
         now = time.monotonic()
+        if timeout > 0:
+            time.sleep(max(0.0, min(timeout, min(task.at for task in tasks) - now)))
         return [t for t in tasks if t.at <= now], [t for t in tasks if t.at > now]
 
     def get(self, task: Task) -> Any:
@@ -99,7 +101,7 @@ def pool_share(num_workers: int, seconds: float, folder: Path) -> dict[str, floa
         made, used, began = len(known), time.process_time(), time.monotonic()
         while time.monotonic() < began + seconds:
             pool.poll()
-            time.sleep(ROUND_S)
+            pool.rest(ROUND_S)
         used, wall = time.process_time() - used, time.monotonic() - began
         made = len(known) - made
     finally:

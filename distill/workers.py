@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class WorkerHistory:
     changes: list[tuple[float, int, int]]
     spans: list[tuple[float, float]]
 
-    def shards_made(self, times: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    def shards_made(self, times: ArrayLike) -> NDArray[np.float64]:
         """Shards made until `times`. A shard counts evenly from its lease to its commit."""
         if not self.spans:
             return np.zeros(np.shape(times))
@@ -32,7 +32,7 @@ class WorkerHistory:
         order = np.argsort(at, kind="stable")
         at, slopes = at[order], np.concatenate([slope, -slope])[order].cumsum()
         made = np.concatenate([[0.0], (slopes[:-1] * np.diff(at)).cumsum()])
-        return np.interp(times, at, made)
+        return np.interp(np.asarray(times, dtype=np.float64), at, made)
 
 
 def worker_history(events: Iterable[dict[str, Any]]) -> WorkerHistory:

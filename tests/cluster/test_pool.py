@@ -283,7 +283,7 @@ def test_what_is_evicted_while_the_directory_is_read_does_not_come_back(ray, tmp
 def ask_for(pool, workers):
     """`bowstring scale`, and the pool's next look at the directory."""
     write_target(pool.run, workers)
-    pool._next_scan_s = 0.0
+    pool._next_look_s = 0.0
     pool.poll()
 
 
@@ -414,7 +414,7 @@ def test_a_node_that_takes_most_workers_with_it_does_not_stop_the_pool(ray, tmp_
     pool = make_pool(tmp_path, num_workers=1, address="there", max_steps=40)
     take_for_committed(pool, monkeypatch)
     for _ in range(3):
-        pool._next_scan_s = 0.0
+        pool._next_look_s = 0.0
         pool.poll()
     assert [member.shard for member in pool.members] == list(range(9))
     del there[1]
