@@ -101,7 +101,7 @@ class TeacherPool:
         return self.is_done
 
     def rest(self, seconds: float) -> None:
-        """Sleeps until a worker has a result, so long at most. Rounds take a part of a core only."""
+        """Sleeps so long, or until a worker has a result. Costly rounds are followed by a pause."""
         pause = min(seconds, SLEEP_PER_ROUND * self._round_s)
         time.sleep(pause)
         tasks = [member.task for member in self.members if member.task is not None]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,18 @@ class WorkerHistory:
     changes: list[tuple[float, int, int]]
     spans: list[tuple[float, float]]
 
-    def shards_made(self, times: ArrayLike) -> NDArray[np.float64]:
+    def shards_made(self, times: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
         """Shards made until `times`. A shard counts evenly from its lease to its commit."""
+        times = np.asarray(times, dtype=np.float64)
         if not self.spans:
-            return np.zeros(np.shape(times))
+            return np.zeros_like(times)
         began, ended = np.array(self.spans).T
         slope = 1 / (ended - began)
         at = np.concatenate([began, ended])
         order = np.argsort(at, kind="stable")
         at, slopes = at[order], np.concatenate([slope, -slope])[order].cumsum()
         made = np.concatenate([[0.0], (slopes[:-1] * np.diff(at)).cumsum()])
-        return np.interp(np.asarray(times, dtype=np.float64), at, made)
+        return np.interp(times, at, made)
 
 
 def worker_history(events: Iterable[dict[str, Any]]) -> WorkerHistory:

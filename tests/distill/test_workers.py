@@ -31,7 +31,7 @@ def test_production_is_even_between_lease_and_commit_and_adds_up():
             commit(9.0, 3, "c", seconds=2.0),  # its lease was not logged
         ]
     )
-    made = history.shards_made([-1, 0, 1, 2, 4, 5, 6, 7, 8, 9, 10])
+    made = history.shards_made([-1.0, 0.0, 1.0, 2.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0])
     expected = [0, 0, 0.25, 0.75, 1.75, 2.5, 3, 3, 3.5, 4, 4]
     np.testing.assert_allclose(made, expected, atol=1e-12)
     assert worker_history([]).shards_made([0.0, 1.0]).tolist() == [0, 0]
