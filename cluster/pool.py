@@ -33,7 +33,7 @@ from distill.store import committed, is_committed
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
-SLEEP_PER_ROUND = 20  # times as long as the round
+PAUSE_PER_ROUND = 20  # times as long as the round took a core
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -59,7 +59,7 @@ class TeacherPool:
         gone = read_evicted(self.run, found)
         self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
-        self._next_look_s = self._next_ping_s = self._round_s = 0.0
+        self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
         self._scans, self._log = Pace(), EventLog(self.run)
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
@@ -80,7 +80,7 @@ class TeacherPool:
             ConfigError: a worker has other teachers than the run, or cannot load them.
             PoolError: a shard was given up, or workers keep dying.
         """
-        now = time.monotonic()
+        now, core = time.monotonic(), time.thread_time()
         if now >= self._next_look_s:
             self._look()
             self._next_look_s = now + LOOK_PERIOD_S
@@ -97,12 +97,12 @@ class TeacherPool:
         self._handle(messages.CursorMoved(self._cursor()))  # a trainer may read far in a second
         self._handle(messages.Tick())
         self._log.flush()
-        self._round_s = time.monotonic() - now
+        self._round_core_s = time.thread_time() - core
         return self.is_done
 
     def rest(self, seconds: float) -> None:
         """Sleeps so long, or until a worker has a result. Costly rounds are followed by a pause."""
-        pause = min(seconds, SLEEP_PER_ROUND * self._round_s)
+        pause = min(seconds, PAUSE_PER_ROUND * self._round_core_s)
         time.sleep(pause)
         tasks = [member.task for member in self.members if member.task is not None]
         if tasks:
