@@ -24,3 +24,26 @@ class Member:
     def is_loading(self) -> bool:
         """Whether its teachers are still being loaded."""
         return self.task is not None and self.shard is None
+
+    def hear(self, name: str, samples: int, expires_s: float) -> bool:
+        """Whether it got further; the first time also until when its teachers must be loaded."""
+        if not self.name:
+            self.name, self.expires_s = name, expires_s
+        further, self.samples = samples != self.samples, samples
+        return further
+
+
+def choose_leaving(members: list[Member], target: int) -> int:
+    """How many members are missing, after those that are too many were told to leave.
+
+    The idle ones go first. Who was told to leave and is still at work stays when it is wanted.
+    """
+    staying = [member for member in members if not member.leaves]
+    staying.sort(key=lambda member: member.shard is None)
+    for member in staying[target:]:
+        member.leaves = True
+    missing = target - len(staying)
+    for member in [m for m in members if m.leaves and m.shard is not None]:
+        if missing > 0:
+            member.leaves, missing = False, missing - 1
+    return missing

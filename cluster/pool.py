@@ -14,40 +14,26 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from cluster import production
+from cluster import messages, production
 from cluster.config import RunConfig
 from cluster.coordinator import Coordinator
 from cluster.cursor import read_cursor
+from cluster.eventlog import EventLog
 from cluster.eviction import OldestCheckpoint, evict, first_shard_read, read_evicted
 from cluster.job import stream_order
-from cluster.member import Member
-from cluster.messages import (
-    Action,
-    Asked,
-    Committed,
-    CursorMoved,
-    Event,
-    Evicted,
-    Expired,
-    Failed,
-    GivenUp,
-    Heartbeat,
-    Joined,
-    Leased,
-    Left,
-    Quarantined,
-    Released,
-    Tick,
-)
+from cluster.member import Member, choose_leaving
+from cluster.pace import Pace
 from cluster.plan import StreamPlan
 from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, most_workers, wanted_workers
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.ledger import ShardSpec
-from distill.rundir import RunDir, append_line
-from distill.store import committed
+from distill.rundir import RunDir
+from distill.store import committed, is_committed
 
-SCAN_PERIOD_S = 1.0  # at least, between two looks at the shards
+LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
+SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
+PAUSE_PER_ROUND = 20  # times as long as the round took a core
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -57,7 +43,7 @@ class PoolError(RuntimeError):
 
 @dataclass
 class TeacherPool:
-    """The pool of one run. `poll` does whatever can be done now and never blocks."""
+    """The pool of one run. `poll` does whatever can be done now and never blocks; `rest` waits."""
 
     config: RunConfig
     run: RunDir
@@ -73,12 +59,14 @@ class TeacherPool:
         gone = read_evicted(self.run, found)
         self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
-        self._next_scan_s = self._next_ping_s = 0.0
+        self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
+        self._scans, self._log = Pace(), EventLog(self.run)
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
         self._event("pool", workers=self.target, most=most_workers(self.config.cluster))
-        options = production.actor_options(self.config.cluster)
-        self._actor_class = ray.remote(TeacherWorker).options(**options)
+        self._log.flush()  # `bowstring scale` asks for it
+        actor = ray.remote(TeacherWorker)
+        self._actor_class = actor.options(**production.actor_options(self.config.cluster))
 
     @property
     def is_done(self) -> bool:
@@ -92,10 +80,13 @@ class TeacherPool:
             ConfigError: a worker has other teachers than the run, or cannot load them.
             PoolError: a shard was given up, or workers keep dying.
         """
-        now = time.monotonic()
-        if now >= self._next_scan_s:
+        now, core = time.monotonic(), time.thread_time()
+        if now >= self._next_look_s:
+            self._look()
+            self._next_look_s = now + LOOK_PERIOD_S
+        if self._scans.is_due(now):
             self._scan()
-            self._next_scan_s = now + max(SCAN_PERIOD_S, 10 * (time.monotonic() - now))
+            self._scans.done(SCAN_PERIOD_S)
         if self.is_done:
             self.close()  # a shard that is quarantined later brings new workers
         else:
@@ -103,9 +94,21 @@ class TeacherPool:
         self._collect()
         self._ping(now)
         self._expire_loads(now)
-        self._handle(CursorMoved(self._cursor()))  # between two scans a trainer may read far
-        self._handle(Tick())
+        self._handle(messages.CursorMoved(self._cursor()))  # a trainer may read far in a second
+        self._handle(messages.Tick())
+        self._log.flush()
+        self._round_core_s = time.thread_time() - core
         return self.is_done
+
+    def rest(self, seconds: float) -> None:
+        """Sleeps so long, or until a worker has a result. Costly rounds are followed by a pause."""
+        pause = min(seconds, PAUSE_PER_ROUND * self._round_core_s)
+        time.sleep(pause)
+        tasks = [member.task for member in self.members if member.task is not None]
+        if tasks:
+            ray.wait(tasks, timeout=seconds - pause)
+        else:
+            time.sleep(seconds - pause)
 
     def close(self) -> None:
         """Ends all workers. A shard in the making leaves no trace."""
@@ -114,23 +117,17 @@ class TeacherPool:
             ray.kill(member.actor)
             if member.name:
                 # What it frees would go to the others, and they end too: no action is carried out.
-                left = Left(member.name, END_OF_PRODUCTION)
+                left = messages.Left(member.name, END_OF_PRODUCTION)
                 self.coordinator.handle(left, time.monotonic())
                 self._event("worker_leave", worker=member.name, reason=END_OF_PRODUCTION)
+        self._log.flush()
 
     # ---------------------------------------------------------------------------------------
     # One round
 
     def _staff(self) -> None:
         """Starts the workers that are missing. Those that are too many finish their shard."""
-        staying = [member for member in self.members if not member.leaves]
-        staying.sort(key=lambda member: member.shard is None)
-        for member in staying[self.target :]:  # the idle ones first
-            member.leaves = True
-        missing = self.target - len(staying)
-        for member in [m for m in self.members if m.leaves and m.shard is not None]:
-            if missing > 0:
-                member.leaves, missing = False, missing - 1
+        missing = choose_leaving(self.members, self.target)
         for member in [m for m in self.members if m.leaves and m.shard is None]:
             ray.kill(member.actor)
             self._part(member, SCALED_DOWN)
@@ -138,21 +135,25 @@ class TeacherPool:
             actor = self._actor_class.remote(self.config, self.run, self.spec)
             self.members.append(Member(actor, actor.load.remote(), actor.progress.remote()))
 
-    def _scan(self) -> None:
-        """Takes over what others changed in the directory: shards and target."""
+    def _look(self) -> None:
+        """Takes over what small files tell: the target, and where the oldest checkpoint stands."""
         self._follow()
+        if self.coordinator.needs_room:
+            step, block_shards = self._oldest.look(), self.config.trajectory.block_shards
+            first = first_shard_read(self._order, block_shards, step)
+            self._handle(messages.Released(first))
+
+    def _scan(self) -> None:
+        """Takes over what others changed among the shards."""
         found, known = committed(self.run), self.coordinator.committed
         held = {member.shard for member in self.members}  # their own report is about to come
         # Both before any is told: what follows from one changes what is known.
         gone, new = known.keys() - found.keys(), found.keys() - known.keys() - held
         for shard in sorted(gone):
             self._event("quarantine", shard=shard)
-            self._handle(Quarantined(shard))
+            self._handle(messages.Quarantined(shard))
         for shard in sorted(new):
-            self._handle(Committed(shard, found[shard]))
-        if self.coordinator.needs_room:
-            step, block_shards = self._oldest.look(), self.config.trajectory.block_shards
-            self._handle(Released(first_shard_read(self._order, block_shards, step)))
+            self._handle(messages.Committed(shard, found[shard]))
 
     def _follow(self) -> None:
         """Sets the target to what was asked for, and to what fits on the nodes there are now."""
@@ -180,9 +181,9 @@ class TeacherPool:
             try:
                 result = ray.get(task)
             except RayActorError as error:
-                found = committed(self.run)
-                if member.shard in found:  # it died between its commit and its report
-                    self._handle(Committed(member.shard, found[member.shard]))
+                if member.shard is not None and is_committed(self.run, member.shard):
+                    # It died between its commit and its report.
+                    self._handle(messages.Committed(member.shard, self.plan.shard_bytes))
                 self._bury(member, str(error).strip().splitlines()[0])
             except RayTaskError as error:
                 self._failed(member, error)
@@ -194,14 +195,14 @@ class TeacherPool:
             production.check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             member.name = result["worker"]
             self._event("worker_join", **result)
-            self._handle(Joined(member.name))
+            self._handle(messages.Joined(member.name))
         else:
             shard, member.shard = member.shard, None
             self.deaths = 0
             self._event("commit", shard=shard, worker=member.name, **result)
-            self._handle(Committed(shard, result["bytes"]))
+            self._handle(messages.Committed(shard, result["bytes"]))
         if not member.leaves:
-            self._handle(Asked(member.name))
+            self._handle(messages.Asked(member.name))
 
     def _failed(self, member: Member, error: RayTaskError) -> None:
         if isinstance(error.cause, ConfigError):
@@ -215,8 +216,8 @@ class TeacherPool:
         ray.kill(member.actor)
         self.members.remove(member)
         self._event("worker_leave", worker=member.name, reason=f"failed on shard {shard}")
-        self._handle(Failed(member.name, str(error)))
-        self._handle(Left(member.name, last_line))
+        self._handle(messages.Failed(member.name, str(error)))
+        self._handle(messages.Left(member.name, last_line))
 
     def _bury(self, member: Member, reason: str) -> None:
         """Forgets a worker that is lost; `_staff` starts another."""
@@ -232,7 +233,7 @@ class TeacherPool:
         self.members.remove(member)
         self._event("worker_leave", worker=member.name or "unknown", reason=reason)
         if member.name:
-            self._handle(Left(member.name, reason))
+            self._handle(messages.Left(member.name, reason))
 
     def _ping(self, now: float) -> None:
         """Asks workers for their progress, which is a heartbeat, and finds the dead idle ones."""
@@ -252,12 +253,8 @@ class TeacherPool:
             if member.task is None:  # otherwise its task tells the same, and is dealt with there
                 self._bury(member, str(error).strip().splitlines()[0])
             return
-        if not member.name:
-            member.name = name
-            member.expires_s = now + self.config.cluster.teachers.lease_timeout_s
-        if samples != member.samples:
-            member.samples = samples
-            self._handle(Heartbeat(member.name))
+        if member.hear(name, samples, now + self.config.cluster.teachers.lease_timeout_s):
+            self._handle(messages.Heartbeat(name))
 
     def _expire_loads(self, now: float) -> None:
         """Ends the workers that do not get their teachers loaded."""
@@ -273,22 +270,22 @@ class TeacherPool:
     # ---------------------------------------------------------------------------------------
     # The coordinator
 
-    def _handle(self, event: Event) -> None:
+    def _handle(self, event: messages.Event) -> None:
         for action in self.coordinator.handle(event, time.monotonic()):
             self._carry_out(action)
 
-    def _carry_out(self, action: Action) -> None:
+    def _carry_out(self, action: messages.Action) -> None:
         match action:
-            case Leased(worker, shard):
+            case messages.Leased(worker, shard):
                 member = self._member(worker)
                 member.shard, member.samples = shard, -1
                 member.task = member.actor.produce.remote(shard)
                 self._event("lease", shard=shard, worker=worker)
-            case Expired(worker, _):
+            case messages.Expired(worker, _):
                 self._expire(self._member(worker), "no progress")
-            case Evicted(shards):
+            case messages.Evicted(shards):
                 evict(self.run, shards, self._oldest.step)
-            case GivenUp(shard, reason, error):
+            case messages.GivenUp(shard, reason, error):
                 message = production.set_request_aside(self.run, shard, reason, error)
                 self._event("give_up", shard=shard, reason=reason)
                 raise PoolError(message)
@@ -297,4 +294,4 @@ class TeacherPool:
         return next(member for member in self.members if member.name == name)
 
     def _event(self, kind: str, **values: Any) -> None:
-        append_line(self.run.events, {"kind": kind, **values})
+        self._log.add({"kind": kind, **values})

@@ -136,7 +136,10 @@ def _work(session: Session, work: Work) -> None:
                         f"Ray's {lost} has died, out of memory perhaps (see dmesg); the same "
                         "command goes on from the last verified checkpoint"
                     )
-                time.sleep(POLL_PERIOD_S)
+                if pool is None:
+                    time.sleep(POLL_PERIOD_S)
+                else:
+                    pool.rest(POLL_PERIOD_S)
             _show(session, pool, job, before)
     finally:
         stop_file(session.scratch).touch()

@@ -1,4 +1,8 @@
-"""A teacher worker: takes a shard number, samples the trajectories, commits the file. Stateless."""
+"""A teacher worker: takes a shard number, samples the trajectories, commits the file.
+
+It keeps nothing but how many samples fit into its memory at once, which it finds out by itself:
+every worker tries `trajectory.batch_size` first, and halves its own when memory runs out.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +34,8 @@ class TeacherWorker:
         self._device = "cuda" if config.cluster.teachers.gpus_per_worker > 0 else "cpu"
         self._teachers: dict[str, FrozenTeacher] = {}
         self._evaluations = 0
+        trajectory = config.trajectory
+        self._batch_size = min(trajectory.batch_size, trajectory.samples_per_shard)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def load(self) -> dict[str, Any]:
@@ -43,7 +49,10 @@ class TeacherWorker:
         return {"worker": self.name, "fingerprints": prints}
 
     def produce(self, shard: int) -> dict[str, Any]:
-        """Makes and commits one shard; its size in bytes, and seconds."""
+        """Makes and commits one shard; its size in bytes, and seconds.
+
+        Also the batch from now on, if this shard was the one that did not fit into memory.
+        """
         started = time.monotonic()
         generated = generate_shard(
             self._teachers,
@@ -53,10 +62,14 @@ class TeacherWorker:
             shard,
             self._device,
             self._beat,
+            self._batch_size,
         )
         seconds = time.monotonic() - started
         sidecar = write_shard(self._run, self._spec, shard, generated, seconds, self.name)
-        return {"bytes": sidecar.num_bytes, "seconds": round(seconds, 3)}
+        result = {"bytes": sidecar.num_bytes, "seconds": round(seconds, 3)}
+        if generated.batch_size < self._batch_size:
+            self._batch_size = result["batch_size"] = generated.batch_size
+        return result
 
     def progress(self) -> tuple[str, int]:
         """Name, and evaluations of the teachers so far, which grow while a shard is made."""

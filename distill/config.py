@@ -183,7 +183,7 @@ class TrajectoryConfig:
     passes: int = 4  # times each block is read before the next
     dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
     store_noise: bool = True  # false: the reader makes it again from the sample id
-    batch_size: int = 256  # samples a teacher integrates at once; fixed per run
+    batch_size: int = 256  # samples a teacher integrates at once, if its memory suffices
     ready_ahead: int = 16  # shards at most beyond the block that is read
     location: str = ""  # of the shards: a folder or an fsspec URL; "" is shards in the run's folder
     max_bytes: int = 20_000_000_000  # shards at most on disk, bytes

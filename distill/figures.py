@@ -12,14 +12,17 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from distill.pictures import tile
 from distill.rundir import write_atomic
+from distill.workers import WorkerHistory
 
 # Drawn in this colour, then replaced by the page's own text colour, so that dark pages work too.
 INK = "#010203"
 # Readable on white and on near-black, and told apart by people who see few colours (Okabe and Ito).
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
+WORKER_BINS = 100  # over the whole time
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text and takes the font of the page
     "axes.edgecolor": INK,
@@ -119,6 +122,35 @@ def speed_figure(metrics: list[dict[str, Any]]) -> str:
         for axes in (top, bottom):
             axes.grid(True)
         return inline_svg(figure, "throughput and data wait over time")
+
+
+def worker_figure(history: WorkerHistory, samples_per_shard: int) -> Figure:
+    """Teacher workers wanted and at work, and the pairs they make per second, over wall time."""
+    first = history.changes[0][0]
+    last = max([history.changes[-1][0], *(end for _, end in history.spans)])
+    unit, name = (1, "seconds") if last - first < 300 else (60, "minutes")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        times, wanted, at_work = zip(
+            *history.changes, (last, *history.changes[-1][1:]), strict=True
+        )
+        x = [(time - first) / unit for time in times]
+        top.step(x, wanted, "--", where="post", color=INK, label="wanted", linewidth=1.3)
+        top.step(x, at_work, where="post", color=COLORS[0], label="at work", linewidth=2)
+        top.set_ylabel("teacher workers")
+        top.set_ylim(0, max(*wanted, *at_work) + 0.5)
+        top.yaxis.set_major_locator(MaxNLocator(integer=True))
+        top.legend(frameon=False)
+        edges = np.linspace(first, max(last, first + 1), WORKER_BINS + 1)
+        pairs = samples_per_shard * np.diff(history.shards_made(edges)) / np.diff(edges)
+        bottom.stairs(pairs, (edges - first) / unit, color=COLORS[1], linewidth=2)
+        bottom.set_ylabel("pairs / s")
+        bottom.set_ylim(bottom=0)
+        bottom.set_xlabel(f"{name} since the first worker was asked for")
+        for axes in (top, bottom):
+            axes.grid(True)
+        return figure
 
 
 # -----------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 
 The content is a pure function of seed, shard, teachers, solver, grid and guidance. The work is
 split into batches of `trajectory.batch_size` ids from the shard's first one on, the same for every
-worker, so that the same hardware gives the same bits.
+worker, so that the same hardware gives the same bits. Where memory does not suffice for so many at
+once, the batch is halved until it does: same ids, same noise, states equal up to rounding.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,8 @@ class GeneratedShard:
         ids: sample ids.
         nfe: evaluations of the guided velocity, summed over samples and teachers.
         forwards: samples that went through a network: guidance costs two forwards an evaluation.
+        batch_size: samples that were integrated at once, in the end; less than was asked for when
+            memory ran out.
     """
 
     states: Float[Tensor, "N M P *S"]
@@ -41,6 +44,7 @@ class GeneratedShard:
     ids: Int[np.ndarray, "N"]
     nfe: int
     forwards: int
+    batch_size: int
 
 
 def common_image(teachers: dict[str, FrozenTeacher]) -> ImageSpec:
@@ -68,15 +72,18 @@ def generate_shard(
     shard: int,
     device: torch.device | str,
     beat: Callable[[], None] = lambda: None,
+    batch_size: int | None = None,
 ) -> GeneratedShard:
     """The trajectories of ids shard n .. (shard + 1) n - 1 for n = `trajectory.samples_per_shard`.
 
     `teachers` and `configs` have the same names in the same order, weakest first. `beat` is
     called before every evaluation of a velocity: a place for heartbeats; what it raises ends the
-    work.
+    work. `batch_size` is what memory is known to suffice for, `trajectory.batch_size` if not given;
+    a batch that does not fit is made again as two, down to single samples.
 
     Raises:
         ConfigError: teachers of different images, or steps that do not fit the grid.
+        RuntimeError, MemoryError: memory does not suffice for a single sample.
     """
     assert list(teachers) == list(configs)
     image = common_image(teachers)
@@ -85,9 +92,10 @@ def generate_shard(
     labels = sample_labels(seed, ids, image.num_classes)
     fields = {name: build_field(teacher, configs[name]) for name, teacher in teachers.items()}
     states = torch.empty(count, len(teachers), len(trajectory.points), *image.shape)
-    nfe = forwards = 0
-    for first in range(0, count, trajectory.batch_size):
-        part = slice(first, min(first + trajectory.batch_size, count))
+
+    def fill(part: slice) -> tuple[int, int]:
+        """Evaluations and forwards that the states of some samples took."""
+        nfe = forwards = 0
         noise = torch.from_numpy(sample_noise(seed, ids[part], image.shape)).to(device)
         label = torch.from_numpy(labels[part]).to(device)
         for index, (name, field) in enumerate(fields.items()):
@@ -96,8 +104,48 @@ def generate_shard(
             states[part, index] = path[trajectory.points].transpose(0, 1).float().cpu()
             nfe += (field.evaluations - before[0]) * len(noise)
             forwards += (field.forwards - before[1]) * len(noise)
+        return nfe, forwards
+
+    first = nfe = forwards = 0
+    batch_size = min(batch_size or trajectory.batch_size, count)
+    while first < count:
+        part = slice(first, min(first + batch_size, count))
+        spent = unless_out_of_memory(fill, part, can_be_less=batch_size > 1)
+        if spent is None:
+            batch_size //= 2
+        else:
+            first, nfe, forwards = part.stop, nfe + spent[0], forwards + spent[1]
     check_finite(states, ids, list(teachers))
-    return GeneratedShard(states, labels, ids, nfe, forwards)
+    return GeneratedShard(states, labels, ids, nfe, forwards, batch_size)
+
+
+def unless_out_of_memory(
+    fill: Callable[[slice], tuple[int, int]], part: slice, can_be_less: bool
+) -> tuple[int, int] | None:
+    """`fill(part)`; None when memory does not suffice for so many samples.
+
+    The caller goes on outside of the handler: there the error holds all that the batch took.
+
+    Raises:
+        RuntimeError, MemoryError: it does not suffice, and the part cannot be less.
+    """
+    try:
+        return fill(part)
+    except (MemoryError, RuntimeError) as error:
+        if can_be_less and is_out_of_memory(error):
+            return None
+        raise
+
+
+def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Whether a device or this process has no memory left.
+
+    On a GPU torch has a class for it; on a CPU it raises a plain RuntimeError. A batch may also be
+    the first to need a handle of cuBLAS, which takes memory of its own.
+    """
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(words in str(error) for words in ("can't allocate memory", "_ALLOC_FAILED"))
 
 
 @torch.inference_mode()

@@ -80,5 +80,6 @@ def sidecar_bytes(spec: ShardSpec, shard: int) -> int:
         forwards=100 * count,
         seconds=10.0,
         producer="hostname-00000",
+        batch_size=count,
     )
     return len(sidecar.to_bytes())

@@ -21,6 +21,7 @@ from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConf
 from distill.rundir import RunDir
 
 FORMAT = 1
+OPTIONAL = {"tar": "", "batch_size": 0}  # keys of a sidecar that are left out at this value
 SHARD_NAME = re.compile(r"\d{8,}")
 TAR_NAME = re.compile(r"(?P<shard>\d{8,})\.(?:[0-9a-f]{16}\.)?tar")  # the middle: of one producer
 
@@ -151,6 +152,7 @@ class Sidecar:
         seconds: time it took to make.
         producer: who made it.
         tar: name of the tar next to the sidecar; "" is the shard's number.
+        batch_size: samples that were integrated at once; 0 in a shard from before it was noted.
     """
 
     shard: int
@@ -165,6 +167,7 @@ class Sidecar:
     seconds: float
     producer: str
     tar: str = ""
+    batch_size: int = 0
 
     @property
     def ids(self) -> range:
@@ -180,8 +183,8 @@ class Sidecar:
         """The file's content: one JSON object, its own sha256 included."""
         tree = {"format": FORMAT, **asdict(self)}
         tree["bytes"] = tree.pop("num_bytes")
-        if not self.tar:
-            del tree["tar"]
+        for key in [key for key in OPTIONAL if not tree[key]]:
+            del tree[key]
         tree |= {"count": len(self.ids), "first_id": self.ids[0], "last_id": self.ids[-1]}
         tree["sidecar_sha256"] = _tree_hash(tree)
         return (json.dumps(tree) + "\n").encode()
@@ -198,7 +201,7 @@ class Sidecar:
             raise ValueError("its own sha256 does not match")
         if tree["format"] != FORMAT:
             raise ValueError(f"format {tree['format']} is not known")
-        tree = {"tar": "", **tree, "num_bytes": tree["bytes"]}
+        tree = {**OPTIONAL, **tree, "num_bytes": tree["bytes"]}
         values = {f.name: tree[f.name] for f in fields(Sidecar)}
         values |= {"spec": ShardSpec.from_json(tree["spec"])}
         values |= {"labels": tuple(tree["labels"]), "offsets": tuple(tree["offsets"])}

@@ -1,7 +1,7 @@
 """The report of a run: one page that opens anywhere, with everything inside it.
 
-It reads files only (results.json, metrics.jsonl, config.yaml, run.json, samples/grid.npz), and says
-of each that is missing how to get it.
+It reads files only (results.json, metrics.jsonl, events.jsonl, config.yaml, run.json,
+samples/grid.npz), and says of each that is missing how to get it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,17 @@ from typing import Any
 import numpy as np
 
 from distill.figures import (
+    inline_svg,
     loss_figure,
     png_uri,
     quality_figure,
     speed_figure,
+    worker_figure,
     write_overview,
 )
 from distill.page import STYLE, duration, missing, number, size, table
 from distill.rundir import RunDir, read_lines, write_atomic
+from distill.workers import WorkerHistory, worker_history
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Facts:
     name: str
     results: dict[str, Any] | None
     metrics: list[dict[str, Any]]
+    workers: WorkerHistory
     grid: dict[str, np.ndarray] | None
     config: str
     identity: dict[str, Any] | None
@@ -50,6 +54,7 @@ def read_facts(run: RunDir, command: str) -> Facts:
         name=run.root.resolve().name,
         results=json.loads(run.results.read_text()) if run.results.exists() else None,
         metrics=[record for record in read_lines(run.metrics) if "step" in record],
+        workers=worker_history(read_lines(run.events)),
         grid=grid,
         config=run.config.read_text() if run.config.exists() else "",
         identity=json.loads(run.identity.read_text()) if run.identity.exists() else None,
@@ -184,6 +189,21 @@ def speed(facts: Facts) -> str:
     return f"<figure>{speed_figure(metrics)}<figcaption>{caption}</figcaption></figure>"
 
 
+def teachers(facts: Facts) -> str:
+    """Teacher workers and their speed."""
+    if facts.identity is None or not facts.workers.changes:
+        return missing("No teacher worker was asked for yet.", "They come with: bowstring run.")
+    count = facts.identity["stream"]["samples_per_shard"]
+    title = "teacher workers and pairs per second over time"
+    figure = inline_svg(worker_figure(facts.workers, count), title)
+    caption = (
+        "A shard counts evenly over the time from its lease to its commit. Workers that are wanted "
+        "and not at work still load their teachers. Where the trainer holds them back, or all is "
+        "made, the speed falls and the workers stay."
+    )
+    return f"<figure>{figure}<figcaption>{caption}</figcaption></figure>"
+
+
 def cost(facts: Facts) -> str:
     """The cost ledger."""
     if facts.results is None:
@@ -226,6 +246,7 @@ SECTIONS: tuple[tuple[str, str, Callable[[Facts], str]], ...] = (
     ("quality", "Quality against evaluations", quality),
     ("loss", "Loss", losses),
     ("speed", "Throughput", speed),
+    ("teachers", "Teacher workers", teachers),
     ("cost", "Cost", cost),
     ("configuration", "Configuration", configuration),
     ("command", "Command", command_line),

@@ -167,18 +167,23 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line with a time stamp, by a single write so that writers do not mix.
+    """Appends one JSON line with a time stamp (`append_lines`)."""
+    append_lines(path, [{"time": round(time.time(), 3), **record}])
+
+
+def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Appends JSON lines by a single write, so that writers do not mix.
 
     A line torn by a crash is closed first, so it costs itself only.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps({"time": round(time.time(), 3), **record}) + "\n"
+    text = "".join(json.dumps(record) + "\n" for record in records)
     with path.open("ab+") as file:
         if file.tell() > 0:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
-                line = "\n" + line
-        os.write(file.fileno(), line.encode())
+                text = "\n" + text
+        os.write(file.fileno(), text.encode())
         os.fsync(file.fileno())  # a checkpoint must not be ahead of the record of its data
 
 

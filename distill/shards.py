@@ -56,6 +56,10 @@ class Trajectories(Protocol):
     def forwards(self) -> int:
         """Samples that went through a network."""
 
+    @property
+    def batch_size(self) -> int:
+        """Samples that were integrated at once."""
+
 
 # -----------------------------------------------------------------------------------------------
 # Write
@@ -93,6 +97,7 @@ def write_shard(
                 forwards=generated.forwards,
                 seconds=round(seconds, 3),
                 producer=producer,
+                batch_size=generated.batch_size,
             )
             return store.publish(sidecar, path)
     except OSError as error:

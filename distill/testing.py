@@ -291,7 +291,7 @@ def tiny_shard(spec: ShardSpec, shard: int) -> GeneratedShard:
     teacher = torch.arange(len(spec.teachers))
     ends = ((torch.from_numpy(labels)[:, None] + teacher) / 10)[:, :, None, None, None, None]
     states = (1 - times) * noise[:, None, None] + times * ends
-    return GeneratedShard(states, labels, ids, nfe=len(ids), forwards=2 * len(ids))
+    return GeneratedShard(states, labels, ids, len(ids), 2 * len(ids), len(ids))
 
 
 def write_tiny_shards(run: RunDir, spec: ShardSpec, shards: Iterable[int]) -> None:

@@ -37,9 +37,21 @@ def finished_run(tmp_path_factory) -> RunDir:
     engine = TorchEngine(network, TrainConfig(), torch.device("cpu"))
     checkpoint.save(run.checkpoints, 20, engine, keep_last=2, origin={"seed": 0})
     identity = {"student": asdict(TINY), "data": asdict(DIGITS), "objective": {"name": "traflow"}}
-    record = {"seed": 0, "hash": "ab" * 32, "identity": identity, "teachers": {"tiny": "cd" * 32}}
+    stream = {"samples_per_shard": 16}
+    record = {
+        "seed": 0,
+        "stream": stream,
+        "hash": "ab" * 32,
+        "identity": identity,
+        "teachers": {"tiny": "cd" * 32},
+    }
     write_json(run.identity, record | {"versions": {"torch": "2"}})
     write_json(run.shards / "00000000.json", {"seconds": 2.0, "nfe": 512, "bytes": 1000})
+    append_line(run.events, {"time": 0.0, "kind": "pool", "workers": 1, "most": 4})
+    append_line(run.events, {"time": 5.0, "kind": "worker_join", "worker": "w", "fingerprints": {}})
+    append_line(run.events, {"time": 5.0, "kind": "lease", "shard": 0, "worker": "w"})
+    commit = {"kind": "commit", "shard": 0, "worker": "w", "bytes": 1000, "seconds": 2.0}
+    append_line(run.events, {"time": 7.0, **commit})
     for step in (10, 20):
         terms = {"output": 0.1 / step, "velocity": 0.2 / step}
         speed = {"samples_per_s": 50.0, "step_s": 0.5, "data_wait_fraction": 0.1, "world_size": 2}

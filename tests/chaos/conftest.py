@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -20,10 +21,11 @@ from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
 from distill.generate import generate_shard
+from distill.layout import stored_dtype
 from distill.ledger import shard_spec
 from distill.manifest import read_manifest, step_name
 from distill.rundir import RunDir, read_lines
-from distill.shards import write_shard
+from distill.shards import read_shard, write_shard
 from distill.store import read_sidecar
 from distill.teachers import build_teacher
 from distill.testing import run_ranks
@@ -160,10 +162,22 @@ class Chaos:
         assert report["missing"] == [] and report["duplicate"] == []
         assert report["consumed_steps"] == steps
         assert self._consumed() == self._planned()
-        made = {shard: read_sidecar(self.run, shard).sha256 for shard in self.all_shards()}
-        shards, checkpoint = self._undisturbed.hashes(self.config)
-        assert made == shards
-        assert checkpoint_hashes(self.run, steps) == checkpoint
+        alone = self.alone
+        for shard in self.all_shards():
+            assert read_sidecar(self.run, shard).sha256 == read_sidecar(alone, shard).sha256
+        assert checkpoint_hashes(self.run, steps) == checkpoint_hashes(alone, steps)
+
+    @property
+    def alone(self):
+        """The same run without a fault."""
+        return self._undisturbed.run(self.config)
+
+    def read(self, run, shard):
+        """Sidecar and states of a shard of this run or of `alone`."""
+        spec = spec_of(self.config)
+        count = spec.samples_per_shard
+        states = np.empty((count, *spec.sample_shape), dtype=stored_dtype(spec))
+        return read_shard(run, spec, shard, states, np.empty(count, dtype=np.int64)), states
 
     def all_shards(self):
         """Numbers of the shards of the run."""
@@ -189,7 +203,7 @@ class Chaos:
 
 
 class Undisturbed:
-    """What runs give without a fault, and without pool, Ray and coordinator; each is made once."""
+    """Runs without a fault, and without pool, Ray and coordinator; each is made once."""
 
     def __init__(self, folder):
         self._folder, self._known = folder, {}
@@ -197,11 +211,12 @@ class Undisturbed:
         mixture = {"shape": [1, 8, 8], "means": [[-0.5] * 64, [0.5] * 64], "stds": [0.2, 0.1]}
         self.teacher.write_text(json.dumps(mixture))
 
-    def hashes(self, config):
-        """sha256 of every shard by number, and of every file of the last checkpoint by name.
+    def run(self, config):
+        """The finished run of these settings.
 
-        A checkpoint holds weights, moments and averages, so equal hashes are equal states, bit for
-        bit. That needs the same torch on the same kind of CPU, and the same ranks and micro-batch.
+        Its last checkpoint holds weights, moments and averages, so equal hashes are equal states,
+        bit for bit. That needs the same torch on the same kind of CPU, and the same ranks and
+        micro-batch.
         """
         key = hash_of(identity_of(config)), config.train.max_steps
         if key not in self._known:
@@ -210,18 +225,22 @@ class Undisturbed:
 
     def _make(self, config, folder):
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=str(folder)))
+        spec = spec_of(config)
         teachers = {name: build_teacher(t, "cpu") for name, t in config.teacher.items()}
-        prints = {name: teacher.fingerprint for name, teacher in teachers.items()}
-        spec = shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
-        shards = {}
         for shard in range(stream_plan(config).shards):
             made = generate_shard(
                 teachers, config.teacher, config.trajectory, config.seed, shard, "cpu"
             )
-            shards[shard] = write_shard(config.files, spec, shard, made, 0.0, "test").sha256
+            write_shard(config.files, spec, shard, made, 0.0, "test")
         job = TrainJob("train", config, spec, folder / "scratch")
         assert run_ranks(train_alone, 1, folder / "rank", job) == [config.train.max_steps]
-        return shards, checkpoint_hashes(config.files, config.train.max_steps)
+        return config.files
+
+
+def spec_of(config):
+    """What the shards of a run are."""
+    prints = {n: build_teacher(t, "cpu").fingerprint for n, t in config.teacher.items()}
+    return shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
 
 
 def train_alone(rank, world_size, job):

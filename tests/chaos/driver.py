@@ -4,7 +4,8 @@
 
 Its teacher workers are the real ones and more: they count their velocity evaluations in
 `beats/PID`, one byte each, and one that finds its shard in `doom/SHARD` ends itself by kill -9 at
-the point that the file names. `struck/SHARD` then says that, and when, it did.
+the point that the file names. `struck/SHARD` then says that, and when, it did. The points "no room"
+and "little memory" do not end it: its files, or its addresses, are limited from then on.
 """
 
 import os
@@ -14,6 +15,8 @@ import signal
 from cluster import cli, pool, runner, stages
 from cluster.worker import TeacherWorker
 from distill import shards
+
+LITTLE_MEMORY = 100_000_000  # bytes more than it has
 
 
 class DoomedWorker(TeacherWorker):
@@ -39,6 +42,10 @@ class DoomedWorker(TeacherWorker):
             case "no room":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
                 os.utime(self._struck)
+            case "little memory":
+                pages = int(Path("/proc/self/statm").read_text().split()[0])
+                limit = pages * resource.getpagesize() + LITTLE_MEMORY
+                resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
         result = super().produce(shard)
         if self._point == "reporting":
             self._die()

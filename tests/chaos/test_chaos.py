@@ -5,14 +5,17 @@ nothing corrupt, the trainer has consumed the planned sequence of (id, pass), an
 the bytes that an undisturbed process gives it, and so has the last checkpoint.
 """
 
+import json
 import os
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from cluster.cursor import read_cursor
 from cluster.plan import stream_plan
+from cluster.verify import audit
 from distill.ledger import sidecar_path, tar_path
 from distill.store import committed
 
@@ -240,3 +243,49 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_roo
         f"next training {case.next_event_s(restarted, 'resume'):.1f} s after the restart,", end=" "
     )
     print(f"wasted: {wasted} evaluations, {kept} kept")
+    assert wasted <= 2 * kept // len(case.all_shards())
+
+
+# -----------------------------------------------------------------------------------------------
+# Workers that are not alike
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_workers_with_more_and_less_memory_make_the_same_samples(tmp_path, chaos):
+    """A velocity of a whole batch takes several arrays of 67 MB; one worker has 100 MB for them."""
+    samples, components = 64, 4096
+    draw = np.random.Generator(np.random.Philox(key=[1, 2]))
+    means = draw.standard_normal((components, 64)).round(3).tolist()
+    mixture = {"shape": [1, 8, 8], "means": means, "stds": [0.3] * components}
+    (tmp_path / "large.json").write_text(json.dumps(mixture))
+    case = chaos(
+        f"teacher.mixture.path={tmp_path / 'large.json'}",
+        f"trajectory.samples_per_shard={samples}",
+        f"trajectory.batch_size={samples}",
+        "trajectory.dtype=float32",
+        "train.max_steps=64",
+    )
+    case.doom(0, "little memory")
+    case.start("generate")
+    case.finish()
+    assert len(case.struck()) == 1
+    report = audit(case.run)
+    assert report["ok"] and report["shards"] == len(case.all_shards()) == 8
+    limited = case.read(case.run, 0)[0].producer
+    said = [event for event in case.events("commit") if "batch_size" in event]
+    assert [event["worker"] for event in said] == [limited]  # once
+    batches = set()
+    for shard in case.all_shards():
+        ours, theirs = (case.read(run, shard) for run in (case.run, case.alone))
+        batch = said[0]["batch_size"] if ours[0].producer == limited else samples
+        batches.add(batch)
+        assert ours[0].batch_size == batch and theirs[0].batch_size == samples
+        assert (ours[0].ids, ours[0].labels) == (theirs[0].ids, theirs[0].labels)
+        assert (ours[0].nfe, ours[0].forwards) == (theirs[0].nfe, theirs[0].forwards)
+        assert (ours[1][:, :, 0] == theirs[1][:, :, 0]).all()  # the noise
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+        if batch == samples:
+            assert ours[0].sha256 == theirs[0].sha256
+    assert len(batches) == 2 and min(batches) < samples
+    print(f"\nbatches of {sorted(batches)} samples")

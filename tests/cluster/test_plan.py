@@ -171,6 +171,7 @@ def test_shard_bytes_are_those_of_a_real_shard(overrides, tmp_path):
         ids=np.arange(num, dtype=np.int64),
         nfe=0,
         forwards=0,
+        batch_size=num,
     )
     run = RunDir(tmp_path)
     written = write_shard(run, spec, 0, generated, seconds=0.0, producer="test")

@@ -18,6 +18,7 @@ from cluster.status import quarantined, restarts
 from distill.config import ConfigError
 from distill.ledger import shard_spec
 from distill.rundir import RunDir, read_lines, write_json
+from distill.testing import tiny_spec, write_tiny_shards
 
 
 @dataclass(eq=False)
@@ -282,7 +283,7 @@ def test_what_is_evicted_while_the_directory_is_read_does_not_come_back(ray, tmp
 def ask_for(pool, workers):
     """`bowstring scale`, and the pool's next look at the directory."""
     write_target(pool.run, workers)
-    pool._next_scan_s = 0.0
+    pool._next_look_s = 0.0
     pool.poll()
 
 
@@ -413,7 +414,7 @@ def test_a_node_that_takes_most_workers_with_it_does_not_stop_the_pool(ray, tmp_
     pool = make_pool(tmp_path, num_workers=1, address="there", max_steps=40)
     take_for_committed(pool, monkeypatch)
     for _ in range(3):
-        pool._next_scan_s = 0.0
+        pool._next_look_s = 0.0
         pool.poll()
     assert [member.shard for member in pool.members] == list(range(9))
     del there[1]
@@ -440,18 +441,19 @@ def test_an_idle_worker_that_dies_is_found_and_replaced(ray, tmp_path, monkeypat
 def test_a_shard_whose_producer_died_before_its_report_is_not_made_again(
     ray, tmp_path, monkeypatch
 ):
-    on_disk = {}
-    monkeypatch.setattr(pool_module, "committed", lambda run: dict(on_disk))
+    """The pool looks at this shard alone: what else lies there it learns from its next listing."""
 
     def behaviour(name, shard):
         if shard != 1:
             return {"bytes": 100, "seconds": 0.0}
-        on_disk[1] = 100
+        write_tiny_shards(pool.run, tiny_spec(), [1])
         return ActorDiedError()
 
     ray.behaviour = behaviour
     pool = make_pool(tmp_path)
+    pool.poll()
+    monkeypatch.setattr(pool_module, "committed", None)
     finish(pool)
-    assert pool.is_done
+    assert pool.is_done and pool.coordinator.committed[1] == pool.plan.shard_bytes
     leased = [e["shard"] for e in read_lines(pool.run.events) if e["kind"] == "lease"]
     assert leased.count(1) == 1

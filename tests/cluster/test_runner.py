@@ -122,6 +122,9 @@ class EndlessPool:
     def poll(self):
         return False
 
+    def rest(self, seconds):
+        time.sleep(seconds)
+
     def close(self):
         self.closed = True
 

@@ -36,7 +36,7 @@ def test_every_section_has_its_content(page):
     for key, title, _ in SECTIONS:
         assert f'<section id="{key}"><h2>{title}</h2>' in page
     assert 'class="missing"' not in page
-    assert page.count("<svg") == 4 and page.count("<img") == 7 * 10
+    assert page.count("<svg") == 5 and page.count("<img") == 7 * 10
     assert "seed: 0" in page
     assert "run.name=&#x27;&lt;tiny&gt;&#x27;" in page  # escaped, so still the exact command
 

@@ -1,0 +1,96 @@
+"""A teacher worker in an address space that is too small for its batch: the real allocator fails.
+
+The first velocity of a batch takes several arrays [B, K, D] of K components in D dimensions.
+"""
+
+import json
+import resource
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cluster.compose import compose
+from cluster.worker import TeacherWorker
+from distill.layout import stored_dtype
+from distill.ledger import shard_spec
+from distill.rundir import RunDir
+from distill.shards import read_shard
+from distill.store import read_sidecar
+from distill.teachers import build_teacher
+from distill.testing import run_ranks
+
+SHARDS, SAMPLES = 3, 48
+
+
+def make_worker(folder, components):
+    """A worker on a mixture; an array of all samples of a shard has K * 12 kB."""
+    draw = np.random.Generator(np.random.Philox(key=[1, 2]))
+    means = draw.standard_normal((components, 64)).round(3).tolist()
+    mixture = {"shape": [1, 8, 8], "means": means, "stds": [0.3] * components}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "mixture.json").write_text(json.dumps(mixture))
+    path = folder / "mixture.json"
+    (config,) = compose(
+        [
+            "experiment=tiny",
+            f"run.dir={folder}",
+            "~teacher",
+            "+teacher={only: {kind: analytic, path: " + str(path) + ", steps: 8}}",
+            f"trajectory.samples_per_shard={SAMPLES}",
+            f"trajectory.batch_size={SAMPLES}",
+            "trajectory.dtype=float32",
+        ]
+    )
+    fingerprint = build_teacher(config.teacher["only"], "cpu").fingerprint
+    spec = shard_spec(
+        config.seed, config.data.image, config.trajectory, config.teacher, {"only": fingerprint}
+    )
+    worker = TeacherWorker(config, RunDir(folder), spec)
+    worker.load()
+    return worker, spec
+
+
+def limit_memory(more):
+    """Lets this process take `more` bytes of addresses, and no more."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + more
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+
+
+def work_in_little_memory(rank, world_size, folder):
+    """What a worker tells of its shards, and the error of one whose single samples do not fit."""
+    worker, _ = make_worker(Path(folder) / "small", components=512)
+    hopeless, _ = make_worker(Path(folder) / "hopeless", components=20_000)
+    limit_memory(16_000_000)
+    told = [worker.produce(shard) for shard in range(SHARDS)]
+    limit_memory(4_000_000)
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        hopeless.produce(0)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    return told
+
+
+def test_a_worker_with_little_memory_halves_its_batch_and_makes_the_same_samples(tmp_path):
+    (told,) = run_ranks(work_in_little_memory, 1, tmp_path / "ranks", str(tmp_path))
+    small, whole = RunDir(tmp_path / "small"), RunDir(tmp_path / "whole")
+    worker, spec = make_worker(whole.root, components=512)
+    for shard in range(SHARDS):
+        assert "batch_size" not in worker.produce(shard)
+    batch = told[0]["batch_size"]
+    assert batch in (SAMPLES // 2, SAMPLES // 4, SAMPLES // 8)
+    assert all("batch_size" not in later for later in told[1:])  # said once, kept for life
+    for shard in range(SHARDS):
+        ours, theirs = (read(run, spec, shard) for run in (small, whole))
+        assert (ours[0].batch_size, theirs[0].batch_size) == (batch, SAMPLES)
+        for key in ("shard", "spec", "labels", "nfe", "forwards", "num_bytes"):
+            assert getattr(ours[0], key) == getattr(theirs[0], key)
+        assert (ours[1][:, :, 0] == theirs[1][:, :, 0]).all()  # the noise
+        np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+
+
+def read(run, spec, shard):
+    """Sidecar and states of a shard."""
+    states = np.empty((SAMPLES, *spec.sample_shape), dtype=stored_dtype(spec))
+    read_shard(run, spec, shard, states, np.empty(SAMPLES, dtype=np.int64))
+    return read_sidecar(run, shard), states
