@@ -11,6 +11,7 @@ and "little memory" do not end it: its files, or its addresses, are limited from
 import os
 import resource
 import signal
+from pathlib import Path
 
 from cluster import cli, pool, runner, stages
 from cluster.worker import TeacherWorker
