@@ -1,8 +1,8 @@
 """The trajectory stream: what it costs against doing without, and what it gains.
 
-    python benchmarks/stream.py                     all, about 25 minutes on 2 idle cores
+    python benchmarks/stream.py                     all; the time of a whole run was not taken yet
     python benchmarks/stream.py shards overlap      some sections; the others stay as they were
-    python benchmarks/stream.py --quick             fewer rounds, about 6 minutes; writes nothing
+    python benchmarks/stream.py --quick             fewer rounds; writes nothing
 
 Sections: shards, waiting, teachers, coordinator, overlap, elasticity; each is a file next to this
 one. What is compared in a section is measured in one run of it, in turn. Whole sections go to
