@@ -51,7 +51,7 @@ def digits_problem(folder: Path, is_quick: bool) -> Problem:
         make_network=network,
         num_pairs=4096,
         num_truth=1000,
-        steps=600,
+        steps=560,
         batch_size=128,
         lr=8e-3,
     )

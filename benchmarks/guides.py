@@ -29,7 +29,7 @@ from distill.teachers.analytic import MixtureTeacher
 
 NOISE_OF_TEACHERS = 0.2  # standard deviation of the error of every mean, per axis
 NUM_NOISY = 4
-STEPS, PAIRS = 300, 16_384  # of every student here
+STEPS, PAIRS = 240, 16_384  # of every student here
 
 STRAIGHT = BezierConfig(variant="straight", degree=1)
 SETS: dict[str, dict[str, ObjectiveConfig]] = {

@@ -110,7 +110,10 @@ def bare_step(calls: Calls) -> Callable[[int], None]:
                 torch.func.jvp(lambda s_: engine.student(noise, t, s_, labels), (s,), (t,))
         for _ in range(calls.inputs):
             out = engine.target(out[-BATCH:], t, s, labels)
-        engine.backward(out.square().mean(), last=True)
+        loss = out.square().mean()
+        for _ in range(calls.passes):
+            engine.gradient_norms([loss])
+        engine.backward(loss, last=True)
         engine.step(index, 1e-4)
 
     return step
@@ -158,8 +161,9 @@ def main() -> None:
         print("|", " | ".join([name, *cells]), "|")
     print(
         "\nCalls of the network: with gradient to the weights, plain, with gradient to the input,\n"
-        "and tangents (forward mode). In forwards: three (forward, a backward pass for inputs and\n"
-        "one for weights), one, two, two."
+        "tangents (forward mode); last, passes back that adaptive weights make once more. In\n"
+        "forwards: three (forward, a backward pass for inputs and one for weights), one, two, two,\n"
+        "one."
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")

@@ -17,12 +17,16 @@ from distill.objective_config import (
 class Calls:
     """Network calls of one training sample: with gradient to the weights, without, with gradient
     to the input, and forward-mode derivatives (a value and its tangent, two forwards).
+
+    `passes` are no calls: adaptive weights go back through a call once more, for the gradient of
+    its term at the last layer.
     """
 
     weights: int = 0
     plain: int = 0
     inputs: int = 0
     tangents: int = 0
+    passes: int = 0
 
     @property
     def forwards(self) -> int:
@@ -34,7 +38,8 @@ class Calls:
         """Work in units of one forward: a backward pass costs one for the inputs and one for the
         weights.
         """
-        return 3 * self.weights + self.plain + 2 * self.inputs + 2 * self.tangents
+        once = self.plain + self.passes
+        return 3 * self.weights + once + 2 * self.inputs + 2 * self.tangents
 
     def __add__(self, other: Calls) -> Calls:
         return Calls(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
@@ -48,11 +53,12 @@ def objective_calls(objective: ObjectiveConfig) -> Calls:
     """Network forwards of the objective on one sample. A term of weight 0 is not computed."""
     match objective:
         case TraFlowConfig():
+            again = Calls(passes=1) if objective.weights == "adaptive" else Calls()
             weighted = [
                 (objective.weight_output, ONE),
                 (objective.weight_states, ONE),
                 (objective.weight_velocity, velocity_calls(objective)),
-                (objective.weight_consistency, CONSISTENCY),
+                (objective.weight_consistency, CONSISTENCY + again),
                 (objective.weight_flow_matching, ONE),
             ]
         case BezierConfig():
@@ -80,4 +86,4 @@ def velocity_calls(objective: TraFlowConfig) -> Calls:
         case "jvp":
             return jump + Calls(tangents=1)
         case _:  # forward, back, and back through both: about three evaluations with gradient
-            return Calls(3)
+            return Calls(3, passes=int(objective.weights == "adaptive"))

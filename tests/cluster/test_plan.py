@@ -11,7 +11,8 @@ from cluster.calls import objective_calls
 from cluster.compose import compose
 from cluster.netcost import network_cost
 from cluster.plan import estimate, stream_plan, teacher_forwards
-from distill.config import DiTConfig, ImageSpec, TeacherConfig, UNetConfig
+from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNetConfig
+from distill.engine import TorchEngine
 from distill.evaluate import evaluate
 from distill.generate import GeneratedShard
 from distill.ledger import shard_spec, sidecar_path
@@ -93,6 +94,42 @@ def test_objective_calls_are_those_that_the_objective_makes(config):
     )
     build_objective(config, seed=0).loss(batch, network("student"), network("target"), 0)
     assert objective_calls(config).forwards == sum(calls.values())
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0),
+        TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0, weights="adaptive"),
+        BezierConfig(),
+        EndpointConfig(),
+        ConsistencyConfig(),
+        MeanFlowConfig(),
+    ],
+)
+def test_work_in_forwards_is_what_torch_counts_in_a_step(config):
+    # Forward mode and double backward are left out: torch's counter does not see them rightly.
+    image = ImageSpec(1, 8, 10)
+    network = build_network(DiTConfig(patch_size=2, width=64, depth=4, num_heads=4), image)
+    engine = TorchEngine(network, TrainConfig(), torch.device("cpu"))
+    batch = TrajectoryBatch(
+        states=torch.randn(4, 2, 9, *image.shape),
+        times=torch.linspace(0, 1, 9),
+        weights=torch.tensor([0.5, 0.5]),
+        labels=torch.arange(4),
+        ids=torch.arange(4),
+        positions=torch.arange(4),
+        global_size=4,
+    )
+    objective = build_objective(config, seed=0, gradient_norms=engine.gradient_norms)
+    with FlopCounterMode(display=False) as forward:
+        engine.target(batch.noise, torch.zeros(4), torch.ones(4), batch.labels)
+    with FlopCounterMode(display=False) as step:
+        loss = objective.loss(batch, engine.student, engine.target, 0).total
+        engine.backward(loss, last=True)
+    ratio = step.get_total_flops() / forward.get_total_flops()
+    # the first layer has no gradient to its input
+    assert ratio == pytest.approx(objective_calls(config).in_forwards, rel=0.02)
 
 
 def test_a_trajectory_costs_steps_times_stages_times_two_for_guidance():
