@@ -161,9 +161,8 @@ def main() -> None:
         print("|", " | ".join([name, *cells]), "|")
     print(
         "\nCalls of the network: with gradient to the weights, plain, with gradient to the input,\n"
-        "tangents (forward mode); last, passes back that adaptive weights make once more. In\n"
-        "forwards: three (forward, a backward pass for inputs and one for weights), one, two, two,\n"
-        "one."
+        "tangents (forward mode); last, passes back that adaptive weights make once more.\n"
+        "In forwards: three (forward, a backward pass for inputs, one for weights), 1, 2, 2, 1."
     )
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=1) + "\n")
