@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+from cluster.scale import Device
+
 
 @dataclass(eq=False)
 class Member:
     """An actor as the pool sees it. `task` is its pending load or shard, None when it is idle."""
 
     actor: Any
+    device: Device  # where it computes
     task: Any
     ping: Any  # pending question for its name and progress
     name: str = ""  # known once it has a process, which may have to wait for a node
@@ -33,11 +36,19 @@ class Member:
         return further
 
 
-def choose_leaving(members: list[Member], target: int) -> int:
-    """How many members are missing, after those that are too many were told to leave.
+def choose_leaving(members: list[Member], wanted: dict[Device, int]) -> list[Device]:
+    """Devices of the members that are missing, after those that are too many were told to leave.
 
     The idle ones go first. Who was told to leave and is still at work stays when it is wanted.
     """
+    missing: list[Device] = []
+    for device, target in wanted.items():
+        there = [member for member in members if member.device == device]
+        missing += [device] * _choose_leaving(there, target)
+    return missing
+
+
+def _choose_leaving(members: list[Member], target: int) -> int:
     staying = [member for member in members if not member.leaves]
     staying.sort(key=lambda member: member.shard is None)
     for member in staying[target:]:

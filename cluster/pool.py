@@ -24,7 +24,7 @@ from cluster.job import stream_order
 from cluster.member import Member, choose_leaving
 from cluster.pace import Pace
 from cluster.plan import StreamPlan
-from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, most_workers, wanted_workers
+from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, Device, most_workers, wanted_workers
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.ledger import ShardSpec
@@ -61,12 +61,11 @@ class TeacherPool:
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
         self._scans, self._log = Pace(), EventLog(self.run)
+        self._wanted: dict[Device, int] = {}
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
         self._event("pool", workers=self.target, most=most_workers(self.config.cluster))
         self._log.flush()  # `bowstring scale` asks for it
-        actor = ray.remote(TeacherWorker)
-        self._actor_class = actor.options(**production.actor_options(self.config.cluster))
 
     @property
     def is_done(self) -> bool:
@@ -127,13 +126,15 @@ class TeacherPool:
 
     def _staff(self) -> None:
         """Starts the workers that are missing. Those that are too many finish their shard."""
-        missing = choose_leaving(self.members, self.target)
+        missing = choose_leaving(self.members, self._wanted)
         for member in [m for m in self.members if m.leaves and m.shard is None]:
             ray.kill(member.actor)
             self._part(member, SCALED_DOWN)
-        for _ in range(missing):
-            actor = self._actor_class.remote(self.config, self.run, self.spec)
-            self.members.append(Member(actor, actor.load.remote(), actor.progress.remote()))
+        for device in missing:
+            options = production.actor_options(self.config.cluster.teachers, device)
+            actor_class = ray.remote(TeacherWorker).options(**options)
+            actor = actor_class.remote(self.config, self.run, self.spec, device)
+            self.members.append(Member(actor, device, actor.load.remote(), actor.progress.remote()))
 
     def _look(self) -> None:
         """Takes over what small files tell: the target, and where the oldest checkpoint stands."""
@@ -158,7 +159,8 @@ class TeacherPool:
     def _follow(self) -> None:
         """Sets the target to what was asked for, and to what fits on the nodes there are now."""
         nodes = ray.nodes() if self.config.cluster.address else []
-        wanted = wanted_workers(self.config.cluster, self.run, nodes)
+        self._wanted = wanted_workers(self.config.cluster, self.run, nodes)
+        wanted = sum(self._wanted.values())
         if wanted != self.target:
             self.target, self._most = wanted, max(wanted, self._most)
             self._event("scale", workers=wanted)
@@ -194,7 +196,7 @@ class TeacherPool:
         if member.shard is None:
             production.check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             member.name = result["worker"]
-            self._event("worker_join", **result)
+            self._event("worker_join", device=member.device, **result)
             self._handle(messages.Joined(member.name))
         else:
             shard, member.shard = member.shard, None

@@ -8,9 +8,10 @@ import time
 import uuid
 from typing import Any
 
-from cluster.config import ClusterConfig, RunConfig
+from cluster.config import RunConfig, TeacherPoolConfig
 from cluster.coordinator import Limits
 from cluster.plan import StreamPlan
+from cluster.scale import Device, gpus_of_worker
 from distill.config import check
 from distill.ledger import ShardSpec
 from distill.rundir import RunDir, write_json
@@ -30,12 +31,14 @@ def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) 
     )
 
 
-def actor_options(cluster: ClusterConfig) -> dict[str, Any]:
-    """Options of a worker's Ray actor. Nobody but the pool starts one again."""
-    pool = cluster.teachers
+def actor_options(pool: TeacherPoolConfig, device: Device) -> dict[str, Any]:
+    """Options of a worker's Ray actor. Nobody but the pool starts one again.
+
+    Ray puts an actor that asks for no GPU on a node without one, as long as there is room.
+    """
     return {
         "num_cpus": pool.cpus_per_worker,
-        "num_gpus": pool.gpus_per_worker,
+        "num_gpus": gpus_of_worker(pool, device),
         "resources": {"teacher": 1.0},
         "max_concurrency": 2,
         "max_restarts": 0,

@@ -4,7 +4,8 @@
 
 A pool that starts takes `cluster.teachers.num_workers` and removes what an earlier one left. On a
 cluster it follows the nodes that come and go: as many workers as fit, at least `num_workers`, at
-most `max_workers` or what `scale` asks for.
+most `max_workers` or what `scale` asks for. Where workers ask for GPUs, a node without one takes
+workers that compute on CPU.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, TeacherPoolConfig
 from distill.config import ConfigError, check
 from distill.rundir import RunDir, read_lines, write_json
+
+Device = Literal["cuda", "cpu"]
 
 WORKERS_PER_CORE = 2  # on this machine alone `scale` goes up to this
 END_OF_PRODUCTION, SCALED_DOWN = "end of production", "scaled down"
@@ -76,29 +79,50 @@ def read_target(run: RunDir) -> int | None:
 # What fits
 
 
-def wanted_workers(cluster: ClusterConfig, run: RunDir, nodes: list[dict[str, Any]]) -> int:
-    """Teacher workers that there shall be now; `nodes` is what Ray says of those of a cluster."""
+def wanted_workers(
+    cluster: ClusterConfig, run: RunDir, nodes: list[dict[str, Any]]
+) -> dict[Device, int]:
+    """Teacher workers that there shall be now, by device; `nodes` is what Ray says of those of a
+    cluster. GPUs are filled first. Workers for which there is no place yet wait for the first kind.
+    """
     pool, asked = cluster.teachers, read_target(run)
+    first: Device = "cuda" if pool.gpus_per_worker > 0 else "cpu"
+    wanted: dict[Device, int] = {"cuda": 0, "cpu": 0}
     if not cluster.address:
-        return pool.num_workers if asked is None else asked
-    fit = sum(_fitting(cluster, node["Resources"]) for node in nodes if node["Alive"])
+        wanted[first] = pool.num_workers if asked is None else asked
+        return wanted
+    fit = dict(wanted)
+    for node in nodes:
+        if node["Alive"]:
+            device = first if node["Resources"].get("GPU") else "cpu"
+            fit[device] += _fitting(cluster, node["Resources"], device)
     most = (pool.max_workers or math.inf) if asked is None else asked
-    return int(min(most, max(pool.num_workers, fit)))
+    left = int(min(most, max(pool.num_workers, sum(fit.values()))))
+    for device in wanted:
+        wanted[device] = min(fit[device], left)
+        left -= wanted[device]
+    wanted[first] += left
+    return wanted
 
 
-def _fitting(cluster: ClusterConfig, resources: dict[str, float]) -> int:
+def _fitting(cluster: ClusterConfig, resources: dict[str, float], device: Device) -> int:
     """Teacher workers that fit on a node next to the trainer ranks that it may have to take."""
     pool, trainer = cluster.teachers, cluster.trainer
     ranks = min(int(resources.get("trainer", 0.0)), trainer.num_workers)
     fit = int(resources.get("teacher", 0.0))
     for name, each, of_rank in (
         ("CPU", pool.cpus_per_worker, trainer.cpus_per_worker),
-        ("GPU", pool.gpus_per_worker, trainer.gpus_per_worker),
+        ("GPU", gpus_of_worker(pool, device), trainer.gpus_per_worker),
     ):
         if each > 0:
             free = resources.get(name, 0.0) - ranks * of_rank
             fit = min(fit, math.floor(free / each + 1e-9))
     return max(0, fit)
+
+
+def gpus_of_worker(pool: TeacherPoolConfig, device: Device) -> float:
+    """What a worker that computes there asks of its node."""
+    return pool.gpus_per_worker if device == "cuda" else 0.0
 
 
 # -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from cluster.config import RunConfig
+from cluster.scale import Device
 from distill.generate import generate_shard
 from distill.ledger import ShardSpec
 from distill.rundir import RunDir
@@ -29,9 +30,8 @@ class TeacherWorker:
     hangs is told from one that is slow.
     """
 
-    def __init__(self, config: RunConfig, run: RunDir, spec: ShardSpec) -> None:
-        self._config, self._run, self._spec = config, run, spec
-        self._device = "cuda" if config.cluster.teachers.gpus_per_worker > 0 else "cpu"
+    def __init__(self, config: RunConfig, run: RunDir, spec: ShardSpec, device: Device) -> None:
+        self._config, self._run, self._spec, self._device = config, run, spec, device
         self._teachers: dict[str, FrozenTeacher] = {}
         self._evaluations = 0
         trajectory = config.trajectory

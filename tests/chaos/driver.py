@@ -13,6 +13,8 @@ import resource
 import signal
 from pathlib import Path
 
+import ray
+
 from cluster import cli, pool, runner, stages
 from cluster.worker import TeacherWorker
 from distill import shards
@@ -21,7 +23,11 @@ LITTLE_MEMORY = 100_000_000  # bytes more than it has
 
 
 class DoomedWorker(TeacherWorker):
-    """A teacher worker that dies where it is told."""
+    """A teacher worker that dies where it is told. Of a GPU it takes Ray's word, and no use."""
+
+    def __init__(self, config, run, spec, device):
+        assert len(ray.get_gpu_ids()) == (device == "cuda")
+        super().__init__(config, run, spec, "cpu")
 
     def produce(self, shard):
         """As the worker does, up to the point of its death."""

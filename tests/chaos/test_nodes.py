@@ -23,10 +23,11 @@ JOIN_S = 60.0  # 15 s on a machine that has cores left for the new workers
 class Node:
     """One `ray start --block`, in a session of its own."""
 
-    def __init__(self, folder, name, env, *arguments, **resources):
+    def __init__(self, folder, name, env, *arguments, gpus=0, **resources):
         self.log = folder / f"{name}.txt"
-        command = [*RAY, "start", "--block", "--num-gpus=0", "--object-store-memory=100000000"]
-        command += [f"--num-cpus={sum(resources.values())}", f"--resources={json.dumps(resources)}"]
+        command = [*RAY, "start", "--block", "--object-store-memory=100000000"]
+        command += [f"--num-cpus={sum(resources.values())}", f"--num-gpus={gpus}"]
+        command += [f"--resources={json.dumps(resources)}"]
         with self.log.open("w") as log:
             self.process = psutil.Popen(
                 [*command, *arguments], stdout=log, stderr=log, env=env, start_new_session=True
@@ -85,10 +86,16 @@ def nodes(tmp_path, tmp_path_factory):
 
 @pytest.mark.timeout(600)
 def test_workers_come_and_go_with_their_nodes(chaos, nodes):
-    """One worker; a node brings two more; kill -9 of the node costs a shard per worker at most."""
-    head = nodes(trainer=1, teacher=1)
+    """One worker; a node brings two more; kill -9 of the node costs a shard per worker at most.
+
+    The head says that it has a GPU, the node has none: its workers compute on CPU.
+    """
+    head = nodes(gpus=1, trainer=1, teacher=1)
     case = chaos(
-        f"cluster.address={head.address}", "cluster.teachers.num_workers=1", "train.max_steps=40000"
+        f"cluster.address={head.address}",
+        "cluster.teachers.num_workers=1",
+        "cluster.teachers.gpus_per_worker=0.5",
+        "train.max_steps=40000",
     )
     case.env = nodes.env
 
@@ -123,6 +130,8 @@ def test_workers_come_and_go_with_their_nodes(chaos, nodes):
     leases = [event["shard"] for event in case.events("lease")]
     again = {shard for shard in leases if leases.count(shard) > 1}
     left = {e["worker"] for e in case.events("worker_leave") if e["reason"] not in PLANNED}
+    assert [event["device"] for event in case.events("worker_join")] == ["cuda", "cpu", "cpu"]
+    assert [event["device"] for event in case.events("worker_join")] == ["cuda", "cpu", "cpu"]
     assert left == lost and len(again) <= len(lost) == 2
     assert all(leases.count(shard) == 2 for shard in again)
     report = audit(case.run)

@@ -272,7 +272,7 @@ def test_what_is_evicted_while_the_directory_is_read_does_not_come_back(ray, tmp
     state = pool.coordinator
     # One shard to come and one of those there fit, no more: what was there is 100 bytes each.
     state.limits = dataclasses.replace(state.limits, max_bytes=pool.plan.shard_bytes + 150)
-    pool.members.append(Member(Actor(ray), None, None, name="w"))
+    pool.members.append(Member(Actor(ray), "cpu", None, None, name="w"))
     for event in (Released(2), Joined("w"), Asked("w")):
         pool._handle(event)
     del listing[3]
@@ -373,7 +373,7 @@ def node(alive=True, **resources):
 
 
 def test_as_many_workers_are_wanted_as_fit_next_to_the_trainer(tmp_path):
-    """Two ranks of one core each; a worker takes one core, and half a GPU in the second run."""
+    """Two ranks of one core each; a worker takes one core."""
     run = RunDir(tmp_path)
     config = make_config(tmp_path, num_workers=1, address="there").cluster
     empty = node(CPU=8)  # offers no place for teachers
@@ -386,17 +386,28 @@ def test_as_many_workers_are_wanted_as_fit_next_to_the_trainer(tmp_path):
         ([both, teachers], 5),
         ([both, node(alive=False, CPU=4, teacher=3)], 2),
     ):
-        assert wanted_workers(config, run, nodes) == wanted
-    config.teachers.gpus_per_worker = 0.5
-    assert wanted_workers(config, run, [teachers, node(CPU=4, teacher=3, GPU=1)]) == 2
+        assert wanted_workers(config, run, nodes) == {"cuda": 0, "cpu": wanted}
     config.teachers.max_workers = 4
-    config.teachers.gpus_per_worker = 0.0
-    assert wanted_workers(config, run, [both, teachers]) == 4
+    assert wanted_workers(config, run, [both, teachers]) == {"cuda": 0, "cpu": 4}
     write_json(run.target, {"workers": 0})  # `bowstring scale RUN 0`
-    assert wanted_workers(config, run, [both, teachers]) == 0
+    assert wanted_workers(config, run, [both, teachers]) == {"cuda": 0, "cpu": 0}
     config.address = ""
-    run.target.unlink()
-    assert wanted_workers(config, run, [both]) == 1  # on one machine nothing comes or goes
+    run.target.unlink()  # on one machine nothing comes or goes
+    assert wanted_workers(config, run, [both]) == {"cuda": 0, "cpu": 1}
+
+
+def test_gpus_are_filled_first_and_nodes_without_one_take_workers_on_cpu(tmp_path):
+    run = RunDir(tmp_path)
+    config = make_config(tmp_path, num_workers=1, address="there").cluster
+    config.teachers.gpus_per_worker = 0.5
+    plain, gpu = node(CPU=4, teacher=3), node(CPU=4, teacher=3, GPU=1)
+    assert wanted_workers(config, run, []) == {"cuda": 1, "cpu": 0}  # waits for a GPU
+    assert wanted_workers(config, run, [plain, gpu]) == {"cuda": 2, "cpu": 3}
+    for asked, cuda, cpu in ((1, 1, 0), (4, 2, 2), (9, 2, 3)):
+        write_json(run.target, {"workers": asked})
+        assert wanted_workers(config, run, [plain, gpu]) == {"cuda": cuda, "cpu": cpu}
+    config.teachers.gpus_per_worker = 0.0
+    assert wanted_workers(config, run, [plain, gpu]) == {"cuda": 0, "cpu": 6}
 
 
 def test_a_limit_below_the_least_is_refused(tmp_path):

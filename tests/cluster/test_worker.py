@@ -46,7 +46,7 @@ def make_worker(folder, components):
     spec = shard_spec(
         config.seed, config.data.image, config.trajectory, config.teacher, {"only": fingerprint}
     )
-    worker = TeacherWorker(config, RunDir(folder), spec)
+    worker = TeacherWorker(config, RunDir(folder), spec, "cpu")
     worker.load()
     return worker, spec
 
