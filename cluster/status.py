@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections import deque
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from distill.cost import goodput
 from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.rundir import RunDir, read_lines
 from distill.store import committed, open_store
+from distill.workers import worker_history
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
@@ -58,6 +60,7 @@ def training(run: RunDir, max_steps: int, live: bool) -> dict[str, Any]:
         "terms": last.get("terms", {}),
         "lr": last.get("lr"),
         "samples_per_s": last.get("samples_per_s"),
+        "step_s": last.get("step_s"),
         "data_wait_fraction": last.get("data_wait_fraction"),
         "goodput": goodput(run, time.time() if goes_on else None),
         "world_size": last.get("world_size"),
@@ -94,6 +97,39 @@ def pairs_per_s(events: list[dict[str, Any]], samples_per_shard: int) -> float |
     return round(num * samples_per_shard / (end - start), 2) if end > start else None
 
 
+def average_pairs_per_s(events: list[dict[str, Any]], samples_per_shard: int) -> float | None:
+    """Speed of production over all the time in which a teacher worker was at work."""
+    history = worker_history(events)
+    if not history.spans:
+        return None
+    changes = [*history.changes, (history.spans[-1][1], 0, 0)]
+    at_work_s = sum(max(0.0, b[0] - a[0]) for a, b in pairwise(changes) if a[2] > 0)
+    made = len(history.spans) * samples_per_shard
+    return round(made / at_work_s, 2) if at_work_s > 0 else None
+
+
+def seconds_left(stage: str, found: dict[str, Any], samples_per_shard: int) -> float | None:
+    """Until the stage at work is done, at the speed of its last minute; None while that is unknown.
+
+    Training ends when its steps are done and the last shard is made.
+    """
+    stock = found["shards"]
+    parts = [training_left_s(found["train"])]
+    if stage == "pretrain":
+        parts = [training_left_s(found["pretrain"])]
+    elif stock["pairs_per_s"]:
+        missing = stock["planned"] - stock["committed"]
+        parts.append(missing * samples_per_shard / stock["pairs_per_s"])
+    known = [seconds for seconds in parts if seconds is not None]
+    return round(max(known), 1) if known and stage in ("pretrain", "generate", "train") else None
+
+
+def training_left_s(found: dict[str, Any]) -> float | None:
+    """Seconds of the steps to come; None before the first was timed."""
+    steps, step_s = found["max_steps"] - found["step"], found["step_s"]
+    return None if step_s is None else float(max(0, steps) * step_s)
+
+
 def shards(
     run: RunDir, config: RunConfig, step: int, events: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -109,6 +145,7 @@ def shards(
         "evicted": len(evicted),
         "samples": (len(found) + len(evicted)) * trajectory.samples_per_shard,
         "pairs_per_s": pairs_per_s(events, trajectory.samples_per_shard),
+        "pairs_per_s_average": average_pairs_per_s(events, trajectory.samples_per_shard),
         "backlog": len(unread) if step < config.train.max_steps else 0,
         "ready_ahead": trajectory.ready_ahead,
         "open_leases": open_leases(events, time.time()),
@@ -213,4 +250,7 @@ def status(run: RunDir) -> dict[str, Any]:
     found["restarts"] = restarts(run, events)
     found["disk_free_bytes"] = shutil.disk_usage(run.root).free
     found["results"] = run.results.exists()
-    return {"stage": stage_of(run, config, found), **found}
+    stage = stage_of(run, config, found)
+    size = config.trajectory.samples_per_shard
+    found["left_s"] = seconds_left(stage, found, size) if live else None
+    return {"stage": stage, **found}

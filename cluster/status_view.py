@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import datetime, timedelta
 from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from cluster.identity import flatten
 from cluster.status import status
 from distill.config import ConfigError
 from distill.rundir import RunDir
@@ -54,11 +56,19 @@ def render(found: dict[str, Any]) -> Group:
         f"{stock['committed']:,} of {stock['planned']:,}{gone}, {stock['bytes']:,} bytes on disk",
     )
     head.add_row(
-        "production", f"{_number(stock['pairs_per_s'])} pairs/s, backlog {stock['backlog']} shards"
+        "production",
+        f"{_number(stock['pairs_per_s'])} pairs/s, {_number(stock['pairs_per_s_average'])} on "
+        f"average, backlog {stock['backlog']} shards",
     )
     if found["teachers"] is not None and found["teachers"]["target"] is not None:
         teachers = found["teachers"]
         head.add_row("teacher workers", f"{teachers['workers']} of {teachers['target']} wanted")
+    if found["left_s"] is not None:
+        left = timedelta(seconds=round(found["left_s"]))
+        head.add_row(
+            "estimated finish",
+            f"of {found['stage']}: {datetime.now() + left:%d %b %H:%M}, in {left}",
+        )
     head.add_row("last checkpoint", _checkpoint(checkpoint))
     again = found["restarts"]
     head.add_row(
@@ -109,6 +119,13 @@ def show(run: RunDir, as_json: bool, every_s: float | None) -> None:
             live.update(render(status(run)), refresh=True)
 
 
+def _plain(values: list[Any]) -> str:
+    """A list without Python's or JSON's signs: findings in lines of their own, numbers in one."""
+    if not isinstance(next(iter(values), None), dict):
+        return ", ".join(map(str, values)) or "none"
+    return "\n".join(", ".join(f"{key} {value[key]}" for key in value) for value in values)
+
+
 def show_audit(found: dict[str, Any], as_json: bool) -> int:
     """Prints the result of `cluster.verify.audit`; 1 when anything is lost, doubled or corrupt."""
     if as_json:
@@ -117,10 +134,7 @@ def show_audit(found: dict[str, Any], as_json: bool) -> int:
         table = Table(
             show_header=False, title="whole" if found["ok"] else "NOT WHOLE", title_justify="left"
         )
-        for name, value in found.items():
-            table.add_row(
-                name,
-                str(value) if not isinstance(value, list) else "\n".join(map(str, value)) or "none",
-            )
+        for name, value in flatten(found).items():
+            table.add_row(name, _plain(value) if isinstance(value, list) else str(value))
         Console().print(table)
     return 0 if found["ok"] else 1

@@ -11,7 +11,14 @@ from rich.console import Console
 from cluster.compose import compose
 from cluster.configfile import save_config
 from cluster.eviction import evict
-from cluster.status import is_live, last_verified, open_leases, pairs_per_s, status
+from cluster.status import (
+    average_pairs_per_s,
+    is_live,
+    last_verified,
+    open_leases,
+    pairs_per_s,
+    status,
+)
 from cluster.status_view import render, show_audit
 from distill.cost import goodput
 from distill.ledger import tar_path
@@ -72,6 +79,39 @@ def test_speed_counts_commits_over_the_last_minute():
     assert pairs_per_s(events, samples_per_shard=50) == 5.0
     assert pairs_per_s(events[:3], samples_per_shard=50) == 5.0
     assert pairs_per_s(events[:1], samples_per_shard=50) is None
+
+
+def test_average_speed_leaves_out_the_time_without_workers():
+    def session(start, worker):
+        lease = {"shard": start, "worker": worker}
+        return [
+            {"time": start, "kind": "pool", "workers": 1},
+            {"time": start + 5, "kind": "worker_join", "worker": worker},
+            {"time": start + 5, "kind": "lease", **lease},
+            {"time": start + 15, "kind": "commit", **lease, "seconds": 10.0},
+            {"time": start + 25, "kind": "worker_leave", "worker": worker},
+        ]
+
+    events = [*session(0.0, "a"), *session(1000.0, "b")]
+    assert average_pairs_per_s(events, samples_per_shard=60) == 2 * 60 / (20 + 20)
+    assert average_pairs_per_s(events[:-1], samples_per_shard=60) == 2 * 60 / (20 + 10)
+    assert average_pairs_per_s(events[:3], samples_per_shard=60) is None
+
+
+def test_the_finish_is_that_of_the_slower_side(run):
+    with run.lock.open("w") as file:  # a live run of 6 steps and 4 shards of 16
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert status(run)["left_s"] is None
+        append_line(run.metrics, {"step": 2, "loss": 0.5, "step_s": 10.0})
+        assert status(run)["left_s"] == 40.0
+        assert "estimated finish" in shown(status(run)) and "0:00:40" in shown(status(run))
+        for event in (
+            {"kind": "worker_join", "worker": "a", "time": 0.0},
+            {"kind": "commit", "shard": 0, "worker": "a", "seconds": 1.0, "time": 50.0},
+        ):
+            append_line(run.events, event)
+        assert status(run)["left_s"] == 4 * 50.0  # nothing on disk, so all four are still to come
+    assert status(run)["left_s"] is None
 
 
 def test_a_damaged_checkpoint_is_passed_over(run, write_checkpoint):
@@ -182,5 +222,8 @@ def test_finished_needs_results_newer_than_the_training(run):
 def test_audit_exit_code(capsys):
     assert show_audit({"ok": True, "missing": []}, as_json=True) == 0
     assert json.loads(capsys.readouterr().out) == {"ok": True, "missing": []}
-    assert show_audit({"ok": False, "missing": [3]}, as_json=False) == 1
-    assert "NOT WHOLE" in capsys.readouterr().out
+    found = {"missing": [{"shard": 3, "first_id": 48}], "checkpoints": {"bad": [], "verified": [4]}}
+    assert show_audit({"ok": False, **found}, as_json=False) == 1
+    text = capsys.readouterr().out
+    assert "NOT WHOLE" in text and "shard 3, first_id 48" in text and "{" not in text
+    assert "checkpoints.verified" in text
