@@ -92,7 +92,7 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
     rows = []
     for workers in (1, 2):
         bare, ours = [], []
-        for index in range(1 if quick else 3):
+        for index in range(1 if quick else 2):
             bare.append(bare_pairs_per_s(config, workers, BLOCK))
             place = folder / f"{workers}-{index}"
             ours.append(pool_pairs_per_s(place, teacher, workers))
