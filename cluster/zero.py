@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cluster.partition import FlatPartition, FrozenCopy, ParameterPartition, PassingCopy, WholeCopy
-from distill.config import TrainConfig
+from distill.config import ConfigError, TrainConfig
 from distill.ema import Average
 from distill.engine import (
     EVALUATION,
@@ -126,6 +126,7 @@ class DeepSpeedEngine:
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
+        network.activation_checkpointing = config.activation_checkpointing
         # The frozen copy is taken before DeepSpeed hangs hooks on the module.
         copy = frozen_copy(network).to(device=device, dtype=self._dtype)
         self._network = network
@@ -149,6 +150,10 @@ class DeepSpeedEngine:
 
     def _initialize(self) -> tuple[Any, Any]:
         """DeepSpeed's engine and optimizer."""
+        if self._config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                "train.precision=fp16 does not work on this device; set bf16 or fp32"
+            )
         optimizer = torch.optim.AdamW(
             parameter_groups(self._network, self._config.weight_decay),
             lr=0.0,
@@ -161,6 +166,7 @@ class DeepSpeedEngine:
             mpu=_OneRank() if self._stage == 0 else None,
         )
         deepspeed.utils.groups.mpu = None  # it would hold for the next engine too
+        zero.loss_scaler.raise_error_at_min_scale = False  # the loop finds out what is wrong
         return engine, zero
 
     def _lay_out(self, copy: nn.Module) -> tuple[FlatPartition | ParameterPartition, FrozenCopy]:
