@@ -59,6 +59,26 @@ class Partition(Protocol):
         """Copies the masters into the weights that the network works with. Collective."""
 
 
+class OneRank:
+    """For DeepSpeed at stage 0: data parallel over this rank alone, so nothing is partitioned."""
+
+    def __init__(self) -> None:
+        self._group, _ = dist.new_subgroups(group_size=1)
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._group
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    get_model_parallel_group = get_data_parallel_group
+    get_model_parallel_world_size = get_data_parallel_world_size
+    get_model_parallel_rank = get_data_parallel_rank
+
+
 class FlatPartition:
     """Stages 0 to 2: a vector per parameter group, a group's ranks each hold an equal part."""
 
@@ -75,9 +95,7 @@ class FlatPartition:
             mapping = param._hp_mapping  # None where this rank holds nothing of it
             if mapping is not None:
                 start, address = mapping.lp_fragment_address.start, mapping.hp_fragment_address
-                yield Piece(
-                    name, start, address.numel, mapping.param_group_index, address.start
-                )
+                yield Piece(name, start, address.numel, mapping.param_group_index, address.start)
 
     def refresh(self) -> None:
         self._zero.update_lp_params()

@@ -1,7 +1,7 @@
 """DeepSpeedEngine: ZeRO behind the protocol of `distill.engine`. The only importer of deepspeed.
 
-ZeRO keeps each parameter group as one flat float32 vector, cut into equal pieces over the ranks.
-DeepSpeed writes no checkpoint here: we hand out the pieces by parameter name and offset
+DeepSpeed partitions, reduces and steps; where it lays the state of a parameter, `cluster.partition`
+knows. It writes no checkpoint here: we hand out the pieces by parameter name and offset
 (`fragments`), so `distill.checkpoint` can commit them and open them at any world size.
 """
 
@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import deepspeed
@@ -19,7 +20,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.partition import FlatPartition, FrozenCopy, ParameterPartition, PassingCopy, WholeCopy
+from cluster.partition import (
+    FlatPartition,
+    FrozenCopy,
+    OneRank,
+    ParameterPartition,
+    Partition,
+    PassingCopy,
+    WholeCopy,
+)
 from distill.config import ConfigError, TrainConfig
 from distill.ema import Average
 from distill.engine import (
@@ -47,12 +56,13 @@ deepspeed.ops.__compatible_ops__ = {}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_LOSS_SCALE = 1
+REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's own
 PLAIN_LINEAR = F.linear
 PASSES_LEFT = "applied_pre_backward_ref_cnt"  # DeepSpeed hangs it on every layer at stage 3
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, object]:
-    """The DeepSpeed settings of a run."""
+def deepspeed_config(config: TrainConfig, world_size: int, numel: int) -> dict[str, object]:
+    """The DeepSpeed settings of a run whose network has `numel` trained weights."""
     accumulation = config.accumulation(world_size)
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // (world_size * accumulation),
@@ -61,6 +71,7 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, object]:
         "zero_optimization": {
             "stage": max(config.zero_stage, 1),  # stage 0 is stage 1 over one rank
             "stage3_param_persistence_threshold": 0,  # no parameter stays whole
+            "reduce_bucket_size": min(REDUCE_BUCKET_SIZE, numel),  # it is allocated whole
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -71,26 +82,6 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, object]:
         },
         "steps_per_print": 10**9,
     }
-
-
-class _OneRank:
-    """Process groups as DeepSpeed asks for them, of this rank alone: nothing is partitioned."""
-
-    def __init__(self) -> None:
-        self._group, _ = dist.new_subgroups(group_size=1)
-
-    def get_data_parallel_group(self) -> dist.ProcessGroup:
-        return self._group
-
-    def get_data_parallel_world_size(self) -> int:
-        return 1
-
-    def get_data_parallel_rank(self) -> int:
-        return 0
-
-    get_model_parallel_group = get_data_parallel_group
-    get_model_parallel_world_size = get_data_parallel_world_size
-    get_model_parallel_rank = get_data_parallel_rank
 
 
 class _LossModule(nn.Module):
@@ -134,7 +125,7 @@ class DeepSpeedEngine:
         self._shapes = {name: list(param.shape) for name, param in self._params.items()}
         weights = {name: p.detach().float().clone() for name, p in self._params.items()}
         self._engine, self._zero = self._initialize()
-        self._partition, self._copy = self._lay_out(copy)
+        self._partition, self._copies = self._lay_out(copy)
         masters = self._partition.masters
         self._adam_state = [_empty_adam_state(master) for master in masters]
         for master, state in zip(masters, self._adam_state, strict=True):
@@ -146,35 +137,41 @@ class DeepSpeedEngine:
             TARGET: Average(config.ema_target, masters),
             EVALUATION: Average(config.ema_evaluation, masters),
         }
+        # All that a checkpoint holds, by kind of fragment.
+        self._state = {MASTER: masters}
+        self._state |= {key: [s[key] for s in self._adam_state] for key in (EXP_AVG, EXP_AVG_SQ)}
+        self._state |= {average_kind(k): a.values for k, a in self._averages.items()}
         self.overflowed = False
 
     def _initialize(self) -> tuple[Any, Any]:
         """DeepSpeed's engine and optimizer."""
         if self._config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
-            raise ConfigError(
-                "train.precision=fp16 does not work on this device; set bf16 or fp32"
-            )
+            raise ConfigError("train.precision=fp16 does not work on this device; set bf16 or fp32")
         optimizer = torch.optim.AdamW(
             parameter_groups(self._network, self._config.weight_decay),
             lr=0.0,
             betas=(self._config.betas[0], self._config.betas[1]),
         )
+        numel = sum(param.numel() for param in self._params.values())
         engine, zero, _, _ = deepspeed.initialize(
             model=_LossModule(self._network),
             optimizer=optimizer,
-            config=deepspeed_config(self._config, self.world_size),
-            mpu=_OneRank() if self._stage == 0 else None,
+            config=deepspeed_config(self._config, self.world_size, numel),
+            mpu=OneRank() if self._stage == 0 else None,
         )
         deepspeed.utils.groups.mpu = None  # it would hold for the next engine too
         zero.loss_scaler.raise_error_at_min_scale = False  # the loop finds out what is wrong
         return engine, zero
 
-    def _lay_out(self, copy: nn.Module) -> tuple[FlatPartition | ParameterPartition, FrozenCopy]:
+    def _lay_out(self, copy: nn.Module) -> tuple[Partition, dict[str, FrozenCopy]]:
+        """Where the state lies, and a network for every kind of it that may be called."""
+        kinds = (MASTER, average_kind(TARGET), average_kind(EVALUATION))
         if self._stage == 3:
             parts = ParameterPartition(self._zero, self._params)
-            return parts, PassingCopy(copy, parts)
+            return parts, {kind: PassingCopy(deepcopy(copy), parts) for kind in kinds}
         flat = FlatPartition(self._zero, self._params, self.world_size if self._stage else 1)
-        return flat, WholeCopy(copy, flat)
+        whole = WholeCopy(copy, flat)
+        return flat, {kind: whole for kind in kinds}
 
     def describe(self) -> dict[str, object]:
         return {
@@ -189,17 +186,19 @@ class DeepSpeedEngine:
         if self._stage == 3 and not torch.is_grad_enabled():
             # What DeepSpeed puts into a layer has no forward mode, and nothing here needs it.
             with _plain_linear():
-                return self._frozen(self._partition.masters, x, t, s, label)
+                return self._frozen(MASTER, x, t, s, label)
         return self._network(x.to(self._dtype), t, s, label).float()
 
     def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._frozen(self._averages[TARGET].values, x, t, s, label)
+        return self._frozen(average_kind(TARGET), x, t, s, label)
 
     def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._frozen(self._averages[EVALUATION].values, x, t, s, label)
+        return self._frozen(average_kind(EVALUATION), x, t, s, label)
 
-    def _frozen(self, vectors: list[Tensor], x: Tensor, *rest: Tensor) -> Tensor:
-        return self._copy.run(vectors, x.to(self._dtype), *rest).float()
+    def _frozen(self, kind: str, x: Tensor, *rest: Tensor) -> Tensor:
+        """u with the weights of `kind`. Collective: every rank calls it at the same places."""
+        copy, vectors = self._copies[kind], self._state[kind]
+        return copy.run(vectors, x.to(self._dtype), *rest).float()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
@@ -236,30 +235,28 @@ class DeepSpeedEngine:
         if math.isfinite(norm):
             for average in self._averages.values():
                 average.update(step, self._partition.masters)
-            self._copy.forget()
+            self._forget_copies()
         return norm
 
     def fragments(self) -> Iterator[Fragment]:
         for piece in self._partition.pieces:
             if self._stage == 0:  # all ranks hold everything; each answers for its share
                 piece = piece.share(self.rank, self.world_size)
-            for kind, vectors in self._state().items():
+            for kind, vectors in self._state.items():
                 yield Fragment(kind, piece.name, piece.start, piece.of(vectors))
-
-    def _state(self) -> dict[str, list[Tensor]]:
-        """All that a checkpoint holds, by kind of fragment, laid out like the masters."""
-        state = {MASTER: self._partition.masters}
-        state |= {key: [s[key] for s in self._adam_state] for key in (EXP_AVG, EXP_AVG_SQ)}
-        return state | {average_kind(k): a.values for k, a in self._averages.items()}
 
     def load(self, read: FragmentReader, step: int) -> None:
         for piece in self._partition.pieces:
-            for kind, vectors in self._state().items():
+            for kind, vectors in self._state.items():
                 piece.of(vectors).copy_(read(kind, piece.name, piece.start, piece.length))
         for state in self._adam_state:
             state["step"].fill_(step)
         self._partition.refresh()
-        self._copy.forget()
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        for copy in self._copies.values():
+            copy.forget()
 
     def any(self, flag: bool) -> bool:
         value = torch.tensor(int(flag), device=self.device)

@@ -263,9 +263,7 @@ class TrainConfig:
         )
         check_choice("train.decay", self.decay, ("constant", "cosine"))
         check_choice("train.precision", self.precision, ("fp32", "bf16", "fp16"))
-        check(
-            0 <= self.zero_stage <= 3, f"train.zero_stage={self.zero_stage} must be 0, 1, 2 or 3"
-        )
+        check(0 <= self.zero_stage <= 3, f"train.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         check(len(self.betas) == 2, f"train.betas={self.betas} must be two numbers")
         for name in ("ema_target", "ema_evaluation"):
             value = getattr(self, name)

@@ -174,10 +174,7 @@ class UNet(AbstractNetwork):
         h = self.stem(x.to(self.head.weight.dtype))
         skips = [h]
         for module in self.down:
-            if isinstance(module, ResidualBlock):
-                h = self.run_block(module, h, c)
-            else:
-                h = module(h)
+            h = self.run_block(module, h, c) if isinstance(module, ResidualBlock) else module(h)
             skips.append(h)
         for module in self.middle:
             h = self.run_block(module, h, c)
