@@ -128,3 +128,25 @@ def _residual(
         cost.conv(outputs, 3 * outputs, 1, pixels)
         cost.attention(pixels, outputs)
         cost.conv(outputs, outputs, 1, pixels)
+
+
+# -----------------------------------------------------------------------------------------------
+# Memory
+
+
+def state_bytes(weights: int, zero_stage: int, precision: str, ranks: int) -> int:
+    """Bytes of a trainer rank at rest, for `weights` trained weights on `ranks` ranks.
+
+    In float32 and per weight: master 4, two moments 8, two averages 8. In the working precision,
+    of w bytes: the network, and one more that averages are called on. P ranks share
+
+        stage 0: nothing        2 w + 20
+        stage 1, 2: the 20      2 w + 20 / P
+        stage 3: all            (w' + 20) / P,  w' = 0 in float32, where it works on the masters
+
+    A step adds activations, and gradients of w bytes per weight; stages 2 and 3 share those too.
+    """
+    width = 4 if precision == "fp32" else 2
+    if zero_stage == 3:
+        return -(-weights * (20 + (width if width < 4 else 0)) // ranks)
+    return weights * 2 * width + -(-weights * 20 // (ranks if zero_stage else 1))

@@ -136,6 +136,7 @@ class ParameterPartition:
                 offset += part
 
     def refresh(self) -> None:
+        self._zero.parameter_offload.partition_all_parameters()  # lets go of what is gathered
         for vector in range(len(self.masters)):
             self._zero._reassign_or_swap_out_partitioned_parameters(vector)
 
