@@ -192,24 +192,28 @@ class PassingCopy:
     and all others end with the layer's call.
     """
 
-    def __init__(self, network: nn.Module, partition: ParameterPartition) -> None:
-        self._network, self._partition = network, partition
+    def __init__(
+        self, network: nn.Module, partition: ParameterPartition, device: torch.device
+    ) -> None:
+        self._partition = partition
         self._vectors: list[Tensor] = []
         for prefix, module in network.named_modules():
             if dict(module.named_parameters(recurse=False)):
-                self._pass_through(prefix, module)
+                self._pass_through(prefix, module, device)
+        self._network = network.to(device)
 
-    def _pass_through(self, prefix: str, module: nn.Module) -> None:
+    def _pass_through(self, prefix: str, module: nn.Module, device: torch.device) -> None:
         shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
-        example = next(module.parameters(recurse=False)).detach()
+        dtype = next(module.parameters(recurse=False)).dtype
 
         def empty(*_: Any) -> None:
             for name in shapes:
-                setattr(module, name, nn.Parameter(example.new_empty(0), requires_grad=False))
+                nothing = torch.empty(0, dtype=dtype, device=device)
+                setattr(module, name, nn.Parameter(nothing, requires_grad=False))
 
         def fill(*_: Any) -> None:
             names = [f"{prefix}.{name}" for name in shapes]
-            values = self._partition.gather(names, self._vectors, example.dtype)
+            values = self._partition.gather(names, self._vectors, dtype)
             for (name, shape), flat in zip(shapes.items(), values, strict=True):
                 weight = flat[: shape.numel()].view(shape)
                 setattr(module, name, nn.Parameter(weight, requires_grad=False))

@@ -119,7 +119,7 @@ class DeepSpeedEngine:
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
         # The frozen copy is taken before DeepSpeed hangs hooks on the module.
-        copy = frozen_copy(network).to(device=device, dtype=self._dtype)
+        copy = frozen_copy(network).to(self._dtype)
         self._network = network
         self._params = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._shapes = {name: list(param.shape) for name, param in self._params.items()}
@@ -168,9 +168,9 @@ class DeepSpeedEngine:
         kinds = (MASTER, average_kind(TARGET), average_kind(EVALUATION))
         if self._stage == 3:
             parts = ParameterPartition(self._zero, self._params)
-            return parts, {kind: PassingCopy(deepcopy(copy), parts) for kind in kinds}
+            return parts, {kind: PassingCopy(deepcopy(copy), parts, self.device) for kind in kinds}
         flat = FlatPartition(self._zero, self._params, self.world_size if self._stage else 1)
-        whole = WholeCopy(copy, flat)
+        whole = WholeCopy(copy.to(self.device), flat)
         return flat, {kind: whole for kind in kinds}
 
     def describe(self) -> dict[str, object]:
