@@ -119,26 +119,30 @@ def single_step(name: str, mode: str):
     return run_step(TorchEngine(network(name), config, CPU), 1, mode)
 
 
-def assert_same_moments(found: list[dict], expected: dict) -> None:
-    """Adam's first moments after one step are (1 - beta) times the gradient."""
-    held = 0
+def assert_same_moments(found: list[dict], expected: dict, norm: float) -> None:
+    """Adam's first moments after one step are (1 - beta) times the gradient.
+
+    To 1e-4 of an entry, or 1e-7; and 2.5e-8 of the gradient's norm where that is large: that of
+    the U-Net by a double backward is 828, and its rounding in float32 as much.
+    """
+    held, atol = 0, 1e-7 * max(1.0, norm / 4)
     for moments in found:
         for (name, start), value in moments.items():
             whole = expected[name, 0]
             held += len(value)
             torch.testing.assert_close(
-                value, whole[start : start + len(value)], rtol=1e-4, atol=1e-7, msg=name
+                value, whole[start : start + len(value)], rtol=1e-4, atol=atol, msg=name
             )
     assert held == sum(len(whole) for whole in expected.values())
 
 
 def assert_same_step(ranks: list, expected: tuple) -> None:
-    """Norms to 1e-4, gradients to 1e-4 of an entry or 1e-6 of the usual ones."""
+    """Norms to 1e-4, gradients as `assert_same_moments` says."""
     for norms, norm, _ in ranks:
         assert norm == pytest.approx(expected[1], rel=1e-4)
         for ours, theirs in zip(norms, expected[0], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-7)
-    assert_same_moments([moments for *_, moments in ranks], expected[2])
+    assert_same_moments([moments for *_, moments in ranks], expected[2], expected[1])
 
 
 @pytest.fixture(scope="module")
