@@ -134,6 +134,11 @@ def _residual(
 # Memory
 
 
+# Gradients that a rank reduces at once, elements. DeepSpeed's own is ten times that, and stage 3
+# keeps room for all of it.
+REDUCE_BUCKET = 50_000_000
+
+
 def state_bytes(weights: int, zero_stage: int, precision: str, ranks: int) -> int:
     """Bytes of a trainer rank at rest, for `weights` trained weights on `ranks` ranks.
 
@@ -142,11 +147,12 @@ def state_bytes(weights: int, zero_stage: int, precision: str, ranks: int) -> in
 
         stage 0: nothing        2 w + 20
         stage 1, 2: the 20      2 w + 20 / P
-        stage 3: all            (w' + 20) / P,  w' = 0 in float32, where it works on the masters
+        stage 3: all            (2 w + 20) / P + w min(1, REDUCE_BUCKET / weights)
 
-    A step adds activations, and gradients of w bytes per weight; stages 2 and 3 share those too.
+    A step adds activations, and at stages 0 to 2 gradients of w bytes per weight, shared at stage
+    2. Stage 3 needs no network for averages; DeepSpeed keeps its part of the gradients there.
     """
     width = 4 if precision == "fp32" else 2
     if zero_stage == 3:
-        return -(-weights * (20 + (width if width < 4 else 0)) // ranks)
+        return -(-weights * (2 * width + 20) // ranks) + width * min(weights, REDUCE_BUCKET)
     return weights * 2 * width + -(-weights * 20 // (ranks if zero_stage else 1))

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cluster.netcost import REDUCE_BUCKET
 from cluster.partition import (
     FlatPartition,
     FrozenCopy,
@@ -56,7 +57,6 @@ deepspeed.ops.__compatible_ops__ = {}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_LOSS_SCALE = 1
-REDUCE_BUCKET_SIZE = 500_000_000  # elements; DeepSpeed's own
 PLAIN_LINEAR = F.linear
 PASSES_LEFT = "applied_pre_backward_ref_cnt"  # DeepSpeed hangs it on every layer at stage 3
 
@@ -71,7 +71,7 @@ def deepspeed_config(config: TrainConfig, world_size: int, numel: int) -> dict[s
         "zero_optimization": {
             "stage": max(config.zero_stage, 1),  # stage 0 is stage 1 over one rank
             "stage3_param_persistence_threshold": 0,  # no parameter stays whole
-            "reduce_bucket_size": min(REDUCE_BUCKET_SIZE, numel),  # it is allocated whole
+            "reduce_bucket_size": min(REDUCE_BUCKET, numel),  # it is allocated whole
         },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
