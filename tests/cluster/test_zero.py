@@ -169,7 +169,7 @@ def single(tmp_path_factory) -> Path:
 
 
 def without_key_bias(key: str, value: torch.Tensor) -> torch.Tensor:
-    """Softmax does not feel a bias of the keys: its gradient is rounding, and Adam steps by that."""
+    """Softmax does not feel the keys' bias: its gradient is rounding, and Adam steps by that."""
     if not key.endswith("attn.qkv.bias"):
         return value
     query, _, content = value.chunk(3)
