@@ -18,7 +18,7 @@ from distill.config import (
     check,
     check_positive,
 )
-from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig
+from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
 from distill.rundir import RunDir
 
 
@@ -118,7 +118,7 @@ class RunConfig:
             )
         self.objective.check_stored(self.trajectory.grid, self.trajectory.points)
         self.train.accumulation(self.cluster.trainer.num_workers)
-        _check_precision(self.objective, self.train)
+        _check_derivative(self.objective, self.train)
         stream = self.trajectory
         reads = stream.block_samples * stream.passes
         blocks = -(-self.train.batch_size // reads)  # one batch reaches this far into later blocks
@@ -130,12 +130,27 @@ class RunConfig:
         )
 
 
-def _check_precision(objective: ObjectiveConfig, train: TrainConfig) -> None:
-    """Refuses a difference over a step too small for bf16 (tests/distill/test_precision.py)."""
+def _check_derivative(objective: ObjectiveConfig, train: TrainConfig) -> None:
+    """Refuses derivatives of the student that this precision, stage or recomputation cannot take.
+
+    A difference over a small step is lost in 16 bits (tests/distill/test_precision.py). DeepSpeed's
+    stage 3 frees weights that a double backward needs again; recomputed blocks would miss what
+    makes attention and layer norm differentiable twice.
+    """
     match objective:
         case MeanFlowConfig() | BezierConfig():
             check(
-                train.precision != "bf16" or objective.derivative != "finite_difference",
-                f"train.precision=bf16 is too coarse for objective={objective.name} with "
-                "objective.derivative=finite_difference; set objective.derivative=jvp",
+                train.precision == "fp32" or objective.derivative != "finite_difference",
+                f"train.precision={train.precision} is too coarse for objective={objective.name} "
+                "with objective.derivative=finite_difference; set objective.derivative=jvp",
             )
+        case TraFlowConfig(weight_velocity=weight, derivative="double_backward") if weight > 0:
+            for setting, refused in (
+                (f"train.zero_stage={train.zero_stage}", train.zero_stage == 3),
+                ("train.activation_checkpointing=true", train.activation_checkpointing),
+            ):
+                check(
+                    not refused,
+                    f"{setting} does not work with objective.derivative=double_backward; set "
+                    "objective.derivative=jvp, or finite_difference",
+                )

@@ -34,7 +34,14 @@ PACKAGES = (
     "torch-fidelity",
     "hydra-core",
 )
-TRAIN_LEFT_OUT = ("log_every", "save_every", "keep_last", "zero_stage", "micro_batch")
+TRAIN_LEFT_OUT = (
+    "log_every",
+    "save_every",
+    "keep_last",
+    "zero_stage",
+    "micro_batch",
+    "activation_checkpointing",
+)
 TRAJECTORY_LEFT_OUT = ("location", "ready_ahead", "max_bytes", "wait_timeout_s")
 
 

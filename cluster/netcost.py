@@ -128,3 +128,31 @@ def _residual(
         cost.conv(outputs, 3 * outputs, 1, pixels)
         cost.attention(pixels, outputs)
         cost.conv(outputs, outputs, 1, pixels)
+
+
+# -----------------------------------------------------------------------------------------------
+# Memory
+
+
+# Gradients that a rank reduces at once, elements. DeepSpeed's own is ten times that, and stage 3
+# keeps room for all of it.
+REDUCE_BUCKET = 50_000_000
+
+
+def state_bytes(weights: int, zero_stage: int, precision: str, ranks: int) -> int:
+    """Bytes of a trainer rank at rest, for `weights` trained weights on `ranks` ranks.
+
+    In float32 and per weight: master 4, two moments 8, two averages 8. In the working precision,
+    of w bytes: the network, and one more that averages are called on. P ranks share
+
+        stage 0: nothing        2 w + 20
+        stage 1, 2: the 20      2 w + 20 / P
+        stage 3: all            (2 w + 20) / P + w min(1, REDUCE_BUCKET / weights)
+
+    A step adds activations, and at stages 0 to 2 gradients of w bytes per weight, shared at stage
+    2. Stage 3 needs no network for averages; DeepSpeed keeps its part of the gradients there.
+    """
+    width = 4 if precision == "fp32" else 2
+    if zero_stage == 3:
+        return -(-weights * (2 * width + 20) // ranks) + width * min(weights, REDUCE_BUCKET)
+    return weights * 2 * width + -(-weights * 20 // (ranks if zero_stage else 1))

@@ -20,7 +20,7 @@ from rich.table import Table
 from cluster.calls import objective_calls
 from cluster.config import RunConfig
 from cluster.identity import is_own
-from cluster.netcost import NetworkCost, network_cost
+from cluster.netcost import NetworkCost, network_cost, state_bytes
 from distill.config import NFE_PER_STEP, TeacherConfig, check
 from distill.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.layout import sidecar_bytes, tar_bytes
@@ -160,6 +160,12 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
             "forwards": {name: stage.forwards for name, stage in work.items()},
         },
         "formula": {
+            "state_bytes_per_rank": state_bytes(
+                network.parameters,
+                config.train.zero_stage,
+                config.train.precision,
+                config.cluster.trainer.num_workers,
+            ),
             "flops_per_forward": network.flops,
             "flops": {name: stage.flops for name, stage in work.items()},
         },
@@ -195,6 +201,10 @@ def show(config: RunConfig, speed: float | None, as_json: bool) -> None:
             f"{exact['samples_read']:,} in {exact['train_steps']:,} steps",
         ),
         ("parameters of the student", f"{exact['parameters']:,}"),
+        (
+            "bytes of a trainer rank at rest (formula)",
+            f"{found['formula']['state_bytes_per_rank']:,}",
+        ),
         ("FLOP of one forward (formula)", f"{found['formula']['flops_per_forward']:,}"),
     ):
         counts.add_row(label, value)

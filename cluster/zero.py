@@ -1,7 +1,7 @@
 """DeepSpeedEngine: ZeRO behind the protocol of `distill.engine`. The only importer of deepspeed.
 
-ZeRO keeps each parameter group as one flat float32 vector, cut into equal pieces over the ranks.
-DeepSpeed writes no checkpoint here: we hand out the pieces by parameter name and offset
+DeepSpeed partitions, reduces and steps; where it lays the state of a parameter, `cluster.partition`
+knows. It writes no checkpoint here: we hand out the pieces by parameter name and offset
 (`fragments`), so `distill.checkpoint` can commit them and open them at any world size.
 """
 
@@ -10,13 +10,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from cluster.netcost import REDUCE_BUCKET
+from cluster.partition import (
+    FlatPartition,
+    FrozenCopy,
+    OneRank,
+    ParameterPartition,
+    Partition,
+    PassingCopy,
+    WholeCopy,
+)
 from distill.config import ConfigError, TrainConfig
 from distill.ema import Average
 from distill.engine import (
@@ -42,18 +55,31 @@ logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # a compiler will do, and a start is seconds shorter.
 deepspeed.ops.__compatible_ops__ = {}
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MIN_LOSS_SCALE = 1
+PLAIN_LINEAR = F.linear
+PASSES_LEFT = "applied_pre_backward_ref_cnt"  # DeepSpeed hangs it on every layer at stage 3
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, object]:
-    """The DeepSpeed settings of a run."""
+
+def deepspeed_config(config: TrainConfig, world_size: int, numel: int) -> dict[str, object]:
+    """The DeepSpeed settings of a run whose network has `numel` trained weights."""
     accumulation = config.accumulation(world_size)
     return {
-        "train_batch_size": config.batch_size,
         "train_micro_batch_size_per_gpu": config.batch_size // (world_size * accumulation),
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.grad_clip,
-        "zero_optimization": {"stage": config.zero_stage},
+        "zero_optimization": {
+            "stage": max(config.zero_stage, 1),  # stage 0 is stage 1 over one rank
+            "stage3_param_persistence_threshold": 0,  # no parameter stays whole
+            "reduce_bucket_size": min(REDUCE_BUCKET, numel),  # it is allocated whole
+        },
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "hysteresis": 1,  # every overflow halves the scale
+            "min_loss_scale": MIN_LOSS_SCALE,
+        },
         "steps_per_print": 10**9,
     }
 
@@ -74,112 +100,163 @@ class _LossModule(nn.Module):
         return loss.view_as(loss)  # another tensor: the hook belongs to this pass alone
 
 
+@contextmanager
+def _plain_linear() -> Iterator[None]:
+    """DeepSpeed's stage 3 replaces `F.linear` for the whole process; here it is torch's own."""
+    replaced, F.linear = F.linear, PLAIN_LINEAR
+    try:
+        yield
+    finally:
+        F.linear = replaced
+
+
 class DeepSpeedEngine:
-    """One rank of ZeRO stage 1 or 2. The process group must be up."""
+    """One rank of ZeRO. The process group must be up."""
 
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
-        if config.zero_stage not in (1, 2):
-            raise ConfigError(f"train.zero_stage={config.zero_stage} is not supported; use 1 or 2")
         self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
-        self._config = config
-        self._dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+        self._config, self._stage = config, config.zero_stage
+        self._dtype = DTYPES[config.precision]
+        network.activation_checkpointing = config.activation_checkpointing
         # The frozen copy is taken before DeepSpeed hangs hooks on the module.
-        self._target = frozen_copy(network).to(device=device, dtype=self._dtype)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(network, config.weight_decay),
-            lr=0.0,
-            betas=(config.betas[0], config.betas[1]),
-        )
-        weights = {name: p.detach().float().clone() for name, p in network.named_parameters()}
-        self._engine, self._zero, _, _ = deepspeed.initialize(
-            model=_LossModule(network),
-            optimizer=optimizer,
-            config=deepspeed_config(config, self.world_size),
-        )
+        copy = frozen_copy(network).to(self._dtype)
         self._network = network
         self._params = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        self._masters: list[Tensor] = self._zero.single_partition_of_fp32_groups
-        self._adam_state = [_empty_adam_state(master) for master in self._masters]
-        for master, state in zip(self._masters, self._adam_state, strict=True):
+        self._shapes = {name: list(param.shape) for name, param in self._params.items()}
+        weights = {name: p.detach().float().clone() for name, p in self._params.items()}
+        self._engine, self._zero = self._initialize()
+        self._partition, self._copies = self._lay_out(copy)
+        masters = self._partition.masters
+        self._adam_state = [_empty_adam_state(master) for master in masters]
+        for master, state in zip(masters, self._adam_state, strict=True):
             self._zero.optimizer.state[master] = state
-        self._averages: dict[str, Average] = {}
-        for fragment in self.fragments():  # DeepSpeed made them from weights rounded to bf16
-            if fragment.kind == MASTER:
-                whole = weights[fragment.name].flatten()
-                fragment.data.copy_(whole.narrow(0, fragment.start, fragment.data.numel()))
+        for piece in self._partition.pieces:  # DeepSpeed made them from rounded weights
+            whole = weights[piece.name].flatten()
+            piece.of(masters).copy_(whole.narrow(0, piece.start, piece.length))
         self._averages = {
-            TARGET: Average(config.ema_target, self._masters),
-            EVALUATION: Average(config.ema_evaluation, self._masters),
+            TARGET: Average(config.ema_target, masters),
+            EVALUATION: Average(config.ema_evaluation, masters),
         }
-        self._target_is_stale = True
+        # All that a checkpoint holds, by kind of fragment.
+        self._state = {MASTER: masters}
+        self._state |= {key: [s[key] for s in self._adam_state] for key in (EXP_AVG, EXP_AVG_SQ)}
+        self._state |= {average_kind(k): a.values for k, a in self._averages.items()}
+        self.overflowed = False
+
+    def _initialize(self) -> tuple[Any, Any]:
+        """DeepSpeed's engine and optimizer."""
+        if self._config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
+            raise ConfigError("train.precision=fp16 does not work on this device; set bf16 or fp32")
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self._network, self._config.weight_decay),
+            lr=0.0,
+            betas=(self._config.betas[0], self._config.betas[1]),
+        )
+        numel = sum(param.numel() for param in self._params.values())
+        engine, zero, _, _ = deepspeed.initialize(
+            model=_LossModule(self._network),
+            optimizer=optimizer,
+            config=deepspeed_config(self._config, self.world_size, numel),
+            mpu=OneRank() if self._stage == 0 else None,
+        )
+        deepspeed.utils.groups.mpu = None  # it would hold for the next engine too
+        zero.loss_scaler.raise_error_at_min_scale = False  # the loop finds out what is wrong
+        return engine, zero
+
+    def _lay_out(self, copy: nn.Module) -> tuple[Partition, dict[str, FrozenCopy]]:
+        """Where the state lies, and a network for every kind of it that may be called."""
+        kinds = (MASTER, average_kind(TARGET), average_kind(EVALUATION))
+        if self._stage == 3:
+            parts = ParameterPartition(self._zero, self._params)
+            return parts, {kind: PassingCopy(deepcopy(copy), parts, self.device) for kind in kinds}
+        flat = FlatPartition(self._zero, self._params, self.world_size if self._stage else 1)
+        whole = WholeCopy(copy.to(self.device), flat)
+        return flat, {kind: whole for kind in kinds}
 
     def describe(self) -> dict[str, object]:
         return {
             "engine": "deepspeed",
-            "zero_stage": self._config.zero_stage,
+            "zero_stage": self._stage,
             "precision": self._config.precision,
             "averages": {kind: average.decay for kind, average in self._averages.items()},
-            "parameters": {name: list(param.shape) for name, param in self._params.items()},
+            "parameters": self._shapes,
         }
 
     def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        if self._stage == 3 and not torch.is_grad_enabled():
+            # What DeepSpeed puts into a layer has no forward mode, and nothing here needs it.
+            with _plain_linear():
+                return self._frozen(MASTER, x, t, s, label)
         return self._network(x.to(self._dtype), t, s, label).float()
 
     def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        if self._target_is_stale:
-            self._gather_target()
-        return self._target(x.to(self._dtype), t, s, label).float()
+        return self._frozen(average_kind(TARGET), x, t, s, label)
+
+    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        return self._frozen(average_kind(EVALUATION), x, t, s, label)
+
+    def _frozen(self, kind: str, x: Tensor, *rest: Tensor) -> Tensor:
+        """u with the weights of `kind`. Collective: every rank calls it at the same places."""
+        copy, vectors = self._copies[kind], self._state[kind]
+        return copy.run(vectors, x.to(self._dtype), *rest).float()
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(self._engine(loss))
+        if self._stage == 0 and last:
+            self._average_gradients()
+
+    def _average_gradients(self) -> None:
+        """Stage 0: DeepSpeed sees one rank; here the gradients of all meet. Collective."""
+        for grads in self._zero.averaged_gradients.values():
+            flat = torch.cat([grad.flatten() for grad in grads])
+            dist.all_reduce(flat)
+            for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+                grad.copy_(mean.view_as(grad) / self.world_size)
 
     def gradient_norms(self, losses: list[Tensor]) -> Tensor:
-        grads = last_layer_gradients(self._network, losses)
+        with self._extra_pass():
+            grads = last_layer_gradients(self._network, losses)
         dist.all_reduce(grads)
         return (grads / self.world_size).norm(dim=1)
 
     def has_finite_gradient(self, loss: Tensor) -> bool:
-        return is_gradient_finite(loss, self._params.values())
+        with self._extra_pass():
+            return is_gradient_finite(loss, self._params.values())
 
     def step(self, step: int, lr: float) -> float:
         for group in self._zero.param_groups:
             group["lr"] = lr
+        scale = self._zero.loss_scale
         self._engine.step()  # DeepSpeed too drops a step whose norm is not finite
         norm = float(self._engine.get_global_grad_norm())
         assert self._engine.was_step_applied() == math.isfinite(norm)
+        self.overflowed = not math.isfinite(norm) and scale > MIN_LOSS_SCALE
         if math.isfinite(norm):
             for average in self._averages.values():
-                average.update(step, self._masters)
-            self._target_is_stale = True
+                average.update(step, self._partition.masters)
+            self._forget_copies()
         return norm
 
     def fragments(self) -> Iterator[Fragment]:
-        for name, param in self._params.items():
-            # DeepSpeed hangs this on the parameter; None where this rank holds nothing of it.
-            mapping = cast(Any, param)._hp_mapping
-            if mapping is None:
-                continue
-            group, start = mapping.param_group_index, mapping.lp_fragment_address.start
-            address = mapping.hp_fragment_address
-            flat = {
-                MASTER: self._masters[group],
-                EXP_AVG: self._adam_state[group][EXP_AVG],
-                EXP_AVG_SQ: self._adam_state[group][EXP_AVG_SQ],
-            }
-            flat |= {average_kind(k): a.values[group] for k, a in self._averages.items()}
-            for kind, vector in flat.items():
-                piece = vector.detach().narrow(0, address.start, address.numel)
-                yield Fragment(kind, name, start, piece)
+        for piece in self._partition.pieces:
+            if self._stage == 0:  # all ranks hold everything; each answers for its share
+                piece = piece.share(self.rank, self.world_size)
+            for kind, vectors in self._state.items():
+                yield Fragment(kind, piece.name, piece.start, piece.of(vectors))
 
     def load(self, read: FragmentReader, step: int) -> None:
-        for fragment in self.fragments():
-            length = fragment.data.numel()
-            fragment.data.copy_(read(fragment.kind, fragment.name, fragment.start, length))
+        for piece in self._partition.pieces:
+            for kind, vectors in self._state.items():
+                piece.of(vectors).copy_(read(kind, piece.name, piece.start, piece.length))
         for state in self._adam_state:
             state["step"].fill_(step)
-        self._zero.update_lp_params()  # masters -> the working copy on every rank
-        self._target_is_stale = True
+        self._partition.refresh()
+        self._forget_copies()
+
+    def _forget_copies(self) -> None:
+        for copy in self._copies.values():
+            copy.forget()
 
     def any(self, flag: bool) -> bool:
         value = torch.tensor(int(flag), device=self.device)
@@ -191,24 +268,19 @@ class DeepSpeedEngine:
         dist.all_gather(rows, values.to(self.device).contiguous())
         return torch.stack(rows).to(values.device)
 
-    @torch.no_grad()
-    def _gather_target(self) -> None:
-        """Fills the target network from the pieces of its average. Collective.
+    @contextmanager
+    def _extra_pass(self) -> Iterator[None]:
+        """A pass back before the step's own, which DeepSpeed's stage 3 is not to count.
 
-        Every rank calls the target at the same places of a step, since objectives decide nothing
-        by data.
+        It counts the passes that a layer still has before it, and gathers weights while there are.
         """
-        names = {id(param): name for name, param in self._params.items()}
-        for group, piece in enumerate(self._averages[TARGET].values):
-            rows = [torch.empty_like(piece) for _ in range(self.world_size)]
-            dist.all_gather(rows, piece)
-            flat = torch.cat(rows)
-            params = self._zero.round_robin_bit16_groups[group]
-            offsets = self._zero.round_robin_bit16_offsets[group]
-            for param, offset in zip(params, offsets, strict=True):
-                target = self._target.get_parameter(names[id(param)])
-                target.copy_(flat[offset : offset + param.numel()].view_as(target))
-        self._target_is_stale = False
+        counts = {m: vars(m).get(PASSES_LEFT) for m in self._network.modules()}
+        yield
+        for module, count in counts.items():
+            if count is not None:
+                vars(module)[PASSES_LEFT] = count
+        if self._stage == 3:
+            self._zero.parameter_offload.release_backward_leftovers()
 
 
 def _empty_adam_state(master: Tensor) -> dict[str, Tensor]:

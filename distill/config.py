@@ -241,8 +241,9 @@ class TrainConfig:
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     grad_clip: float = 1.0  # largest global gradient norm; 0 is off
-    zero_stage: int = 1
-    precision: str = "fp32"  # fp32 | bf16
+    zero_stage: int = 1  # what ranks share: 0 nothing, 1 moments, 2 gradients too, 3 weights too
+    precision: str = "fp32"  # fp32 | bf16 | fp16
+    activation_checkpointing: bool = False  # less memory: a pass back computes blocks again
     ema_target: float = 0.95  # decay of the average the objectives use as target
     ema_evaluation: float = 0.99  # decay of the average that is evaluated and exported
     log_every: int = 10  # steps
@@ -261,7 +262,8 @@ class TrainConfig:
             keep_last=self.keep_last,
         )
         check_choice("train.decay", self.decay, ("constant", "cosine"))
-        check_choice("train.precision", self.precision, ("fp32", "bf16"))
+        check_choice("train.precision", self.precision, ("fp32", "bf16", "fp16"))
+        check(0 <= self.zero_stage <= 3, f"train.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         check(len(self.betas) == 2, f"train.betas={self.betas} must be two numbers")
         for name in ("ema_target", "ema_evaluation"):
             value = getattr(self, name)

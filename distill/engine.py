@@ -51,11 +51,17 @@ FragmentReader = Callable[[str, str, int, int], Tensor]
 
 @runtime_checkable
 class Engine(Protocol):
-    """One rank of a model under training."""
+    """One rank of a model under training.
+
+    Attributes:
+        overflowed: whether the last step was dropped because its gradients, scaled up for fp16,
+            left that range. The scale is lower now, and the same step is to be taken again.
+    """
 
     rank: int
     world_size: int
     device: torch.device
+    overflowed: bool
 
     def describe(self) -> dict[str, object]:
         """What a manifest says: kind, ZeRO stage, precision, averages, shapes by name."""
@@ -65,6 +71,9 @@ class Engine(Protocol):
 
     def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
         """u of the "target" average: gradient reaches `x`, never the weights."""
+
+    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        """u of the "evaluation" average, in the same way."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulates the gradient of `loss`, a mean over this rank's micro-batch.
@@ -83,7 +92,8 @@ class Engine(Protocol):
     def has_finite_gradient(self, loss: Tensor) -> bool:
         """Whether the gradient of this rank's `loss` is finite in every weight.
 
-        Keeps the graph and leaves the gradients that `backward` gathers alone. Not collective.
+        Keeps the graph and leaves the gradients that `backward` gathers alone. Collective where
+        weights are partitioned; the answer is this rank's own.
         """
 
     def step(self, step: int, lr: float) -> float:
@@ -138,10 +148,12 @@ class TorchEngine:
 
     rank = 0
     world_size = 1
+    overflowed = False
 
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
         self.device = device
         self._config = config
+        network.activation_checkpointing = config.activation_checkpointing
         self._network = network.to(device)
         self._params = {n: p for n, p in self._network.named_parameters() if p.requires_grad}
         self._optimizer = torch.optim.AdamW(
@@ -160,11 +172,16 @@ class TorchEngine:
             TARGET: Average(config.ema_target, masters),
             EVALUATION: Average(config.ema_evaluation, masters),
         }
-        self._target = frozen_copy(self._network)
-        averaged = zip(self._params, self._averages[TARGET].values, strict=True)
-        for name, value in averaged:  # the target network *is* the average
-            self._target.get_parameter(name).data = value
+        self._target = self._average_network(TARGET)
+        self._evaluation = self._average_network(EVALUATION)
         self._micro_batches = 0
+
+    def _average_network(self, kind: str) -> nn.Module:
+        """A network whose weights *are* the average, so that it needs no update."""
+        network = frozen_copy(self._network)
+        for name, value in zip(self._params, self._averages[kind].values, strict=True):
+            network.get_parameter(name).data = value
+        return network
 
     def describe(self) -> dict[str, object]:
         shapes = {name: list(param.shape) for name, param in self._params.items()}
@@ -181,6 +198,9 @@ class TorchEngine:
 
     def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
         return self._target(x, t, s, label)
+
+    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+        return self._evaluation(x, t, s, label)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()

@@ -57,17 +57,13 @@ def train(
     start = checkpoint.load_latest(run.checkpoints, engine)
     log = TrainLog(engine, run, start, wait_s)
     for step in range(start, config.max_steps):
-        batch = read(step).to(engine.device)
-        results = []
-        for micro in batch.split(accumulation):
-            result = objective.loss(micro, engine.student, engine.target, step)
-            results.append(Losses.of(result))
-            engine.backward(result.total, last=len(results) == accumulation)
-
-        finite = all(bool(torch.isfinite(result.total)) for result in results)
-        flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
-        lr = learning_rate(step, config)
-        grad_norm = math.nan if flags[0] else engine.step(step, lr)
+        batch, lr, overflowed = read(step).to(engine.device), learning_rate(step, config), True
+        while overflowed:  # fp16: the same step again, at a lower loss scale
+            results = _accumulate(engine, objective, batch, accumulation, step)
+            finite = all(bool(torch.isfinite(result.total)) for result in results)
+            flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
+            grad_norm = math.nan if flags[0] else engine.step(step, lr)
+            overflowed = engine.overflowed and not flags[0]
         if not math.isfinite(grad_norm):  # on every rank; nothing was applied
             log.write(step)
             checkpoint.save(run.checkpoints, step, engine, config.keep_last, origin)
@@ -102,6 +98,18 @@ class Losses:
         """The values of `result`."""
         terms = {name: value.detach() for name, value in result.terms.items()}
         return cls(result.total.detach(), terms)
+
+
+def _accumulate(
+    engine: Engine, objective: Objective, batch: TrajectoryBatch, accumulation: int, step: int
+) -> list[Losses]:
+    """Losses of the micro-batches of a step; their gradients are in the engine."""
+    results: list[Losses] = []
+    for micro in batch.split(accumulation):
+        result = objective.loss(micro, engine.student, engine.target, step)
+        results.append(Losses.of(result))
+        engine.backward(result.total, last=len(results) == accumulation)
+    return results
 
 
 def _find_failure(

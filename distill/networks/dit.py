@@ -168,7 +168,7 @@ class DiT(AbstractNetwork):
         c = self.t_embedder(t) + self.s_embedder(s - t) + self.y_embedder(label)
         h = self.x_embedder(x.to(dtype)) + self.get_buffer("pos_embed").to(dtype)
         for block in self.blocks:
-            h = block(h, c)
+            h = self.run_block(block, h, c)
         return self._unpatchify(self.final_layer(h, c)).to(x.dtype)
 
     def _unpatchify(self, h: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from distill.config import ImageSpec, NetworkConfig
 
@@ -25,12 +26,24 @@ class AbstractNetwork(nn.Module):
     Attributes:
         config: the settings it was built from.
         image: shape and classes it works on.
+        activation_checkpointing: whether a pass back computes each block's activations again
+            instead of keeping them. Gradients are the same, bit for bit on the same device.
     """
+
+    activation_checkpointing = False
 
     def __init__(self, config: NetworkConfig, image: ImageSpec) -> None:
         super().__init__()
         self.config = config
         self.image = image
+
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """block(*inputs), checkpointed where that is set and a gradient may be asked for."""
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            output = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            assert isinstance(output, Tensor)
+            return output
+        return block(*inputs)
 
     @property
     @abstractmethod

@@ -174,13 +174,13 @@ class UNet(AbstractNetwork):
         h = self.stem(x.to(self.head.weight.dtype))
         skips = [h]
         for module in self.down:
-            h = module(h, c) if isinstance(module, ResidualBlock) else module(h)
+            h = self.run_block(module, h, c) if isinstance(module, ResidualBlock) else module(h)
             skips.append(h)
         for module in self.middle:
-            h = module(h, c)
+            h = self.run_block(module, h, c)
         for module in self.up:
             if isinstance(module, ResidualBlock):
-                h = module(torch.cat([h, skips.pop()], dim=1), c)
+                h = self.run_block(module, torch.cat([h, skips.pop()], dim=1), c)
             else:
                 h = module(h)
         return self.head(F.silu(self.norm(h))).to(x.dtype)

@@ -126,6 +126,23 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             "train.precision=bf16 is too coarse .* set objective.derivative=jvp",
         ),
         (
+            ["experiment=tiny", "objective=bezier", "train.precision=fp16"],
+            "train.precision=fp16 is too coarse .* set objective.derivative=jvp",
+        ),
+        (["experiment=tiny", "train.zero_stage=4"], "train.zero_stage=4 must be 0, 1, 2 or 3"),
+        (
+            ["experiment=tiny", "train.zero_stage=3", "objective.derivative=double_backward"],
+            "train.zero_stage=3 does not work with objective.derivative=double_backward; set ",
+        ),
+        (
+            [
+                "experiment=tiny",
+                "train.activation_checkpointing=true",
+                "objective.derivative=double_backward",
+            ],
+            "train.activation_checkpointing=true does not work with .*; set objective.deriv",
+        ),
+        (
             [
                 "experiment=tiny",
                 "objective=bezier",

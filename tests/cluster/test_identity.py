@@ -28,6 +28,7 @@ def tiny(*args: str):
         "train.save_every=7",
         "train.zero_stage=0",
         "train.micro_batch=4",
+        "train.activation_checkpointing=true",
         "cluster.teachers.num_workers=5",
         "trajectory.ready_ahead=99",
         "eval.num_samples=3",
