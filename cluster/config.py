@@ -116,7 +116,8 @@ class RunConfig:
                 f"teacher.{name}.steps={teacher.steps} must be a multiple of "
                 f"trajectory.grid={self.trajectory.grid}",
             )
-        self.objective.check_stored(self.trajectory.grid, self.trajectory.points)
+        trajectory = self.trajectory
+        self.objective.check_stored(trajectory.grid, trajectory.points, len(self.teacher))
         self.train.accumulation(self.cluster.trainer.num_workers)
         _check_derivative(self.objective, self.train)
         stream = self.trajectory

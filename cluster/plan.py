@@ -194,8 +194,8 @@ def show(config: RunConfig, speed: float | None, as_json: bool) -> None:
         ("pairs (noise, trajectory)", f"{exact['samples']:,}"),
         ("shards", f"{exact['shards']:,} in {exact['blocks']:,} blocks"),
         ("bytes per pair", f"{exact['sample_bytes']:,}"),
-        ("bytes of all shards", f"{exact['num_bytes']:,}"),
-        ("bytes on disk at once, at most", f"{exact['max_bytes_on_disk']:,}"),
+        ("bytes of all tars", f"{exact['num_bytes']:,}"),
+        ("bytes of tars on disk at once, at most", f"{exact['max_bytes_on_disk']:,}"),
         (
             "samples read by training",
             f"{exact['samples_read']:,} in {exact['train_steps']:,} steps",

@@ -26,13 +26,26 @@ class ObjectiveConfig:
             "VGG16 weights",
         )
 
-    def check_stored(self, grid: int, points: list[int]) -> None:
-        """Raises ConfigError unless the stored states, at k / `grid` for k in `points`, suffice."""
+    def check_stored(self, grid: int, points: list[int], num_teachers: int) -> None:
+        """Raises ConfigError unless the trajectories of the teachers suffice: they are stored at
+        k / `grid` for k in `points`.
+        """
+
+
+def check_weights(**weights: float) -> None:
+    """Raises ConfigError unless no weight is below 0 and one is above."""
+    for name, weight in weights.items():
+        check(weight >= 0, f"objective.weight_{name}={weight} must not be below 0; 0 is off")
+    check(any(weights.values()), f"all weights of the objective are 0: {', '.join(weights)}")
 
 
 @dataclass
 class TraFlowConfig(ObjectiveConfig):
-    """Trajectory distillation: output, velocity and self-consistency, a flow-matching anchor."""
+    """Trajectory distillation: output, states on the sampler's jumps, velocity.
+
+    Self-consistency and a flow-matching anchor are there, and off: they gain nothing here
+    (docs/log.md).
+    """
 
     name: str = "traflow"
     weight_output: float = 1.0
@@ -53,12 +66,19 @@ class TraFlowConfig(ObjectiveConfig):
         check_choice("objective.velocity_mode", self.velocity_mode, ("straight", "trajectory"))
         derivatives = ("jvp", "double_backward", "finite_difference")
         check_choice("objective.derivative", self.derivative, derivatives)
+        check_weights(
+            output=self.weight_output,
+            states=self.weight_states,
+            velocity=self.weight_velocity,
+            consistency=self.weight_consistency,
+            flow_matching=self.weight_flow_matching,
+        )
         check(
             all(n > 0 for n in self.sampler_nfe),
             f"objective.sampler_nfe={self.sampler_nfe} must be above 0",
         )
 
-    def check_stored(self, grid: int, points: list[int]) -> None:
+    def check_stored(self, grid: int, points: list[int], num_teachers: int) -> None:
         """The sampler's jumps go between stored states."""
         for nfe in self.sampler_nfe:
             visited = {time * grid for time in sampler_times(nfe)}
@@ -77,7 +97,7 @@ class BezierConfig(ObjectiveConfig):
 
     name: str = "bezier"
     variant: str = "path"  # endpoint | path | straight
-    degree: int = 2
+    degree: int = 2  # not used by `straight`, whose degree is 1
     weight_drift: float = 0.0
     weight_map: float = 1.0
     weight_end: float = 1.0
@@ -89,10 +109,16 @@ class BezierConfig(ObjectiveConfig):
         check_choice("objective.variant", self.variant, ("endpoint", "path", "straight"))
         check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
         check_positive("objective", degree=self.degree)
+        check_weights(drift=self.weight_drift, map=self.weight_map, end=self.weight_end)
         check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
 
-    def check_stored(self, grid: int, points: list[int]) -> None:
-        """A path of degree n is fitted through n - 1 states between the ends."""
+    def check_stored(self, grid: int, points: list[int], num_teachers: int) -> None:
+        """A path of degree n is fitted through n - 1 states between its ends; guides are n."""
+        check(
+            self.variant != "endpoint" or self.degree == num_teachers,
+            f"objective.degree={self.degree} of variant=endpoint must be the number of teachers, "
+            f"{num_teachers}; teacher=early_late has two",
+        )
         check(
             self.variant != "path" or len(points) - 2 >= self.degree - 1,
             f"objective.degree={self.degree} of a path needs {self.degree - 1} stored states "

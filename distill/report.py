@@ -75,9 +75,12 @@ def headline(facts: Facts) -> str:
     reached = [r["nfe"] for r in euler if r["distance_to_teacher"] <= best["distance_to_teacher"]]
     count = "One network evaluation" if best["nfe"] == 1 else f"{best['nfe']} network evaluations"
     text = (
-        f"{count} per image: the student ends within {best['distance_to_teacher']:.2%} (squared "
-        "distance, relative to the way travelled) of the teacher's own trajectory"
+        f"{count} per image: the student ends {best['distance_to_teacher']:.2%} away from the "
+        "teacher's own end point (squared distance over the squared way travelled, on average)"
     )
+    worst = max(facts.results["student"], key=lambda row: row["distance_to_teacher"])
+    if worst["nfe"] > best["nfe"]:
+        text += f"; with {worst['nfe']} it is {worst['distance_to_teacher']:.2%}, so not for more"
     if reached:
         return f"{text}. The teacher's Euler solver needs {min(reached)} for that."
     if euler:

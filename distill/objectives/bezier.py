@@ -9,7 +9,8 @@
 Control points, by variant:
     endpoint  P_k = output of teacher k from the same noise, weakest first; P_n = the best output
     path      the curve of degree n fitted through the states, a convex mixture over teachers
-    straight  n = 1: x_0 and the best output. The control; its drift equals `reflow`.
+    straight  n = 1: x_0 and the best output. The control; with distance and times of
+              `reflow` its drift is the same.
 
 Sampling goes through the map G: a single Euler step of the drift does not land on P_n.
 """

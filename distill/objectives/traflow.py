@@ -40,11 +40,11 @@ from distill.paths import MeanVelocity, expand_as, interpolate
 from distill.times import sampler_times
 from distill.trajectory import TrajectoryBatch
 
-ADAPTIVE_RANGE = (0.01, 10.0)  # SCoT clips the adaptive weight of the velocity term so
+ADAPTIVE_RANGE = (0.01, 10.0)  # of the ratio of gradient norms, as SCoT clips it
 
 
 class TraFlow:
-    """Output, velocity and self-consistency targets."""
+    """Output, states, velocity and self-consistency targets; those of weight 0 are not computed."""
 
     def __init__(
         self,
@@ -60,17 +60,17 @@ class TraFlow:
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> LossTerms:
-        config, seed, images = self.config, self.seed, self.distances.states
+        config, seed, of_states = self.config, self.seed, self.distances.states
         terms = {}
         if config.weight_output > 0:
-            terms["output"] = output_term(batch, images, config.weight_output)
+            terms["output"] = output_term(batch, of_states, config.weight_output)
         if config.weight_states > 0 or config.weight_velocity > 0:
             a, b = draw_jump(batch.times, config.sampler_nfe, seed, step, batch)
             jump = Call(pick(batch.best, a), batch.times[a], batch.times[b])
             terms |= self.jump_terms(batch, student, jump, b)
         if config.weight_consistency > 0:
             weight = config.weight_consistency
-            terms["consistency"] = consistency_term(batch, target, seed, step, images, weight)
+            terms["consistency"] = consistency_term(batch, target, seed, step, of_states, weight)
         if config.weight_flow_matching > 0:
             t, weight = draw(seed, "flow_matching/t", step, batch), config.weight_flow_matching
             terms["flow_matching"] = flow_matching_term(batch, t, self.distances.velocities, weight)
@@ -108,13 +108,13 @@ class TraFlow:
         """
         config = self.config
         distance, weight = self.distances.velocities, config.weight_velocity
-        is_finite = config.derivative == "finite_difference"
+        by_difference = config.derivative == "finite_difference"
         if config.velocity_mode == "straight":
             x_0, x_1 = batch.noise, batch.best[:, -1]
             jump, slope = Call(interpolate(x_0, x_1, jump.t), jump.t, jump.s), x_1 - x_0
         else:
-            slope = last_change(batch, b) if is_finite else state_derivative(batch, b)
-        if is_finite:
+            slope = last_change(batch, b) if by_difference else state_derivative(batch, b)
+        if by_difference:
             return finite_change_term(jump, batch.times[b - 1], slope, distance, weight)
         form = jvp_term if config.derivative == "jvp" else double_backward_term
         return form(jump, slope, student, batch.labels, distance, weight)

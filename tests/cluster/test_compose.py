@@ -154,6 +154,23 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             ["experiment=tiny", "trajectory.store_points=[0,4,8]"],
             "2 jumps go through t = .*, and not all of these states are stored",
         ),
+        (
+            ["experiment=tiny", "objective=bezier", "objective.variant=endpoint"],
+            "degree=2 of variant=endpoint must be the number of teachers, 1",
+        ),
+        (
+            ["experiment=tiny", "objective.weight_velocity=-1"],
+            "weight_velocity=-1.0 must not be below 0",
+        ),
+        (
+            [
+                "experiment=tiny",
+                "objective=bezier",
+                "objective.weight_map=0",
+                "objective.weight_end=0",
+            ],
+            "all weights of the objective are 0: drift, map, end",
+        ),
         (["experiment=tiny", "foo"], "'foo'"),
     ],
 )
