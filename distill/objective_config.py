@@ -43,7 +43,7 @@ def check_weights(**weights: float) -> None:
 class TraFlowConfig(ObjectiveConfig):
     """Trajectory distillation: output, states on the sampler's jumps, velocity.
 
-    Self-consistency and a flow-matching anchor are there, and off: they gain nothing here
+    Self-consistency and a flow-matching anchor are there, and off: they cost more than they gain
     (docs/log.md).
     """
 
