@@ -3,10 +3,11 @@
     python benchmarks/simulate.py            about 5 minutes on one core
     python benchmarks/simulate.py --quick    one seed, three rates, half a minute; writes nothing
 
-`benchmarks.world` says what is real and what is simulated. Two tables: goodput against the rate at
-which nodes are taken, in three ways and with two surpluses of teachers; and goodput against
-`trajectory.ready_ahead`, the window within which teachers may work. The same seeds give the same
-numbers. Writes docs/benchmarks/simulate.{json,md,png}.
+`benchmarks.world` says what is real and what is simulated. Three tables: goodput against the rate
+at which nodes are taken, in three ways and with two surpluses of teachers; goodput against
+`trajectory.ready_ahead`, the window within which teachers may work; and the whole run of
+`experiment=imagenet256_sit` with the times that `bowstring estimate` gives it. The same seeds give
+the same numbers. Writes docs/benchmarks/simulate.{json,md,png}.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.world import WAYS, Settings, World  # noqa: E402
+from cluster.compose import compose  # noqa: E402
+from cluster.plan import estimate, stream_plan  # noqa: E402
 
 PER_HOUR = (0.01, 0.05, 0.10, 0.20, 0.50)
 HEADROOM = (1.0, 1.1)
@@ -44,6 +47,24 @@ def windows() -> list[Settings]:
     """10 % of the nodes an hour, killed, within windows of several sizes."""
     base = replace(USUAL, headroom=1.1, way="killed", per_hour=0.10)
     return [replace(base, ready_ahead=ready_ahead) for ready_ahead in READY_AHEAD]
+
+
+def imagenet256() -> list[Settings]:
+    """All shards of that experiment, at the estimate's speeds, with and without preemption."""
+    (config,) = compose(["experiment=imagenet256_sit"])
+    hours, plan = estimate(config)["assumed"]["hours"], stream_plan(config)
+    teachers = config.cluster.teachers.num_workers
+    whole = Settings(
+        teachers=teachers,
+        headroom=hours["train"] / hours["generate"],
+        shard_s=3600 * hours["generate"] * teachers / plan.shards,
+        ready_ahead=config.trajectory.ready_ahead,
+        block_shards=config.trajectory.block_shards,
+        shards=plan.shards,
+        first=0,
+        last=plan.shards,
+    )
+    return [whole] + [replace(whole, way=way, per_hour=0.10) for way in WAYS]
 
 
 def measure(settings: Settings, seeds: tuple[int, ...]) -> dict[str, Any]:
@@ -86,7 +107,7 @@ NUMBERS = (
 
 
 def page(found: dict[str, Any]) -> str:
-    """Both tables, as Markdown."""
+    """The tables, as Markdown."""
     lines = [f"| teachers / need | how | nodes taken / h | {NUMBERS}", "|---" * 9 + "|"]
     for row in found["rates"]:
         chosen = row["settings"]
@@ -97,6 +118,11 @@ def page(found: dict[str, Any]) -> str:
         ready_ahead = row["settings"]["ready_ahead"]
         per_teacher = f"{ready_ahead / row['settings']['teachers']:g}"
         lines.append(line([f"{ready_ahead:,}", per_teacher], row))
+    lines += ["", f"| imagenet256_sit: how | nodes taken / h | hours | {NUMBERS}", "|---" * 9 + "|"]
+    for row in found["imagenet256"]:
+        chosen = row["settings"]
+        how = chosen["way"] if chosen["per_hour"] else "-"
+        lines.append(line([how, f"{chosen['per_hour']:.0%}", spread(row["hours"], "{:.1f}")], row))
     return "\n".join(lines) + "\n"
 
 
@@ -145,6 +171,7 @@ def main() -> None:
         "seeds": seeds,
         "rates": [measure(s, seeds) for headroom in HEADROOM for s in rates(headroom, per_hour)],
         "windows": [measure(settings, seeds) for settings in windows()],
+        "imagenet256": [measure(settings, seeds) for settings in imagenet256()],
     }
     found["cpu_s"] = round(time.process_time() - started, 1)
     text = page(found)

@@ -1,9 +1,9 @@
 """A cluster in simulated time around the real coordinator: nodes that go, workers, a trainer.
 
-Real are `cluster.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.order` (which
-ids a step reads). Simulated are time, nodes, the time a shard takes, the disk and the step. The
-messages are those that `cluster.pool` sends: a heartbeat of every busy worker four times in a lease,
-the trainer's position and a tick once a second.
+Real are `cluster.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.order`
+(which ids a step reads). Simulated are time, nodes, the time a shard takes, the disk and the step.
+The messages are those that `cluster.pool` sends: a heartbeat of every busy worker four times in a
+lease, the trainer's position and a tick once a second.
 
 A node that is taken has `per_node` workers, and comes back as new workers. It goes in one of three
 ways:

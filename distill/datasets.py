@@ -1,4 +1,4 @@
-"""Real images by name: scikit-learn's digits, Fashion-MNIST from its files, any set from one npz."""
+"""Real images by name: scikit-learn's digits, Fashion-MNIST's files, any set as one npz."""
 
 import gzip
 import zipfile
@@ -64,7 +64,7 @@ def check_files(data: DataConfig) -> None:
     """Raises ConfigError when a file of the data set is absent, so that it is known early."""
     if data.name == "npz" and not Path(data.path).is_file():
         raise ConfigError(
-            f"data.path={data.path or "''"} is no file; set it to an .npz with `images`, uint8 "
+            f"data.path={data.path} is no file; set it to an .npz with `images`, uint8 "
             "[N, H, W, C], and `labels`, integers [N] (docs/operations.md)"
         )
     for path in _fashion_files(data) if data.name == "fashion" else []:

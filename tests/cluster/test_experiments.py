@@ -78,14 +78,15 @@ def weights(config, image):
     torch.manual_seed(0)
     state = build_network(config, image).state_dict()
     fixed = ("s_embedder", "pos_embed")
-    return {n: v if n.startswith(fixed) else v + 0.1 * torch.randn_like(v) for n, v in state.items()}
+    return {
+        n: v if n.startswith(fixed) else v + 0.1 * torch.randn_like(v) for n, v in state.items()
+    }
 
 
 def own_teacher(folder, image):
     """CIFAR-10's: the run trains it."""
-    return [*SMALL_UNET, images_in(folder, 32), "pretrain.train.max_steps=2"] + [
-        "pretrain.train.batch_size=4"
-    ]
+    steps = ["pretrain.train.max_steps=2", "pretrain.train.batch_size=4"]
+    return [*SMALL_UNET, images_in(folder, 32), *steps]
 
 
 def native_teacher(folder, image):
@@ -207,7 +208,7 @@ def test_latents_train_no_teacher(tmp_path):
     config = one("experiment=imagenet256_sit", "teacher=pretrained", f"run.dir={tmp_path}")
     with (
         open_session(config, config.files) as session,
-        pytest.raises(ConfigError, match="no images to train a teacher on; .*teacher=sit"),
+        pytest.raises(ConfigError, match=r"no images to train a teacher on; .*teacher=sit"),
     ):
         pretrain(session)
 

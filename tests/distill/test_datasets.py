@@ -94,7 +94,9 @@ def test_an_npz_of_the_user(tmp_path):
     path = tmp_path / "images.npz"
     np.savez(path, images=pixels, labels=np.array([2, 0, 1, 1, 2], dtype=np.uint8))
     images, labels = load_images(DataConfig(**NPZ, path=str(path), num_classes=3))
-    assert ((images.permute(0, 2, 3, 1) + 1) * 127.5).round().byte().numpy().tolist() == pixels.tolist()
+    assert (
+        (images.permute(0, 2, 3, 1) + 1) * 127.5
+    ).round().byte().numpy().tolist() == pixels.tolist()
     assert labels.tolist() == [2, 0, 1, 1, 2]
     np.savez(path, images=pixels)
     assert load_images(DataConfig(**NPZ, path=str(path)))[1].tolist() == [-1] * 5
@@ -123,7 +125,7 @@ def test_a_cut_npz_is_refused(tmp_path):
     path = tmp_path / "images.npz"
     np.savez(path, images=np.zeros((2, 4, 4, 3), np.uint8))
     path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ConfigError, match="cannot be read as an .npz"):
+    with pytest.raises(ConfigError, match=r"cannot be read as an \.npz"):
         load_images(DataConfig(**NPZ, path=str(path)))
 
 
