@@ -167,10 +167,11 @@ def test_two_steps_in_small(experiment, tmp_path):
     assert audit(run)["ok"]
     losses = [line["loss"] for line in read_lines(run.metrics)]
     assert losses and all(math.isfinite(loss) for loss in losses)
-    results = evaluate(run, config.data, config.teacher, config.eval, config.objective.name)
-    (row,) = results["student"]
-    assert math.isfinite(row["distance_to_teacher"])
-    assert ("frechet" in row) == (config.data.name == "npz")
+    if config.data.name == "latents":
+        results = evaluate(run, config.data, config.teacher, config.eval, config.objective.name)
+        (row,) = results["student"]
+        assert row.keys() == {"nfe", "distance_to_teacher", "seconds_per_1000"}
+        assert math.isfinite(row["distance_to_teacher"])
 
 
 @pytest.mark.parametrize("experiment", TEACHERS)
