@@ -4,13 +4,6 @@ Real are `cluster.coordinator` (leases, heartbeats, expiry, back-pressure) and `
 (which ids a step reads). Simulated are time, nodes, the time a shard takes, the disk and the step.
 The messages are those that `cluster.pool` sends: a heartbeat of every busy worker four times in a
 lease, the trainer's position and a tick once a second.
-
-A node that is taken has `per_node` workers, and comes back as new workers. It goes in one of three
-ways:
-
-    drained   notice: its workers take no other shard, and have `notice_s` to finish theirs
-    killed    no notice: Ray gives the node up `detect_s` later, and its leases go back
-    silent    no notice, and nobody says so: each lease runs out
 """
 
 from __future__ import annotations
@@ -24,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config import TeacherPoolConfig
+from benchmarks.world_settings import WAYS, Settings
 from cluster.coordinator import Coordinator, Limits
 from cluster.messages import (
     Asked,
@@ -42,59 +35,6 @@ from distill.order import Order
 
 ROUND_S = 1.0  # how often the pool tells the trainer's position
 HEARTBEATS_PER_LEASE = 4  # as in cluster.pool
-WAYS = ("drained", "killed", "silent")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """One world. Times in seconds.
-
-    Attributes:
-        headroom: shards that all teachers make in the time in which the trainer reads one.
-        spread: sigma of the log-normal time of a shard, whose mean is `shard_s`; 0: all alike.
-        per_hour: chance of a node to be taken, per hour it is up.
-        rejoin_s, rejoin_spread: median and sigma of the log-normal time until a node is back with
-            its teachers loaded.
-        shards: of the whole run.
-        first, last: shards between which the trainer is measured: the start, when nothing lies
-            ahead, and the end, when nothing is left to make, are not those of a long run.
-        samples_per_shard: only for the count of ids; the coordinator sees whole shards.
-    """
-
-    seed: int = 0
-    teachers: int = 1000
-    per_node: int = 8
-    headroom: float = 1.0
-    shard_s: float = 150.0
-    spread: float = 0.5
-    per_hour: float = 0.0
-    way: str = "drained"
-    notice_s: float = 120.0
-    detect_s: float = 14.0
-    rejoin_s: float = 600.0
-    rejoin_spread: float = 1.0
-    lease_timeout_s: float = TeacherPoolConfig.lease_timeout_s
-    max_attempts: int = TeacherPoolConfig.max_attempts
-    ready_ahead: int = 8000
-    block_shards: int = 16
-    shards: int = 72_000
-    first: int = 8_000
-    last: int = 56_000
-    samples_per_shard: int = 8
-    passes: int = 4
-    batch_size: int = 64
-
-    @property
-    def step_s(self) -> float:
-        """Seconds of a step that does not wait: B / (samples a second, times passes, needed)."""
-        shards_per_s = self.teachers / self.shard_s / self.headroom
-        return self.batch_size / (shards_per_s * self.samples_per_shard * self.passes)
-
-    def steps_of(self, shards: int) -> int:
-        """Steps that read the first `shards` shards and no more."""
-        steps, rest = divmod(shards * self.samples_per_shard * self.passes, self.batch_size)
-        assert shards % self.block_shards == rest == 0
-        return steps
 
 
 @dataclass
@@ -122,6 +62,7 @@ class World:
     lost_s: float = 0.0  # work on shards that came to nothing
     made_s: float = 0.0  # work on shards that were committed
     up_s: float = 0.0
+    longest_wait_s: float = 0.0  # of the trainer, once it has begun
     expiries: int = 0
     taken: int = 0  # workers
     events: int = 0
@@ -150,7 +91,7 @@ class World:
         self._agenda: list[tuple[float, int, Callable[..., None], tuple[Any, ...]]] = []
         self._count = 0
         self._missing: set[int] = set()  # what the next step waits for
-        self._is_reading = False
+        self._waits_since_s = 0.0
         self._backlogs: list[int] = []
 
     def run(self) -> dict[str, float]:
@@ -173,7 +114,8 @@ class World:
 
         Goodput is the time of steps over the time from `first` to `last`; `teachers_up` the mean
         share of the workers that were there; `wasted` the share of the teachers' evaluations that
-        came to nothing; the backlog counts shards on disk that the trainer has not begun.
+        came to nothing; the backlog counts shards on disk that the trainer has not begun; the
+        longest wait is of one step.
         """
         read = self.settings.last * self.settings.samples_per_shard
         assert (self.reads[:read] == self.settings.passes).all() and not self.reads[read:].any()
@@ -183,6 +125,7 @@ class World:
             "goodput": self.useful_s / (self.now - self.first_step_s),
             "teachers_up": self.up_s / self.now / self.settings.teachers,
             "backlog": float(np.mean(self._backlogs)),
+            "longest_wait_s": self.longest_wait_s,
             "wasted": self.lost_s / (self.lost_s + self.made_s),
             "expiries_per_hour": self.expiries / hours,
             "taken_per_hour": self.taken / hours,
@@ -306,6 +249,7 @@ class World:
         return self.order.block_of(step) * self.settings.block_shards
 
     def _begin_step(self) -> None:
+        self._waits_since_s = self.now
         blocks, size = self.order.blocks_of(self.step), self.settings.block_shards
         wanted = range(blocks[0] * size, (blocks[-1] + 1) * size)
         self._missing = {shard for shard in wanted if shard not in self.disk}
@@ -314,6 +258,8 @@ class World:
     def _read_if_there(self) -> None:
         if self._missing:
             return
+        if self.step > self.first_step:
+            self.longest_wait_s = max(self.longest_wait_s, self.now - self._waits_since_s)
         if self.step >= self.first_step:
             self.first_step_s = min(self.first_step_s, self.now)
         ids, _ = self.order.entries(self.step)

@@ -5,7 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.world import WAYS, Settings, World
+from benchmarks.world import World
+from benchmarks.world_settings import WAYS, Settings
 
 ROUNDS, TEACHERS = 12, 32
 SMALL = Settings(
