@@ -176,6 +176,7 @@ def test_two_steps_in_small(experiment, tmp_path):
 
 @pytest.mark.parametrize("experiment", TEACHERS)
 def test_the_header_holds_what_estimate_prints(experiment, capsys, monkeypatch):
+    """Anew: COLUMNS=100 bowstring estimate experiment=NAME | sed 's/^/#   /; s/ *$//'."""
     monkeypatch.setenv("COLUMNS", "100")
     show(one(f"experiment={experiment}"), None, as_json=False)
     printed = [f"#   {line}".rstrip() for line in capsys.readouterr().out.rstrip().splitlines()]
