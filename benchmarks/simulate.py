@@ -1,7 +1,7 @@
 """What preemption of 1,000 teachers does to the trainer: the real coordinator in simulated time.
 
     python benchmarks/simulate.py            about 5 minutes of one core
-    python benchmarks/simulate.py --quick    one seed, three rates, half a minute; writes nothing
+    python benchmarks/simulate.py --quick    one seed, three rates, about a minute; writes nothing
 
 `benchmarks.world` says what is real and what is simulated. Three tables: goodput against the rate
 at which nodes are taken, in three ways and with two surpluses of teachers; goodput against
@@ -24,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.world import World  # noqa: E402
@@ -35,6 +36,7 @@ PER_HOUR = (0.01, 0.05, 0.10, 0.20, 0.50)
 HEADROOM = (1.0, 1.1)
 READY_AHEAD = (500, 1000, 2000, 4000, 8000, 16_000)
 SEEDS = (0, 1, 2)
+TABLES = ("rates", "windows", "imagenet256")
 USUAL = Settings()
 
 
@@ -74,7 +76,7 @@ def measure(settings: Settings, seeds: tuple[int, ...]) -> dict[str, Any]:
     found = [World(replace(settings, seed=seed)).run() for seed in seeds]
     print(f"{settings.headroom} {settings.way} {settings.per_hour} {settings.ready_ahead}", end=" ")
     print(f"goodput {mean(values['goodput'] for values in found):.3f}", flush=True)
-    numbers = {name: [values[name] for values in found] for name in found[0]}
+    numbers = {name: [round(values[name], 6) for values in found] for name in found[0]}
     return {"settings": asdict(settings), **numbers}
 
 
@@ -106,8 +108,9 @@ def line(first: list[str], row: dict[str, Any]) -> str:
 HEADING = """# Preemption of teachers, simulated
 
 `python benchmarks/simulate.py`; `benchmarks/world.py` says what is real and what is simulated.
-Where seeds differ, least and greatest stand behind the mean. `drained`: notice of 120 s, no other
-shard is taken. `killed`: known after 14 s. `silent`: known when the lease runs out, after 120 s.
+Where seeds differ, least and greatest stand behind the mean; in the figure they are the bars.
+`drained`: notice of 120 s, no other shard is taken. `killed`: known after 14 s. `silent`: known
+when the lease runs out, after 120 s.
 
 ![Goodput and waste by rate of preemption, goodput by window](simulate.png)
 """
@@ -131,7 +134,9 @@ def page(found: dict[str, Any]) -> str:
         ready_ahead = row["settings"]["ready_ahead"]
         per_teacher = f"{ready_ahead / row['settings']['teachers']:g}"
         lines.append(line([f"{ready_ahead:,}", per_teacher], row))
-    lines += ["", "## `experiment=imagenet256_sit`, 256 teachers, teachers / need 1.125", ""]
+    chosen = found["imagenet256"][0]["settings"]
+    given = f"{chosen['teachers']} teachers, teachers / need {chosen['headroom']:.3f}"
+    lines += ["", f"## `experiment=imagenet256_sit`, {given}", ""]
     lines += [f"| how | nodes taken / h | hours | {NUMBERS}", "|---" * 10 + "|"]
     for row in found["imagenet256"]:
         chosen = row["settings"]
@@ -140,8 +145,30 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_json(found: dict[str, Any]) -> str:
+    """What was found as JSON, a row of a table on a line."""
+    parts = []
+    for name, value in found.items():
+        text = json.dumps(value)
+        if name in TABLES:
+            text = "[\n" + ",\n".join(json.dumps(row) for row in value) + "\n]"
+        parts.append(f"{json.dumps(name)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def goodput_line(
+    axes: Axes, x: list[float], rows: list[dict[str, Any]], color: str, **style: Any
+) -> None:
+    """Goodput of `rows` against x: means over the seeds, with the least and the greatest."""
+    values = [row["goodput"] for row in rows]
+    y = [mean(each) for each in values]
+    below = [mean(each) - min(each) for each in values]
+    above = [max(each) - mean(each) for each in values]
+    axes.errorbar(x, y, (below, above), color=color, marker="o", ms=3, lw=1.2, capsize=2, **style)
+
+
 def plot(found: dict[str, Any]) -> Figure:
-    """Goodput and waste by rate, and goodput by window."""
+    """Goodput and waste by rate, and goodput by window. Bars reach over the seeds."""
     figure = Figure(figsize=(12, 3.6), layout="constrained")
     goodput, waste, window = figure.subplots(1, 3)
     for headroom, style in zip(HEADROOM, ("--", "-"), strict=True):
@@ -154,15 +181,15 @@ def plot(found: dict[str, Any]) -> Figure:
             ]
             x = [100 * row["settings"]["per_hour"] for row in rows]
             label = f"{way}, teachers / need {headroom:g}"
-            for axes, name, factor in ((goodput, "goodput", 1), (waste, "wasted", 100)):
-                if name == "goodput" or headroom == HEADROOM[-1]:
-                    y = [factor * mean(row[name]) for row in rows]
-                    axes.plot(x, y, style, color=color, marker="o", ms=3, label=label)
+            goodput_line(goodput, x, rows, color, ls=style, label=label)
+            if headroom == HEADROOM[-1]:
+                y = [100 * mean(row["wasted"]) for row in rows]
+                waste.plot(x, y, style, color=color, marker="o", ms=3)
     goodput.set(xlabel="% of nodes taken per hour", ylabel="goodput of the trainer")
     waste.set(xlabel="% of nodes taken per hour", ylabel="% of teacher evaluations wasted")
     rows = found["windows"]
     x = [row["settings"]["ready_ahead"] / row["settings"]["teachers"] for row in rows]
-    window.plot(x, [mean(row["goodput"]) for row in rows], color="#0072b2", marker="o", ms=3)
+    goodput_line(window, x, rows, "#0072b2")
     window.set(xlabel="ready_ahead / teachers", ylabel="goodput of the trainer", xscale="log")
     window.set_xticks(x, [f"{value:g}" for value in x])
     window.minorticks_off()
@@ -193,7 +220,7 @@ def main() -> None:
     if quick:
         return
     out = ROOT / "docs" / "benchmarks"
-    (out / "simulate.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "simulate.json").write_text(as_json(found))
     plot(found).savefig(out / "simulate.png", dpi=110)
     (out / "simulate.md").write_text(f"{HEADING}\n{text}")
     print(out / "simulate.json", out / "simulate.md", out / "simulate.png", sep="\n")

@@ -3,7 +3,8 @@
 Real are `cluster.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.order`
 (which ids a step reads). Simulated are time, nodes, the time a shard takes, the disk and the step.
 The messages are those that `cluster.pool` sends: a heartbeat of every busy worker four times in a
-lease, the trainer's position and a tick once a second.
+lease, results when they are there, the trainer's position when it moves, and a tick once a second.
+The pool itself looks at position and clock ten times a second.
 """
 
 from __future__ import annotations
@@ -33,20 +34,19 @@ from cluster.messages import (
 )
 from distill.order import Order
 
-ROUND_S = 1.0  # how often the pool tells the trainer's position
+TICK_S = 1.0
 HEARTBEATS_PER_LEASE = 4  # as in cluster.pool
 
 
 @dataclass
 class Worker:
-    """A teacher worker. `shard` is what it makes, since `since_s`, to be done at `done_s`."""
+    """A teacher worker. `shard` is what it makes, since `since_s`."""
 
     name: str
     is_up: bool = True
     leaves: bool = False
     shard: int | None = None
     since_s: float = 0.0
-    done_s: float = 0.0
 
 
 @dataclass
@@ -65,7 +65,6 @@ class World:
     longest_wait_s: float = 0.0  # of the trainer, once it has begun
     expiries: int = 0
     taken: int = 0  # workers
-    events: int = 0
 
     def __post_init__(self) -> None:
         chosen = self.settings
@@ -99,7 +98,7 @@ class World:
         chosen = self.settings
         for first in range(0, chosen.teachers, chosen.per_node):
             self._node_up(min(chosen.per_node, chosen.teachers - first))
-        self._at(0.0, self._round)
+        self._at(0.0, self._tick)
         self._at(0.0, self._heartbeats)
         self._begin_step()
         while self.step < self.num_steps:
@@ -129,7 +128,6 @@ class World:
             "wasted": self.lost_s / (self.lost_s + self.made_s),
             "expiries_per_hour": self.expiries / hours,
             "taken_per_hour": self.taken / hours,
-            "events": float(self.events),
         }
 
     # ---------------------------------------------------------------------------------------
@@ -140,7 +138,6 @@ class World:
         heapq.heappush(self._agenda, (now, self._count, action, values))
 
     def _tell(self, event: Event) -> None:
-        self.events += 1
         for action in self.coordinator.handle(event, self.now):
             match action:
                 case Leased(name, shard):
@@ -150,13 +147,11 @@ class World:
                 case _:  # a real run would stop here, too
                     raise RuntimeError(f"shard given up: {action}")
 
-    def _round(self) -> None:
-        """What the pool does again and again."""
-        self._tell(CursorMoved(self._cursor()))
+    def _tick(self) -> None:
         self._tell(Tick())
         if self.first_step_s <= self.now:
-            self._backlogs.append(len(self.disk) - self._cursor())
-        self._at(self.now + ROUND_S, self._round)
+            self._backlogs.append(len(self.disk) - self.coordinator.cursor)
+        self._at(self.now + TICK_S, self._tick)
 
     def _heartbeats(self) -> None:
         for worker in self.workers.values():
@@ -221,8 +216,7 @@ class World:
         chosen, sigma = self.settings, self.settings.spread
         takes_s = self._random.lognormvariate(math.log(chosen.shard_s) - sigma**2 / 2, sigma)
         worker.shard, worker.since_s = shard, self.now
-        worker.done_s = self.now + takes_s
-        self._at(worker.done_s, self._commit, worker)
+        self._at(self.now + takes_s, self._commit, worker)
 
     def _commit(self, worker: Worker) -> None:
         if not worker.is_up:
@@ -243,14 +237,11 @@ class World:
     # ---------------------------------------------------------------------------------------
     # The trainer
 
-    def _cursor(self) -> int:
-        """First shard of the block that is read."""
-        step = min(self.step, self.num_steps - 1)
-        return self.order.block_of(step) * self.settings.block_shards
-
     def _begin_step(self) -> None:
         self._waits_since_s = self.now
         blocks, size = self.order.blocks_of(self.step), self.settings.block_shards
+        if blocks[0] * size != self.coordinator.cursor:
+            self._tell(CursorMoved(blocks[0] * size))
         wanted = range(blocks[0] * size, (blocks[-1] + 1) * size)
         self._missing = {shard for shard in wanted if shard not in self.disk}
         self._read_if_there()

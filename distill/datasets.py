@@ -65,7 +65,7 @@ def check_files(data: DataConfig) -> None:
     if data.name == "npz" and not Path(data.path).is_file():
         raise ConfigError(
             f"data.path={data.path} is no file; set it to an .npz with `images`, uint8 "
-            "[N, H, W, C], and `labels`, integers [N] (docs/operations.md)"
+            "[N, H, H, C], and `labels`, integers [N] (docs/operations.md)"
         )
     for path in _fashion_files(data) if data.name == "fashion" else []:
         if not path.exists():
@@ -79,17 +79,19 @@ def check_files(data: DataConfig) -> None:
 def _npz(path: Path) -> tuple[Tensor, Tensor]:
     """The images of a file, and its labels; without `labels` all are of class 0."""
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is no zip file, or cut")
         with np.load(path, allow_pickle=False) as file:
             images = file["images"]
             labels = file["labels"] if "labels" in file.files else np.zeros(len(images), np.int64)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} cannot be read as an .npz with `images` ({error})") from error
-    is_square = images.ndim == 4 and images.shape[1] == images.shape[2]
+    is_square = images.ndim == 4 and images.size > 0 and images.shape[1] == images.shape[2]
     is_labelled = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not (images.dtype == np.uint8 and is_square and is_labelled):
+    if not (images.dtype == np.uint8 and is_square and is_labelled and labels.min() >= 0):
         raise ConfigError(
-            f"{path}: `images` must be uint8 [N, H, H, C] and `labels` integers [N]; they are "
-            f"{images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+            f"{path}: `images` must be uint8 [N, H, H, C] and `labels` integers [N] from 0 on; "
+            f"they are {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
         )
     pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     return pixels.contiguous(), torch.from_numpy(labels.astype(np.int64))

@@ -29,6 +29,7 @@ from distill.models import save_model
 from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
+from distill.report import write_report
 from distill.rundir import RunDir, read_lines
 
 FOLDER = Path(__file__).parents[2] / "configs" / "experiment"
@@ -172,6 +173,7 @@ def test_two_steps_in_small(experiment, tmp_path):
         (row,) = results["student"]
         assert row.keys() == {"nfe", "distance_to_teacher", "seconds_per_1000"}
         assert math.isfinite(row["distance_to_teacher"])
+        assert "unless the run is in latents" in write_report(run, "").read_text()
 
 
 @pytest.mark.parametrize("experiment", TEACHERS)

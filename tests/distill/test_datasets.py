@@ -113,6 +113,11 @@ def test_an_npz_of_the_user(tmp_path):
             {"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3, np.int64)},
             r"`labels` integers \[N\].*int64 \[3\]",
         ),
+        (
+            {"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, -1])},
+            r"`labels` integers \[N\] from 0 on",
+        ),
+        ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, r"uint8 \[0, 4, 4, 3\]"),
     ],
 )
 def test_an_npz_of_another_kind_is_refused(arrays, match, tmp_path):
@@ -121,12 +126,14 @@ def test_an_npz_of_another_kind_is_refused(arrays, match, tmp_path):
         load_images(DataConfig(**NPZ, path=str(tmp_path / "images.npz")))
 
 
-def test_a_cut_npz_is_refused(tmp_path):
-    path = tmp_path / "images.npz"
-    np.savez(path, images=np.zeros((2, 4, 4, 3), np.uint8))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(ConfigError, match=r"cannot be read as an \.npz"):
-        load_images(DataConfig(**NPZ, path=str(path)))
+def test_a_cut_npz_is_refused_and_one_array_alone(tmp_path):
+    cut, alone = tmp_path / "images.npz", tmp_path / "images.npy"
+    np.savez(cut, images=np.zeros((2, 4, 4, 3), np.uint8))
+    cut.write_bytes(cut.read_bytes()[:100])
+    np.save(alone, np.zeros((2, 4, 4, 3), np.uint8))
+    for path in (cut, alone):
+        with pytest.raises(ConfigError, match=r"cannot be read as an \.npz"):
+            load_images(DataConfig(**NPZ, path=str(path)))
 
 
 def test_latents_have_no_images():
