@@ -159,7 +159,7 @@ def test_two_steps_in_small(experiment, tmp_path):
         if own is not None:
             train_here(own, ReflowConfig())
         spec = run_spec(session)
-        worker = TeacherWorker(config, run, spec)
+        worker = TeacherWorker(config, run, spec, "cpu")
         worker.load()
         for shard in range(stream_plan(config).shards):
             worker.produce(shard)
