@@ -26,7 +26,8 @@ GENERAL = """bowstring VERB [...]: distils a rectified-flow image model into a s
 
 SETTINGS = """
 Settings (Hydra):
-  experiment=NAME    digits, fashion, or a file of your own found by --config-dir FOLDER
+  experiment=NAME    digits, fashion, ...: an unknown one lists all; or a file of your own, found
+                     by --config-dir FOLDER
   group=option       objective=bezier, student=unet; groups: data student teacher objective
                      train eval cluster
   key=value          train.max_steps=100, teacher.pretrained.guidance=2.0

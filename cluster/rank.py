@@ -30,6 +30,7 @@ from distill.objectives.base import Objective
 from distill.pretrain import ImageStream
 from distill.rundir import RunDir, append_line, lock_file
 from distill.stream import TrajectoryStream
+from distill.teachers.sit import load_sit
 from distill.train import train
 from distill.trajectory import TrajectoryBatch
 
@@ -55,17 +56,23 @@ def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool
 def initial_network(job: TrainJob) -> tuple[AbstractNetwork, str]:
     """The network before the first step, and in words where its weights come from.
 
-    A student starts as its last native teacher when that has the same architecture: the branch of
-    the jump s - t is still zero, so it begins with exactly the teacher's velocity.
+    A student starts as its last teacher when that is native or a SiT and has the same architecture:
+    the branch of the jump s - t is still zero, so it begins with exactly the teacher's velocity,
+    without guidance.
     """
     config = job.config
     network = build_network(config.student, config.data.image, config.seed)
     if job.stage == "pretrain":
         return network, "fresh"
     name, teacher = list(config.teacher.items())[-1]
-    if teacher.kind != "native":
-        return network, f"fresh: teacher.{name} is of kind {teacher.kind}"
-    state, own = load_model(Path(teacher.path), "cpu")[0].state_dict(), network.state_dict()
+    match teacher.kind:
+        case "native":
+            state = load_model(Path(teacher.path), "cpu")[0].state_dict()
+        case "sit":
+            state = load_sit(Path(teacher.path), teacher.num_heads, "cpu").network.state_dict()
+        case _:
+            return network, f"fresh: teacher.{name} is of kind {teacher.kind}"
+    own = network.state_dict()
     if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
         return network, f"fresh: teacher.{name} has another architecture than the student"
     network.load_state_dict(state)

@@ -20,7 +20,7 @@ from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
 from distill.config import ImageSpec, TeacherConfig, check
-from distill.datasets import check_files
+from distill.datasets import NO_IMAGES, check_files
 from distill.export import latest_student
 from distill.ledger import ShardSpec, shard_spec
 from distill.manifest import latest_verified
@@ -72,6 +72,7 @@ def pretrain(session: Session) -> Work:
     missing = {n: p for n, p in own_teachers(session.config).items() if not has_model(p)}
     if not missing:
         return Work()
+    check(session.config.data.name != "latents", NO_IMAGES)
     check_files(session.config.data)
     job = TrainJob("pretrain", session.config, None, session.scratch)
     made = [job.run.model(step) for step in job.exports]

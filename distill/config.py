@@ -60,17 +60,25 @@ class ImageSpec:
 
 @dataclass
 class DataConfig:
-    """The real images a teacher is trained on and a student is compared with."""
+    """The real images a teacher is trained on and a student is compared with.
 
-    name: str = MISSING  # digits | fashion
-    path: str = ""  # folder with the files; "" is the usual place of the data set
+    `latents` has none: the run's teacher comes from elsewhere, and only distances to it are taken.
+    """
+
+    name: str = MISSING  # digits | fashion | npz | latents
+    path: str = ""  # fashion: folder with the files, "" is the usual one; npz: the file
     channels: int = MISSING
     size: int = MISSING  # height = width, pixels, after padding
     num_classes: int = 0  # 0: unconditional
 
     def __post_init__(self) -> None:
-        check_choice("data.name", self.name, ("digits", "fashion"))
+        check_choice("data.name", self.name, ("digits", "fashion", "npz", "latents"))
         check_positive("data", channels=self.channels, size=self.size)
+        check(
+            self.name != "latents" or not self.image.is_picture,
+            f"data.name=latents with data.channels={self.channels}: grey and RGB images are "
+            "compared with real ones; set data.name=npz and data.path",
+        )
 
     @property
     def image(self) -> ImageSpec:

@@ -1,6 +1,7 @@
-"""Real images by name: scikit-learn's digits, and Fashion-MNIST from files."""
+"""Real images by name: scikit-learn's digits, Fashion-MNIST's files, any set as one npz."""
 
 import gzip
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -15,6 +16,10 @@ from distill.config import ConfigError, DataConfig, check
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_COUNT = 60_000  # training images
+NO_IMAGES = (
+    "data.name=latents has no images to train a teacher on; take one from elsewhere "
+    "(teacher=sit, teacher=diffusers or teacher=native, with its path)"
+)
 
 
 def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor, "N"]]:
@@ -29,8 +34,12 @@ def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor,
             images, labels = _digits()
         case "fashion":
             images, labels = _fashion(*_fashion_files(data))
+        case "npz":
+            images, labels = _npz(Path(data.path))
+        case "latents":
+            raise ConfigError(NO_IMAGES)
         case _:
-            raise ConfigError(f"data.name={data.name} is not known; choose one of: digits, fashion")
+            raise ConfigError(f"data.name={data.name} is not known")
     channels, size = images.shape[1], images.shape[2]
     check(
         data.channels == channels, f"data.channels={data.channels}, but {data.name} has {channels}"
@@ -53,6 +62,11 @@ def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor,
 
 def check_files(data: DataConfig) -> None:
     """Raises ConfigError when a file of the data set is absent, so that it is known early."""
+    if data.name == "npz" and not Path(data.path).is_file():
+        raise ConfigError(
+            f"data.path={data.path} is no file; set it to an .npz with `images`, uint8 "
+            "[N, H, H, C], and `labels`, integers [N] (docs/operations.md)"
+        )
     for path in _fashion_files(data) if data.name == "fashion" else []:
         if not path.exists():
             raise ConfigError(
@@ -60,6 +74,27 @@ def check_files(data: DataConfig) -> None:
                 "dataset-fashion-mnist. Elsewhere set data.path to a folder with the *-ubyte.gz "
                 "files of Fashion-MNIST"
             )
+
+
+def _npz(path: Path) -> tuple[Tensor, Tensor]:
+    """The images of a file, and its labels; without `labels` all are of class 0."""
+    try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile("it is no zip file, or cut")
+        with np.load(path, allow_pickle=False) as file:
+            images = file["images"]
+            labels = file["labels"] if "labels" in file.files else np.zeros(len(images), np.int64)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ConfigError(f"{path} cannot be read as an .npz with `images` ({error})") from error
+    is_square = images.ndim == 4 and images.size > 0 and images.shape[1] == images.shape[2]
+    is_labelled = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
+    if not (images.dtype == np.uint8 and is_square and is_labelled and labels.min() >= 0):
+        raise ConfigError(
+            f"{path}: `images` must be uint8 [N, H, H, C] and `labels` integers [N] from 0 on; "
+            f"they are {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
+        )
+    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return pixels.contiguous(), torch.from_numpy(labels.astype(np.int64))
 
 
 def _digits() -> tuple[Tensor, Tensor]:

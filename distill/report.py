@@ -98,7 +98,9 @@ def row_label(row: str) -> str:
 def pictures(facts: Facts) -> str:
     """Picture rows: the same noise down every column."""
     if facts.grid is None:
-        return missing("There are no pictures yet.", "They come with: bowstring evaluate.")
+        return missing(
+            "There are no pictures.", "bowstring evaluate draws them, unless the run is in latents."
+        )
     parts, previous = [], None
     for row, images in zip(facts.grid["rows"].tolist(), facts.grid["images"], strict=True):
         who = row.split(",")[0]
