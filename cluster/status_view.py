@@ -80,6 +80,11 @@ def render(found: dict[str, Any]) -> Group:
         parts.append(_table("open leases", stock["open_leases"]))
     if stock["quarantined"]:
         parts.append(_table("quarantined", stock["quarantined"]))
+    slurm = found["slurm"]
+    if slurm is not None and slurm["jobs"]:
+        parts.append(_table("Slurm jobs", slurm["jobs"]))
+    elif slurm is not None:
+        head.add_row("Slurm jobs", slurm.get("unknown", "none left"))
     return Group(*parts)
 
 

@@ -99,7 +99,9 @@ def test_every_verb_of_the_help_exists():
         (["status", "runs/none"], "there is no run at runs/none"),
         (["status"], "see bowstring status --help"),
         (["sample", "runs/none", "--labels", "one"], "'one' is not a list"),
-        (["submit", "experiment=tiny"], "needs a Slurm cluster"),
+        (["submit", "experiment=tiny"], "name no Slurm cluster; add cluster=slurm"),
+        (["submit", "experiment=tiny", "cluster=slurm", "cluster.address=a:1"], "address=auto"),
+        (["submit", "experiment=tiny", "cluster=slurm", "cluster.slurm.train.time=90"], "90:00"),
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_exit_code_2(args, message):
