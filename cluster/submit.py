@@ -145,16 +145,16 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
     if is_live(run):
         write_target(run, workers)
     array = there[0].id.partition("_")[0]
-    running = [job.id for job in there if job.state == "RUNNING"]
+    running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
     if nodes:
         ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={nodes}")
         ask("scontrol", "release", array)
         for task in running[nodes:]:
-            ask("scontrol", "requeue", task)
+            ask("scontrol", "requeue", f"{array}_{task}")
     else:  # a throttle of 0 would be none
         ask("scontrol", "hold", array)
         for task in running:
-            ask("scontrol", "requeuehold", task)
+            ask("scontrol", "requeuehold", f"{array}_{task}")
 
 
 def stop(run: RunDir) -> list[str]:
