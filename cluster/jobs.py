@@ -25,14 +25,16 @@ COLUMNS = {
     "NodeList": 400,
 }
 ENDED = (
-    "COMPLETED",
-    "FAILED",
+    "BOOT_FAIL",
     "CANCELLED",
-    "TIMEOUT",
+    "COMPLETED",
+    "DEADLINE",
+    "FAILED",
     "NODE_FAIL",
     "OUT_OF_MEMORY",
-    "BOOT_FAIL",
-    "DEADLINE",
+    "PREEMPTED",
+    "REVOKED",
+    "TIMEOUT",
 )
 ANSWER_S = 60.0  # a controller under load takes its time
 

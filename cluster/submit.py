@@ -15,11 +15,11 @@ from cluster.facts import is_distilled, is_finished
 from cluster.identity import check_identity
 from cluster.jobs import SlurmError, ask, read_jobs
 from cluster.plan import estimate
-from cluster.scale import write_target
+from cluster.scale import staff, write_target
 from cluster.slurm import KINDS, render, slurm_of
 from cluster.status import is_live
 from distill.config import ConfigError, check
-from distill.rundir import RunDir, write_atomic, write_json
+from distill.rundir import RunDir, read_lines, write_atomic, write_json
 
 # -----------------------------------------------------------------------------------------------
 # Submit
@@ -142,8 +142,8 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
     )
     there = [job for job in read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
-    if is_live(run):
-        write_target(run, workers)
+    if is_live(run) and staff(read_lines(run.events)).target is not None:
+        write_target(run, workers)  # otherwise the pool that starts takes what fits on the nodes
     array = there[0].id.partition("_")[0]
     running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
     if nodes:

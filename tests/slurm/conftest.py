@@ -97,6 +97,7 @@ class Case:
             "~teacher",
             "+teacher={mixture: " + teacher + "}",
             "train.save_every=5",
+            "trajectory.wait_timeout_s=300",
             "cluster=slurm",
             "cluster.slurm.scratch=/tmp/ray",  # what each node of the test cluster has for itself
             "cluster.slurm.patience_s=240",

@@ -143,3 +143,23 @@ def test_a_run_is_scaled_stopped_and_submitted_again(submitted):
     case.until(lambda: case.jobs("evaluate")[0].state == "COMPLETED")
     assert case.run.results.exists() and case.run.report.exists()
     assert "nothing left to do" in case.submit()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_ranks_on_two_nodes_are_one_group(submitted):
+    """And the token of the run is used, not a stale one of the user's."""
+    case = submitted(
+        "train.max_steps=60",
+        "cluster.trainer.num_workers=2",
+        "cluster.slurm.train.nodes=2",
+        "cluster.slurm.teachers.nodes=1",
+    )
+    home = case.folder / "home"
+    (home / ".ray").mkdir(parents=True)
+    (home / ".ray/auth_token").write_text("0" * 64)
+    case.env["HOME"] = str(home)
+    case.submit()
+    case.finish()
+    case.check()
+    assert status(case.run)["train"]["world_size"] == 2
