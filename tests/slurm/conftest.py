@@ -28,6 +28,8 @@ MINI = Path(__file__).with_name("minislurm.sh")
 BOWSTRING = [sys.executable, "-m", "cluster.cli"]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
 DEADLINE_S = 420.0
+# Jobs here are preempted by those in partition `high`, 30 s after they were told.
+SPOT = "PartitionName=spot Nodes=ALL PriorityTier=0 GraceTime=30 State=UP"
 
 
 def may_install():
@@ -73,6 +75,7 @@ def slurm(tmp_path_factory):
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINISLURM_GPUS", "0")
+        patch.setenv("MINISLURM_EXTRA", SPOT)
         patch.setenv("PATH", os.environ["PATH"] + ":/usr/sbin:/sbin")
         try:
             for line in cluster.mini("start").splitlines():
@@ -143,6 +146,11 @@ class Case:
         """What the jobs said, for the message of a failed test."""
         files = sorted((self.run.slurm / "logs").iterdir()) if self.run.slurm.exists() else []
         return "\n".join(f"== {path.name}\n{path.read_text()[-3000:]}" for path in files)
+
+    def said(self, words, kind="train"):
+        """How often the jobs of a kind said something."""
+        logs = (self.run.slurm / "logs").glob(f"{kind}-*.log")
+        return sum(path.read_text().count(words) for path in logs)
 
     def until(self, condition, *fatal):
         """Waits; a trainer's job in one of the states `fatal` is a failure."""
