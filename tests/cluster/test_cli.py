@@ -73,13 +73,14 @@ def test_help_takes_less_than_a_second():
     assert min(times) < 1.0
 
 
-def test_estimate_and_status_need_no_torch():
+def test_estimate_status_and_submit_need_no_torch():
     save_config(RunDir(Path("runs/tiny")), compose(["experiment=tiny"])[0])
     loaded = modules_after(
         "from cluster.cli import dispatch\n"
         "assert dispatch(['estimate', 'experiment=fashion']) == 0\n"
         "assert dispatch(['estimate', 'runs/tiny', 'train.max_steps=9', '--json']) == 0\n"
-        "assert dispatch(['status', 'runs/tiny', '--json']) == 0"
+        "assert dispatch(['status', 'runs/tiny', '--json']) == 0\n"
+        "assert dispatch(['submit', 'experiment=tiny', 'cluster=slurm', '--dry-run']) == 0"
     )
     assert loaded.isdisjoint({"torch", "ray", "deepspeed"})
 

@@ -72,6 +72,12 @@ def slurm(tmp_path_factory):
             "cannot be installed without a password; apt-get install slurmctld slurmd slurm-client "
             "munge iproute2"
         )
+    if missing:
+        done = subprocess.run([MINI, "install"], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(
+                f"NOT TESTED, the Slurm jobs of a run: no packages to be had: {done.stderr}"
+            )
     cluster = Cluster(tmp_path_factory.mktemp("slurm"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINISLURM_GPUS", "0")
@@ -94,6 +100,8 @@ class Case:
         mixture = {"shape": [1, 8, 8], "means": [[-0.5] * 64, [0.5] * 64], "stds": [0.2, 0.1]}
         (folder / "mixture.json").write_text(json.dumps(mixture))
         teacher = "{kind: analytic, path: " + str(folder / "mixture.json") + ", steps: 8}"
+        # Nodes with namespaces have this folder each for themselves.
+        scratch = "/tmp/ray" if os.environ["MINISLURM_MODE"] == "netns" else "/tmp"
         self.settings = [
             "experiment=tiny",
             f"run.dir={folder / 'run'}",
@@ -102,7 +110,7 @@ class Case:
             "train.save_every=5",
             "trajectory.wait_timeout_s=300",
             "cluster=slurm",
-            "cluster.slurm.scratch=/tmp/ray",  # what each node of the test cluster has for itself
+            f"cluster.slurm.scratch={scratch}",
             "cluster.slurm.patience_s=240",
             "cluster.slurm.train.time='10:00'",
             "cluster.slurm.teachers.time='10:00'",
