@@ -80,7 +80,13 @@ class Session:
         logging.getLogger("ray").setLevel(logging.ERROR)
         address = self.config.cluster.address
         if address:
-            self._join_ray(address)
+            check(
+                address != "auto" or os.environ.get("RAY_ADDRESS", "") != "",
+                "cluster.address=auto is the Ray cluster that RAY_ADDRESS names, and that is not "
+                "set; a Slurm job sets it (`bowstring submit`), and cluster.address= starts Ray on "
+                "this machine",
+            )
+            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
             self._start_local_ray()
         self._take_signals()  # Ray has set its own
@@ -92,15 +98,6 @@ class Session:
             + "; ask for less with "
             "cluster.teachers.* and cluster.trainer.*, or add nodes",
         )
-
-    def _join_ray(self, address: str) -> None:
-        try:
-            ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
-        except ConnectionError as error:
-            raise ConfigError(
-                f"cluster.address={address} finds no Ray cluster; a Slurm job starts one "
-                '(`bowstring submit`), and cluster.address="" starts one on this machine'
-            ) from error
 
     def _missing(self) -> list[str]:
         """What the cluster lacks. Nodes of a Slurm job join one after the other: these wait."""
