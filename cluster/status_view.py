@@ -82,10 +82,16 @@ def render(found: dict[str, Any]) -> Group:
         parts.append(_table("quarantined", stock["quarantined"]))
     slurm = found["slurm"]
     if slurm is not None and slurm["jobs"]:
-        parts.append(_table("Slurm jobs", slurm["jobs"]))
+        parts.append(_table("Slurm jobs", [_job(job) for job in slurm["jobs"]]))
     elif slurm is not None:
         head.add_row("Slurm jobs", slurm.get("unknown", "none left"))
     return Group(*parts)
+
+
+def _job(job: dict[str, Any]) -> dict[str, Any]:
+    """A job in few columns. It is on nodes, or waits for a reason."""
+    shown = {name: job[name] for name in ("kind", "id", "state", "restarts")}
+    return {**shown, "left": job["time_left"], "on": job["node_list"] or f"({job['reason']})"}
 
 
 def _checkpoint(checkpoint: dict[str, Any] | None) -> str:
