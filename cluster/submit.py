@@ -81,7 +81,7 @@ def _write(config: RunConfig, run: RunDir, scripts: dict[str, str]) -> None:
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
         for kind, text in scripts.items():
             write_atomic(run.slurm / f"{kind}.sbatch", text.encode())
-        for left in ("stop", "head"):
+        for left in ("stop", "head", "progress"):
             (run.slurm / left).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(

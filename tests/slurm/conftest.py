@@ -27,7 +27,7 @@ from distill.rundir import RunDir, read_lines
 MINI = Path(__file__).with_name("minislurm.sh")
 BOWSTRING = [sys.executable, "-m", "cluster.cli"]
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip")
-DEADLINE_S = 420.0
+DEADLINE_S = 300.0
 # Jobs here are preempted by those in partition `high`, 30 s after they were told.
 SPOT = "PartitionName=spot Nodes=ALL PriorityTier=0 GraceTime=30 State=UP"
 

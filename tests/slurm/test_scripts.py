@@ -11,7 +11,7 @@ import pytest
 
 from cluster.jobs import read_jobs
 
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RAY = """#!/bin/bash
 echo "ray $*"; echo "Ray runtime started"
@@ -62,6 +62,22 @@ def test_a_signal_saves_and_queues_again_and_teachers_rejoin(case, number):
     finish(case)
     case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
     assert case.said("the run has ended", "teachers") == 1
+
+
+def test_a_time_limit_that_leaves_no_time_for_a_step_ends_the_run(case):
+    """A checkpoint in between counts from the start again."""
+    case = case()
+    for start in range(1, 6):
+        case.until(lambda start=start: case.said("supervisor at") == start)
+        if start == 2:
+            (case.run.checkpoints / "step_00000007").mkdir(parents=True)
+        case.tell("scancel", "--batch", "--signal=USR1", case.train.id)
+    case.until(lambda: case.train.state == "FAILED")
+    assert case.train.restarts == 4 and case.said("without a new checkpoint") == 1
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    (case.run.checkpoints / "step_00000007").rmdir()  # it holds nothing
+    case.submit()
+    case.until(lambda: case.said("supervisor at") == 6)
 
 
 def test_a_stop_saves_and_does_not_queue_again_and_a_submit_goes_on(case):
