@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,6 +62,14 @@ class TrainerConfig(WorkersConfig):
     max_restarts: int = 3  # restarts without a new verified checkpoint before the run stops
 
 
+def _check_option(key: str, option: str) -> None:
+    """Raises ConfigError for what would be another line of a batch script."""
+    check(
+        option.startswith("-") and "\n" not in option,
+        f"{key}: '{option}' is no option of sbatch; write --name=value",
+    )
+
+
 @dataclass
 class JobConfig:
     """What the Slurm jobs of one kind ask for. Where it is empty, the site's default holds."""
@@ -76,11 +85,14 @@ class JobConfig:
 
     def __post_init__(self) -> None:
         check_positive("cluster.slurm", nodes=self.nodes)
-        for option in self.options:
+        for name in ("partition", "account", "qos", "constraint", "time", "memory"):
+            value = str(getattr(self, name))
             check(
-                option.startswith("-") and "\n" not in option,
-                f"cluster.slurm.*.options: '{option}' is no option of sbatch; write --name=value",
+                re.search(r"[\s\"'\\#]", value) is None,
+                f"cluster.slurm.*.{name}='{value}' must be one word without quotes",
             )
+        for option in self.options:
+            _check_option("cluster.slurm.*.options", option)
 
 
 @dataclass
@@ -118,6 +130,7 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         check_positive("cluster.slurm", save_s=self.save_s, patience_s=self.patience_s)
+        _check_option("cluster.slurm.gpu_option", self.gpu_option)
         check(
             self.scratch.startswith("/") and len(self.scratch) <= 20,
             f"cluster.slurm.scratch={self.scratch} must be an absolute path of at most 20 "

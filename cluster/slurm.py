@@ -59,6 +59,11 @@ def job_name(config: RunConfig, root: Path) -> str:
 def render(config: RunConfig, root: Path) -> dict[str, str]:
     """The scripts of a run in `root`, an absolute path, by kind of job."""
     slurm = slurm_of(config)
+    check(
+        re.search(r'["\\%\n]', str(root)) is None,
+        f"run.dir={root} cannot stand in a batch script: sbatch reads quotes, backslashes, percent "
+        "signs and line breaks in its own way; choose another place with run.dir=...",
+    )
     return {kind: _render(config, slurm, kind, root) for kind in KINDS}
 
 
@@ -87,14 +92,13 @@ def sbatch_options(config: RunConfig, slurm: SlurmConfig, kind: str, root: Path)
     job = job_of(slurm, kind)
     cpus, gpus = node_resources(config, slurm, kind)
     log = f"{kind}-%A_%a.log" if kind == "teachers" else f"{kind}-%j.log"
-    # A comma would separate nothing here; a quote keeps spaces of a path together.
     options = [
         f"--job-name={job_name(config, root)}-{kind}",
         f'--output="{root}/slurm/logs/{log}"',
         f"--cpus-per-task={cpus}",
     ]
     if gpus:
-        options.append(slurm.gpu_option.format(gpus=gpus))
+        options.append(slurm.gpu_option.replace("{gpus}", str(gpus)))
     for name, value in (
         ("partition", job.partition),
         ("account", job.account),
@@ -132,9 +136,9 @@ def variables(config: RunConfig, slurm: SlurmConfig, kind: str) -> dict[str, str
     if kind != "evaluate":
         found["BOWSTRING_OBJECT_STORE_BYTES"] = str(config.cluster.object_store_bytes)
         found["BOWSTRING_PATIENCE_S"] = str(slurm.patience_s)
+        found["BOWSTRING_SCRATCH"] = slurm.scratch
     if kind == "train":
         found["BOWSTRING_RANKS"] = str(config.cluster.trainer.num_workers // slurm.train.nodes)
-        found["BOWSTRING_SCRATCH"] = slurm.scratch
     if kind == "teachers":
         found["BOWSTRING_WORKERS"] = str(slurm.teachers.workers_per_node)
     return {name: value for name, value in found.items() if value}

@@ -13,7 +13,7 @@ from cluster.config import RunConfig
 from cluster.configfile import save_config
 from cluster.facts import is_distilled, is_finished
 from cluster.identity import check_identity
-from cluster.jobs import SlurmError, ask, read_jobs
+from cluster.jobs import ask, read_jobs
 from cluster.plan import estimate
 from cluster.scale import staff, write_target
 from cluster.slurm import KINDS, render, slurm_of
@@ -60,8 +60,8 @@ def submit(config: RunConfig, dry_run: bool) -> None:
 
 
 def _show_plan(config: RunConfig) -> None:
-    exact, assumed = estimate(config)["exact"], estimate(config)["assumed"]
-    slurm = slurm_of(config)
+    slurm, figures = slurm_of(config), estimate(config)
+    exact, assumed = figures["exact"], figures["assumed"]
     print(
         f"{config.run.name}: {exact['samples']:,} pairs in {exact['shards']:,} shards, "
         f"{exact['num_bytes']:,} bytes; {exact['train_steps']:,} steps; "
@@ -92,17 +92,15 @@ def _write(config: RunConfig, run: RunDir, scripts: dict[str, str]) -> None:
 
 
 def _submit_all(run: RunDir, kinds: list[str]) -> None:
-    for kind in kinds:
-        _sbatch(
-            run, kind, "--test-only"
-        )  # partition, limits, account: refused before anything runs
+    for kind in kinds:  # partition, limits, account: refused before anything runs
+        _sbatch(run, kind, "--test-only")
     ids: dict[str, str] = {}
     try:
         for kind in kinds:
             ids[kind] = _sbatch(run, kind, "--parsable", *_after(kind, ids)).partition(";")[0]
             write_json(run.slurm / "jobs.json", ids)
             print(f"{kind}: job {ids[kind]}")
-    except SlurmError:
+    except OSError:  # SlurmError too
         for job in ids.values():
             ask("scancel", job)
         raise

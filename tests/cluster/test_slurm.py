@@ -43,7 +43,7 @@ def test_scripts_are_clean_as_installed_and_as_rendered(tmp_path):
     for kind, text in scripts(*SITE).items():
         files.append(tmp_path / f"{kind}.sbatch")
         files[-1].write_text(text)
-    files.append(SCRIPTS.parent / "tests/slurm/minislurm.sh")
+    files += (SCRIPTS.parent / "tests/slurm").glob("*.sh")
     done = subprocess.run([SHELLCHECK, *files], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
@@ -85,6 +85,10 @@ def test_runs_of_one_name_in_two_folders_do_not_wait_for_each_other():
         ("cluster.slurm.teachers.max_nodes=1", "is less than"),
         ("cluster.slurm.scratch=/a/very/long/folder/name", "at most 20 characters"),
         ("cluster.slurm.train.options=[exclusive]", "is no option of sbatch"),
+        ("cluster.slurm.gpu_option='--gpus={gpus}\nid'", "is no option of sbatch"),
+        ("cluster.slurm.teachers.partition='spot --uid=0'", "must be one word"),
+        ("cluster.slurm.train.account='a\nid'", "must be one word"),
+        ("cluster.slurm.train.memory='1G\"'", "must be one word"),
         ("cluster.slurm.train.time=7200", "is no time such as"),
         ("+cluster.slurm.train.tme=1", "did you mean cluster.slurm.train.time"),
     ],
@@ -92,6 +96,24 @@ def test_runs_of_one_name_in_two_folders_do_not_wait_for_each_other():
 def test_a_setting_that_cannot_work_is_named(setting, message):
     with pytest.raises(ConfigError, match=message):
         scripts("cluster=slurm", setting)
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nid", "a\\b", "%j"])
+def test_a_folder_that_sbatch_would_read_otherwise_is_refused(name):
+    with pytest.raises(ConfigError, match="cannot stand in a batch script"):
+        scripts("cluster=slurm", root=f"/runs/{name}")
+
+
+def test_what_a_setting_says_is_not_run_by_the_shell():
+    words = "apptainer exec --env A='$(id)' `id`; id"
+    (config,) = compose(["experiment=tiny", "cluster=slurm"])
+    config.cluster.slurm.launch = words
+    for text in render(config, Path("/runs/a")).values():
+        (line,) = [line for line in text.splitlines() if "BOWSTRING_LAUNCH=" in line]
+        shown = subprocess.run(
+            ["bash", "-c", f"{line}\nprintenv BOWSTRING_LAUNCH"], capture_output=True
+        )
+        assert shown.stdout.decode() == words + "\n"
 
 
 def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys):

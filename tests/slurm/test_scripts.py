@@ -6,15 +6,19 @@ whom.
 
 import os
 import subprocess
+import tempfile
+import time
+from pathlib import Path
 
 import pytest
 
-from cluster.jobs import read_jobs
+from cluster.jobs import read_ids, read_jobs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
 RAY = """#!/bin/bash
 echo "ray $*"; echo "Ray runtime started"
+[[ "$*" =~ --temp-dir=([^ ]*) ]] && mkdir "${BASH_REMATCH[1]}"
 trap 'exit 0' TERM
 while :; do sleep 1 & wait $!; done
 """
@@ -27,11 +31,19 @@ APART = "cluster.slurm.train.options=[--exclusive]"
 
 
 @pytest.fixture
-def case(submitted, tmp_path):
+def scratch():
+    """A folder with a short name, which the nodes share."""
+    with tempfile.TemporaryDirectory(prefix="bow", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def case(submitted, tmp_path, scratch):
     """Makes runs whose jobs find the stand-ins."""
 
     def make(*settings):
-        case = submitted("cluster.slurm.teachers.nodes=1", *settings)
+        place = f"cluster.slurm.scratch={scratch}"
+        case = submitted("cluster.slurm.teachers.nodes=1", place, *settings)
         folder = tmp_path / "bin"
         folder.mkdir()
         for name, text in (("ray", RAY), ("bowstring", SUPERVISOR)):
@@ -49,6 +61,14 @@ def finish(case):
     (case.folder / "done").touch()
     case.until(lambda: case.train.state == "COMPLETED")
     assert (case.run.slurm / "head").read_text() == "ended\n"
+    scratch = Path(case.config.cluster.slurm.scratch)
+    case.until(lambda: list(scratch.iterdir()) == [])
+
+
+def preempt(nodes):
+    """Submits a short job that takes that many nodes from jobs in partition `spot`."""
+    job = [f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
+    subprocess.run(["sbatch", "--partition=high", *job], check=True, capture_output=True)
 
 
 @pytest.mark.parametrize("number", ["USR1", "TERM"])
@@ -94,18 +114,45 @@ def test_a_stop_saves_and_does_not_queue_again_and_a_submit_goes_on(case):
 def test_the_grace_time_of_a_preemption_is_used_to_save(case):
     """Slurm tells the steps only, and ends the job 30 s later."""
     case = case("cluster.slurm.train.partition=spot", APART)
-    urgent = [
-        "sbatch",
-        "--parsable",
-        "--partition=high",
-        "--nodes=4",
-        "--exclusive",
-        "--wrap=sleep 1",
-    ]
-    subprocess.run([*urgent, "--output=/dev/null"], check=True, capture_output=True)
+    preempt(nodes=4)
     case.until(lambda: case.said("supervisor at") == 2)
     assert case.said("\nsaved\n") == 1 and case.said("DUE TO PREEMPTION") == 0
     finish(case)
+
+
+def test_a_task_of_the_teachers_that_is_told_to_leave_is_queued_again_alone(case):
+    """Of all, the one to which Slurm gave the id of the whole array too."""
+    case = case("cluster.slurm.teachers.nodes=3", "cluster.slurm.teachers.max_nodes=3")
+    case.until(lambda: case.said("joining", "teachers") == 3)
+    last = f"{read_ids(case.run)['teachers']}_2"
+    case.tell("scancel", "--batch", "--signal=USR1", last)
+    case.until(lambda: case.said("joining", "teachers") == 4)
+    assert {job.id: job.restarts for job in case.jobs("teachers") if job.restarts} == {last: 1}
+    finish(case)
+
+
+def test_preempted_teachers_come_back_and_the_trainer_goes_on(case):
+    case = case("cluster.slurm.teachers.partition=spot", APART)
+    case.until(lambda: case.said("joining", "teachers") == 1)
+    preempt(nodes=3)
+    case.until(lambda: case.said("joining", "teachers") == 2)
+    assert case.train.restarts == 0 and case.said("supervisor at") == 1
+    finish(case)
+
+
+def test_a_run_may_end_while_the_controller_is_gone(case):
+    case = case()
+    case.until(lambda: case.said("joining", "teachers") == 1)
+    time.sleep(6)  # the controller writes its state every 5 s
+    case.cluster.mini("ctld-kill")
+    try:
+        (case.folder / "done").touch()
+        while not case.said("supervisor ended with 0"):
+            time.sleep(0.1)
+    finally:
+        case.cluster.mini("ctld-start")
+    finish(case)
+    assert case.train.restarts == 0 and case.said("supervisor at") == 1
 
 
 def test_teachers_follow_the_head_to_another_node(case):
