@@ -89,6 +89,11 @@ class Job:
     node_list: str
 
     @property
+    def array(self) -> str:
+        """Id without that of the task: what was submitted."""
+        return self.id.partition("_")[0]
+
+    @property
     def is_there(self) -> bool:
         """Whether it waits or runs."""
         return self.state not in ENDED

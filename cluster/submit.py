@@ -50,8 +50,8 @@ def submit(config: RunConfig, dry_run: bool) -> None:
             print(f"  {job.kind} {job.id}: {job.state} {job.reason}")
         return
     check(not is_live(run), f"{run.root} is being worked on outside Slurm; wait for it")
-    for job in there:  # without its trainer it has nothing to do
-        ask("scancel", job.id.partition("_")[0])
+    for array in {job.array for job in there}:  # without their trainer they have nothing to do
+        ask("scancel", array)
     _show_plan(config)
     _write(config, run, scripts)
     _submit_all(
@@ -142,7 +142,7 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
     if is_live(run) and staff(read_lines(run.events)).target is not None:
         write_target(run, workers)  # otherwise the pool that starts takes what fits on the nodes
-    array = there[0].id.partition("_")[0]
+    array = there[0].array
     running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
     if nodes:
         ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={nodes}")
@@ -162,7 +162,7 @@ def stop(run: RunDir) -> list[str]:
     (run.slurm / "stop").touch()
     said = []
     for kind in ("evaluate", "teachers"):
-        for array in {job.id.partition("_")[0] for job in there if job.kind == kind}:
+        for array in {job.array for job in there if job.kind == kind}:
             ask("scancel", array)
             said.append(f"{kind} {array}: cancelled")
     for job in [job for job in there if job.kind == "train"]:

@@ -111,6 +111,19 @@ def test_a_stop_saves_and_does_not_queue_again_and_a_submit_goes_on(case):
     finish(case)
 
 
+def test_a_submit_after_a_trainer_was_cancelled_by_hand_replaces_all_jobs(case):
+    case = case("cluster.slurm.teachers.nodes=2")
+    case.until(lambda: case.said("joining", "teachers") == 2)
+    before = read_ids(case.run)
+    case.tell("scancel", case.train.id)
+    case.until(lambda: case.train.state == "CANCELLED")
+    case.submit()
+    assert set(read_ids(case.run).values()).isdisjoint(before.values())
+    case.until(lambda: case.said("supervisor at") == 2)
+    case.until(lambda: case.said("joining", "teachers") == 4)
+    finish(case)
+
+
 def test_the_grace_time_of_a_preemption_is_used_to_save(case):
     """Slurm tells the steps only, and ends the job 30 s later."""
     case = case("cluster.slurm.train.partition=spot", APART)
