@@ -25,6 +25,7 @@ def test_a_run_is_submitted_once_and_trained_to_its_end(submitted):
     case.submit()
     ids = read_ids(case.run)
     assert list(ids) == ["train", "teachers", "evaluate"]
+    case.tell("scontrol", "hold", ids["evaluate"])  # it shall be there when the run is stopped
     assert "is submitted already" in case.submit()
     assert read_ids(case.run) == ids
 
