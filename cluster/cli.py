@@ -26,17 +26,20 @@ INTERRUPTED = 130
 
 def pipeline(verb: str, args: list[str]) -> int:
     """run, pretrain, generate, train: hands each configuration to the supervisor."""
-    configs = read_settings(args)
+    parser = Parser(verb, *(["--no-evaluation"] if verb == "run" else []))
+    options, rest = parser.parse_known_args(args)
+    only_distils = verb == "run" and options.no_evaluation
+    configs = read_settings(rest)
     from cluster.facts import check_all, unfinished
 
     check_all(configs)  # refused here, before anything heavy is loaded
-    configs = unfinished(configs) if verb == "run" else configs
+    configs = unfinished(configs) if verb == "run" and not only_distils else configs
     if not configs:
         return 0
     from cluster import runner
 
     verbs = (runner.run, runner.pretrain, runner.generate, runner.train)
-    stage = dict(zip(PIPELINE, verbs, strict=True))[verb]
+    stage = runner.distil if only_distils else dict(zip(PIPELINE, verbs, strict=True))[verb]
     for config in configs:
         config.run.command = shlex.join(["bowstring", verb, *args])
         code = stage(config)
@@ -157,10 +160,18 @@ def scale(args: list[str]) -> int:
     parser.add_argument("workers", type=int)
     options = parser.parse_args(args)
     run = open_run(options.run)
+    from cluster.jobs import read_ids
     from cluster.scale import write_target
     from cluster.status import is_live
     from distill.config import check
 
+    if read_ids(run):
+        from cluster.configfile import load_config
+        from cluster.submit import scale as scale_jobs
+
+        scale_jobs(load_config(run), run, options.workers)
+        print(f"{run.root}: {options.workers} teacher workers wanted; see `bowstring status`")
+        return 0
     check(
         is_live(run),
         f"{run.root} is not running; start it with cluster.teachers.num_workers={options.workers}",
@@ -170,19 +181,34 @@ def scale(args: list[str]) -> int:
     return 0
 
 
-def later(verb: str) -> int:
-    """Says that a verb is not there yet."""
-    instead = {"submit": "it needs a Slurm cluster; `bowstring run` runs on this machine"}
-    print(f"error: `bowstring {verb}` is not there yet: {instead[verb]}", file=sys.stderr)
-    return USAGE_ERROR
+def submit(args: list[str]) -> int:
+    """Submits the Slurm jobs of a run, or prints them."""
+    parser = Parser("submit", "--dry-run")
+    options, rest = parser.parse_known_args(args)
+    configs = read_settings(rest)
+    from cluster.submit import submit as submit_run
+
+    for config in configs:
+        submit_run(config, options.dry_run)
+    return 0
+
+
+def stop(args: list[str]) -> int:
+    """Saves a run and ends its Slurm jobs."""
+    options = Parser("stop", "run").parse_args(args)
+    from cluster.submit import stop as stop_run
+
+    print(*stop_run(open_run(options.run)), sep="\n")
+    return 0
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "evaluate": evaluate,
     "sample": sample,
     "export": export,
-    "submit": lambda args: later("submit"),
+    "submit": submit,
     "scale": scale,
+    "stop": stop,
     "status": status,
     "verify": verify,
     "estimate": estimate,

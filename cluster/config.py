@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -61,16 +62,103 @@ class TrainerConfig(WorkersConfig):
     max_restarts: int = 3  # restarts without a new verified checkpoint before the run stops
 
 
+def _check_option(key: str, option: str) -> None:
+    """Raises ConfigError for what would be another line of a batch script."""
+    check(
+        option.startswith("-") and "\n" not in option,
+        f"{key}: '{option}' is no option of sbatch; write --name=value",
+    )
+
+
+@dataclass
+class JobConfig:
+    """What the Slurm jobs of one kind ask for. Where it is empty, the site's default holds."""
+
+    nodes: int = 1
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    time: str = ""  # limit as sbatch takes it: minutes, HH:MM:SS or D-HH:MM:SS
+    memory: str = ""  # of a node, e.g. 60G
+    options: list[str] = field(default_factory=list)  # of sbatch, e.g. --exclusive
+
+    def __post_init__(self) -> None:
+        check_positive("cluster.slurm", nodes=self.nodes)
+        for name in ("partition", "account", "qos", "constraint", "time", "memory"):
+            value = str(getattr(self, name))
+            check(
+                re.search(r"[\s\"'\\#]", value) is None,
+                f"cluster.slurm.*.{name}='{value}' must be one word without quotes",
+            )
+        for option in self.options:
+            _check_option("cluster.slurm.*.options", option)
+
+
+@dataclass
+class TeacherJobConfig(JobConfig):
+    """The job array of the teachers: one node per task. `nodes` run at once, and `bowstring scale`
+    lets up to `max_nodes` run.
+    """
+
+    max_nodes: int = 16
+    workers_per_node: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("cluster.slurm.teachers", workers_per_node=self.workers_per_node)
+        check(
+            self.max_nodes >= self.nodes,
+            f"cluster.slurm.teachers.max_nodes={self.max_nodes} is less than "
+            f"cluster.slurm.teachers.nodes={self.nodes}",
+        )
+
+
+@dataclass
+class SlurmConfig:
+    """The jobs of a run on a Slurm cluster, and what a site needs (`cluster.slurm`)."""
+
+    train: JobConfig = field(default_factory=JobConfig)
+    teachers: TeacherJobConfig = field(default_factory=TeacherJobConfig)
+    evaluate: JobConfig = field(default_factory=JobConfig)
+    gpu_option: str = "--gpus-per-node={gpus}"  # another site may want --gres=gpu:a100:{gpus}
+    setup: list[str] = field(default_factory=list)  # lines of bash: module load, an environment
+    launch: str = ""  # before every command, e.g. apptainer exec --nv IMAGE
+    scratch: str = "/tmp"  # on each node's own disk, for Ray's sockets; at most 20 characters
+    save_s: int = 300  # before the time limit the run saves and asks to be queued again
+    patience_s: int = 900  # a wait for the other nodes, or for a head, longer than this fails
+
+    def __post_init__(self) -> None:
+        check_positive("cluster.slurm", save_s=self.save_s, patience_s=self.patience_s)
+        _check_option("cluster.slurm.gpu_option", self.gpu_option)
+        check(
+            self.scratch.startswith("/") and len(self.scratch) <= 20,
+            f"cluster.slurm.scratch={self.scratch} must be an absolute path of at most 20 "
+            "characters; the paths of Ray's sockets below it are limited",
+        )
+
+
 @dataclass
 class ClusterConfig:
     """Where and how the run's processes are placed."""
 
-    address: str = ""  # "" starts Ray on this machine; otherwise the address of a running cluster
+    # "" starts Ray on this machine; otherwise the address of a running cluster, or "auto": the one
+    # that RAY_ADDRESS names, as in a Slurm job.
+    address: str = ""
     teachers: TeacherPoolConfig = field(default_factory=TeacherPoolConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     object_store_bytes: int = 200_000_000
     device_flops: float = 2e10  # for `estimate`: assumed FLOP/s that one worker's device keeps up
     device_cost_per_hour: float = 0.0  # for `estimate`; 0 leaves the cost out
+    slurm: SlurmConfig | None = None  # for `submit`
+
+    def __post_init__(self) -> None:
+        nodes = self.slurm.train.nodes if self.slurm else 1
+        check(
+            self.trainer.num_workers % nodes == 0,
+            f"cluster.trainer.num_workers={self.trainer.num_workers} must be a multiple of "
+            f"cluster.slurm.train.nodes={nodes}",
+        )
 
 
 @dataclass

@@ -120,7 +120,8 @@ def check_known(tree: DictConfig, prefix: str = "") -> None:
         name = str(key)
         if known is not None and name not in known:
             raise ConfigError(unknown_key(f"{prefix}{name}", known))
-        if isinstance(value, DictConfig) and not OmegaConf.is_missing(tree, name):
+        is_there = not OmegaConf.is_missing(tree, name) and tree[name] is not None
+        if isinstance(value, DictConfig) and is_there:
             check_known(value, f"{prefix}{name}.")
 
 

@@ -13,6 +13,7 @@ GENERAL = """bowstring VERB [...]: distils a rectified-flow image model into a s
   export     a student as safetensors + json, or trajectories for FastGen
   submit     the Slurm jobs of a run
   scale      the number of teacher workers of a live run
+  stop       saves a run and ends its Slurm jobs
   status     progress, speed, backlog, leases, checkpoints
   verify     proves from files that nothing is lost, doubled or corrupt
   estimate   pairs, bytes, device-hours and cost, before anything runs
@@ -53,6 +54,8 @@ Does all of a run: trains the teacher unless there is one, samples its trajector
 while the student already trains on them, evaluates, and writes results.json and report.html. The
 same command again goes on where the last one stopped, also after a kill; finished work is
 recognised.
+
+  --no-evaluation    leaves evaluation and report to `bowstring evaluate`
 
   bowstring run experiment=digits
   bowstring run experiment=digits objective=bezier train.max_steps=100
@@ -118,18 +121,36 @@ last one stopped.
   bowstring export runs/digits --out student
   bowstring export runs/digits --format fastgen
 """,
-    "submit": """bowstring submit experiment=NAME [settings]
+    "submit": """bowstring submit experiment=NAME cluster=slurm [settings] [--dry-run]
+bowstring submit RUN [key=value ...]
 
-Renders and submits the Slurm jobs of a run. Not there yet: this version runs on one machine, see
-`bowstring run --help`.
-""",
+Submits the Slurm jobs of a run, with a site's settings from cluster.slurm: the trainer, a job array
+of teachers, and the evaluation after it. The same command again does nothing while the trainer's
+job waits or runs; otherwise it submits what the run still needs. Scripts, logs and job ids are in
+RUN/slurm. slurm/README.md tells the rest.
+
+  --dry-run    prints the scripts; submits and writes nothing
+
+  bowstring submit experiment=digits cluster=slurm cluster.slurm.train.partition=gpu
+  bowstring submit --config-dir ~/sites experiment=digits cluster=mysite --dry-run
+"""
+    + SETTINGS,
     "scale": """bowstring scale RUN N
 
 Sets the number of teacher workers of a live run, from any shell that sees its folder. The run
 follows within seconds. Workers that are too many finish their shard first; 0 pauses the production.
 The next start takes cluster.teachers.num_workers again.
 
+Of a run on Slurm it also sets how many tasks of the teachers' job array run; that stays until the
+next `submit`.
+
   bowstring scale runs/digits 4
+""",
+    "stop": """bowstring stop RUN
+
+Ends all Slurm jobs of a run; the trainer saves first. `bowstring submit RUN` goes on from there.
+
+  bowstring stop runs/digits
 """,
     "status": """bowstring status RUN [--json] [--watch [SECONDS]]
 

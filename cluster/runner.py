@@ -57,6 +57,11 @@ def run(config: RunConfig) -> int:
     return supervise(config, stages.pretrain, stages.distil, stages.evaluate_if_new)
 
 
+def distil(config: RunConfig) -> int:
+    """The main job without evaluation and report."""
+    return supervise(config, stages.pretrain, stages.distil)
+
+
 def pretrain(config: RunConfig) -> int:
     """Trains the run's own teacher."""
     return supervise(config, stages.pretrain)

@@ -16,6 +16,7 @@ import shutil
 import signal
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from distill.config import ConfigError, check
 from distill.rundir import RunDir, lock_file
 
 LOCK_PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
+JOIN_PERIOD_S = 0.5
 LONGEST_TEMP = 40  # characters; Ray's socket paths below it must stay under 107
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
@@ -78,18 +80,34 @@ class Session:
         logging.getLogger("ray").setLevel(logging.ERROR)
         address = self.config.cluster.address
         if address:
+            check(
+                address != "auto" or os.environ.get("RAY_ADDRESS", "") != "",
+                "cluster.address=auto is the Ray cluster that RAY_ADDRESS names, and that is not "
+                "set; a Slurm job sets it (`bowstring submit`), and cluster.address= starts Ray on "
+                "this machine",
+            )
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
             self._start_local_ray()
         self._take_signals()  # Ray has set its own
-        missing = missing_resources(self.config, ray.cluster_resources())
+        missing = self._missing()
         check(
-            not missing,
+            not missing or self.stop_signal != 0,
             "the cluster has too little for this run: "
             + "; ".join(missing)
             + "; ask for less with "
             "cluster.teachers.* and cluster.trainer.*, or add nodes",
         )
+
+    def _missing(self) -> list[str]:
+        """What the cluster lacks. Nodes of a Slurm job join one after the other: these wait."""
+        slurm = self.config.cluster.slurm
+        deadline = time.monotonic() + (slurm.patience_s if slurm else 0)
+        while True:
+            missing = missing_resources(self.config, ray.cluster_resources())
+            if not missing or self.stop_signal or time.monotonic() >= deadline:
+                return missing
+            time.sleep(JOIN_PERIOD_S)
 
     def _start_local_ray(self) -> None:
         cluster = self.config.cluster
@@ -212,11 +230,12 @@ def _lock(descriptor: int, run: RunDir) -> None:
 def missing_resources(config: RunConfig, available: dict[str, float]) -> list[str]:
     """What a cluster lacks for the run, in words: "GPU: 4 asked for, 2 there"."""
     trainer, teachers = config.cluster.trainer, config.cluster.teachers
-    # Teachers may come later; one of them must fit now.
+    # Teachers may come later; one of them must fit now, unless they have Slurm jobs of their own.
+    one = 0 if config.cluster.slurm else 1
     needed = {
         "trainer": float(trainer.num_workers),
-        "CPU": trainer.num_workers * trainer.cpus_per_worker + teachers.cpus_per_worker,
-        "GPU": trainer.num_workers * trainer.gpus_per_worker + teachers.gpus_per_worker,
+        "CPU": trainer.num_workers * trainer.cpus_per_worker + one * teachers.cpus_per_worker,
+        "GPU": trainer.num_workers * trainer.gpus_per_worker + one * teachers.gpus_per_worker,
     }
     return [
         f"{name}: {amount:g} asked for, {available.get(name, 0.0):g} there"

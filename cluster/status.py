@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections import deque
+from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.configfile import load_config
 from cluster.eviction import read_evicted
+from cluster.jobs import SlurmError, read_ids, read_jobs
 from cluster.plan import stream_plan
 from cluster.scale import PLANNED, staff
+from distill.config import ConfigError
 from distill.cost import goodput
 from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.rundir import RunDir, read_lines
@@ -214,6 +217,14 @@ def restarts(run: RunDir, events: list[dict[str, Any]]) -> dict[str, int]:
     return {"trainer": max(0, starts - 1), "teacher_workers": len(lost)}
 
 
+def slurm_jobs(run: RunDir) -> dict[str, Any] | None:
+    """The run's Slurm jobs, or why they cannot be told; None when it was never submitted."""
+    try:
+        return {"jobs": [asdict(job) for job in read_jobs(run)]} if read_ids(run) else None
+    except (ConfigError, SlurmError) as error:
+        return {"jobs": [], "unknown": str(error)}
+
+
 def stage_of(run: RunDir, config: RunConfig, found: dict[str, Any]) -> str:
     """pretrain, generate, train, evaluate or finished: the first that is not done."""
     step = found["train"]["step"]
@@ -250,6 +261,7 @@ def status(run: RunDir) -> dict[str, Any]:
     found["restarts"] = restarts(run, events)
     found["disk_free_bytes"] = shutil.disk_usage(run.root).free
     found["results"] = run.results.exists()
+    found["slurm"] = slurm_jobs(run)
     stage = stage_of(run, config, found)
     size = config.trajectory.samples_per_shard
     found["left_s"] = seconds_left(stage, found, size) if live else None

@@ -23,6 +23,18 @@ def _number(value: float | None, unit: str = "") -> str:
 
 def render(found: dict[str, Any]) -> Group:
     """The status as tables for a terminal."""
+    stock, slurm = found["shards"], found["slurm"]
+    parts = [_summary(found)]
+    if stock["open_leases"]:
+        parts.append(_table("open leases", stock["open_leases"]))
+    if stock["quarantined"]:
+        parts.append(_table("quarantined", stock["quarantined"]))
+    if slurm is not None and slurm["jobs"]:
+        parts.append(_table("Slurm jobs", [_job(job) for job in slurm["jobs"]]))
+    return Group(*parts)
+
+
+def _summary(found: dict[str, Any]) -> Table:
     train, stock, checkpoint = found["train"], found["shards"], found["checkpoint"]
     state = "running" if found["live"] else "not running"
     head = Table(
@@ -75,12 +87,15 @@ def render(found: dict[str, Any]) -> Group:
         "restarts", f"trainer {again['trainer']}, teacher workers lost {again['teacher_workers']}"
     )
     head.add_row("disk free", f"{found['disk_free_bytes']:,} bytes")
-    parts: list[Table] = [head]
-    if stock["open_leases"]:
-        parts.append(_table("open leases", stock["open_leases"]))
-    if stock["quarantined"]:
-        parts.append(_table("quarantined", stock["quarantined"]))
-    return Group(*parts)
+    if found["slurm"] is not None and not found["slurm"]["jobs"]:
+        head.add_row("Slurm jobs", found["slurm"].get("unknown", "none left"))
+    return head
+
+
+def _job(job: dict[str, Any]) -> dict[str, Any]:
+    """A job in few columns. It is on nodes, or waits for a reason."""
+    shown = {name: job[name] for name in ("kind", "id", "state", "restarts")}
+    return {**shown, "left": job["time_left"], "on": job["node_list"] or f"({job['reason']})"}
 
 
 def _checkpoint(checkpoint: dict[str, Any] | None) -> str:

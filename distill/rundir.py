@@ -101,6 +101,11 @@ class RunDir:
         return self.root / "samples"
 
     @property
+    def slurm(self) -> Path:
+        """What `bowstring submit` writes: scripts, logs and ids of the Slurm jobs."""
+        return self.root / "slurm"
+
+    @property
     def lock(self) -> Path:
         """Held by the supervisor of a live run."""
         return self.root / "run.lock"

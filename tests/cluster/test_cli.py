@@ -73,13 +73,14 @@ def test_help_takes_less_than_a_second():
     assert min(times) < 1.0
 
 
-def test_estimate_and_status_need_no_torch():
+def test_estimate_status_and_submit_need_no_torch():
     save_config(RunDir(Path("runs/tiny")), compose(["experiment=tiny"])[0])
     loaded = modules_after(
         "from cluster.cli import dispatch\n"
         "assert dispatch(['estimate', 'experiment=fashion']) == 0\n"
         "assert dispatch(['estimate', 'runs/tiny', 'train.max_steps=9', '--json']) == 0\n"
-        "assert dispatch(['status', 'runs/tiny', '--json']) == 0"
+        "assert dispatch(['status', 'runs/tiny', '--json']) == 0\n"
+        "assert dispatch(['submit', 'experiment=tiny', 'cluster=slurm', '--dry-run']) == 0"
     )
     assert loaded.isdisjoint({"torch", "ray", "deepspeed"})
 
@@ -99,7 +100,9 @@ def test_every_verb_of_the_help_exists():
         (["status", "runs/none"], "there is no run at runs/none"),
         (["status"], "see bowstring status --help"),
         (["sample", "runs/none", "--labels", "one"], "'one' is not a list"),
-        (["submit", "experiment=tiny"], "needs a Slurm cluster"),
+        (["submit", "experiment=tiny"], "name no Slurm cluster; add cluster=slurm"),
+        (["submit", "experiment=tiny", "cluster=slurm", "cluster.address=a:1"], "address=auto"),
+        (["submit", "experiment=tiny", "cluster=slurm", "cluster.slurm.train.time=90"], "90:00"),
     ],
 )
 def test_a_wrong_command_is_one_sentence_and_exit_code_2(args, message):

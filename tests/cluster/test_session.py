@@ -67,6 +67,21 @@ def test_what_a_cluster_lacks_is_said_in_numbers(config):
     assert missing_resources(config, {"CPU": 1.0, "trainer": 2.0}) == ["CPU: 3 asked for, 1 there"]
 
 
+def test_teachers_with_slurm_jobs_of_their_own_come_later(tmp_path):
+    (config,) = compose(["experiment=tiny", "cluster=slurm", f"run.dir={tmp_path / 'run'}"])
+    assert missing_resources(config, {"trainer": 1.0, "CPU": 1.0}) == []
+    assert missing_resources(config, {"CPU": 1.0}) == ["trainer: 1 asked for, 0 there"]
+
+
+def test_a_ray_cluster_that_nobody_named_is_not_joined(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    (config,) = compose(["experiment=tiny", "cluster=slurm", f"run.dir={tmp_path / 'run'}"])
+    with open_session(config, RunDir(tmp_path / "run")) as session:
+        refused = pytest.raises(ConfigError, match="RAY_ADDRESS names, and that is not set")
+        with refused:
+            session.start_ray()
+
+
 def test_the_cursor_is_at_the_start_until_there_is_one(tmp_path):
     run = RunDir(tmp_path)
     assert read_cursor(run) == (0, "")

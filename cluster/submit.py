@@ -1,0 +1,175 @@
+"""`bowstring submit`, `scale` and `stop`: the jobs of a run on a Slurm cluster. No torch, no ray.
+
+slurm/{train,teachers,evaluate}.sbatch   the scripts as they were submitted
+slurm/stop                               `bowstring stop` was here: a job that is told to save
+                                         does not queue itself again
+"""
+
+from __future__ import annotations
+
+import math
+
+from cluster.config import RunConfig
+from cluster.configfile import save_config
+from cluster.facts import is_distilled, is_finished
+from cluster.identity import check_identity
+from cluster.jobs import ask, read_jobs
+from cluster.plan import estimate
+from cluster.scale import staff, write_target
+from cluster.slurm import KINDS, render, slurm_of
+from cluster.status import is_live
+from distill.config import ConfigError, check
+from distill.rundir import RunDir, read_lines, write_atomic, write_json
+
+# -----------------------------------------------------------------------------------------------
+# Submit
+
+
+def submit(config: RunConfig, dry_run: bool) -> None:
+    """Submits what a run still needs and says what; with `dry_run` prints the scripts instead.
+
+    Raises:
+        ConfigError: the settings cannot work, or the run is there with others.
+        SlurmError: Slurm refused; nothing of it is left in the queue.
+    """
+    run = RunDir(config.files.root.absolute(), config.trajectory.location)
+    check_identity(config, run)
+    scripts = render(config, run.root)
+    if dry_run:
+        for kind, text in scripts.items():
+            print(f"# ---- {run.slurm / f'{kind}.sbatch'} {run.root}\n{text}")
+        return
+    if is_finished(config):
+        print(f"nothing left to do; the report is at {run.report}")
+        return
+    ask("sbatch", "--version")  # refused here, before anything is written
+    there = [job for job in read_jobs(run) if job.is_there]
+    if any(job.kind == "train" for job in there) or (there and is_distilled(config, run)):
+        print(f"{run.root} is submitted already; nothing was changed:")
+        for job in there:
+            print(f"  {job.kind} {job.id}: {job.state} {job.reason}")
+        return
+    check(not is_live(run), f"{run.root} is being worked on outside Slurm; wait for it")
+    for array in {job.array for job in there}:  # without their trainer they have nothing to do
+        ask("scancel", array)
+    _show_plan(config)
+    _write(config, run, scripts)
+    _submit_all(
+        run, [kind for kind in KINDS if kind == "evaluate" or not is_distilled(config, run)]
+    )
+
+
+def _show_plan(config: RunConfig) -> None:
+    slurm, figures = slurm_of(config), estimate(config)
+    exact, assumed = figures["exact"], figures["assumed"]
+    print(
+        f"{config.run.name}: {exact['samples']:,} pairs in {exact['shards']:,} shards, "
+        f"{exact['num_bytes']:,} bytes; {exact['train_steps']:,} steps; "
+        f"{assumed['total_device_hours']:.3g} device-hours at an assumed "
+        f"{assumed['device_flops_per_s']:.3g} FLOP/s (`bowstring estimate` says more)"
+    )
+    print(
+        f"trainer: {slurm.train.nodes} nodes; teachers: {slurm.teachers.nodes} nodes at once, up "
+        f"to {slurm.teachers.max_nodes} by `bowstring scale`, {slurm.teachers.workers_per_node} "
+        "workers each"
+    )
+
+
+def _write(config: RunConfig, run: RunDir, scripts: dict[str, str]) -> None:
+    """The scripts and the settings. Slurm asks for neither before everything is there."""
+    try:
+        (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
+        for kind, text in scripts.items():
+            write_atomic(run.slurm / f"{kind}.sbatch", text.encode())
+        for left in ("stop", "head", "progress"):
+            (run.slurm / left).unlink(missing_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to run.dir={run.root} ({error.strerror}); choose another place with "
+            "run.dir=..."
+        ) from error
+    save_config(run, config)
+
+
+def _submit_all(run: RunDir, kinds: list[str]) -> None:
+    for kind in kinds:  # partition, limits, account: refused before anything runs
+        _sbatch(run, kind, "--test-only")
+    ids: dict[str, str] = {}
+    try:
+        for kind in kinds:
+            ids[kind] = _sbatch(run, kind, "--parsable", *_after(kind, ids)).partition(";")[0]
+            write_json(run.slurm / "jobs.json", ids)
+            print(f"{kind}: job {ids[kind]}")
+    except OSError:  # SlurmError too
+        for job in ids.values():
+            ask("scancel", job)
+        raise
+
+
+def _after(kind: str, ids: dict[str, str]) -> list[str]:
+    """On what a job waits."""
+    if "train" not in ids:
+        return []
+    if kind == "teachers":  # they would wait for a head
+        return [f"--dependency=after:{ids['train']}"]
+    return [f"--dependency=afterok:{ids['train']}", "--kill-on-invalid-dep=yes"]
+
+
+def _sbatch(run: RunDir, kind: str, *options: str) -> str:
+    return ask("sbatch", *options, str(run.slurm / f"{kind}.sbatch"), str(run.root))
+
+
+# -----------------------------------------------------------------------------------------------
+# Scale and stop
+
+
+def scale(config: RunConfig, run: RunDir, workers: int) -> None:
+    """Sets how many tasks of the array run, and what the pool of a live run wants.
+
+    Raises:
+        ConfigError: more than the array has, or no jobs are there.
+    """
+    teachers = slurm_of(config).teachers
+    nodes = math.ceil(workers / teachers.workers_per_node)
+    check(workers >= 0, f"{workers} teacher workers cannot be; 0 pauses the production")
+    check(
+        nodes <= teachers.max_nodes,
+        f"{workers} teacher workers need {nodes} nodes, more than "
+        f"cluster.slurm.teachers.max_nodes={teachers.max_nodes}; stop the run and submit it with "
+        "more",
+    )
+    there = [job for job in read_jobs(run) if job.kind == "teachers" and job.is_there]
+    check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
+    if is_live(run) and staff(read_lines(run.events)).target is not None:
+        write_target(run, workers)  # otherwise the pool that starts takes what fits on the nodes
+    array = there[0].array
+    running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
+    if nodes:
+        ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={nodes}")
+        ask("scontrol", "release", array)
+        for task in running[nodes:]:
+            ask("scontrol", "requeue", f"{array}_{task}")
+    else:  # a throttle of 0 would be none
+        ask("scontrol", "hold", array)
+        for task in running:
+            ask("scontrol", "requeuehold", f"{array}_{task}")
+
+
+def stop(run: RunDir) -> list[str]:
+    """Ends the jobs of a run; the trainer saves first. What was done, in words."""
+    there = [job for job in read_jobs(run) if job.is_there]
+    check(bool(there), f"{run.root} has no Slurm jobs; end a `bowstring run` by Ctrl-C or SIGTERM")
+    (run.slurm / "stop").touch()
+    said = []
+    for kind in ("evaluate", "teachers"):
+        for array in {job.array for job in there if job.kind == kind}:
+            ask("scancel", array)
+            said.append(f"{kind} {array}: cancelled")
+    for job in [job for job in there if job.kind == "train"]:
+        if job.state == "RUNNING":
+            ask("scancel", "--batch", "--signal=TERM", job.id)
+            said.append(f"train {job.id}: saves, then ends")
+        else:
+            ask("scancel", job.id)
+            said.append(f"train {job.id}: cancelled")
+    return said

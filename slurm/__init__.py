@@ -1,0 +1,1 @@
+"""Batch scripts for Slurm, installed as the package `bowstring_slurm`."""

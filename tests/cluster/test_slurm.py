@@ -1,0 +1,133 @@
+"""Batch scripts: shellcheck, what rendering adds, and what needs no Slurm."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import dispatch
+from cluster.compose import compose
+from cluster.jobs import read_ids
+from cluster.slurm import KINDS, render
+from distill.config import ConfigError
+from distill.rundir import RunDir
+
+SHELLCHECK = Path(sys.executable).with_name("shellcheck")
+SCRIPTS = Path(__file__).parents[2] / "slurm"
+SITE = [
+    "cluster=slurm_gpu",
+    "cluster.trainer.num_workers=8",
+    "cluster.slurm.train.nodes=2",
+    "cluster.slurm.train.memory=60G",
+    "cluster.slurm.teachers.partition=spot",
+    "cluster.slurm.teachers.workers_per_node=2",
+    "cluster.slurm.teachers.options=['--comment=\"two words\"']",
+    "cluster.slurm.gpu_option='--gres=gpu:a100:{gpus}'",
+    "cluster.slurm.launch='apptainer exec --nv image.sif'",
+    "cluster.slurm.setup=['module load cuda']",
+]
+
+
+def scripts(*settings, root="/runs/a b"):
+    (config,) = compose(["experiment=tiny", "train.batch_size=16", *settings])
+    return render(config, Path(root))
+
+
+def options(script):
+    return [line.removeprefix("#SBATCH ") for line in script.splitlines() if "#SBATCH " in line]
+
+
+def test_scripts_are_clean_as_installed_and_as_rendered(tmp_path):
+    files = [SCRIPTS / f"{kind}.sbatch" for kind in KINDS]
+    for kind, text in scripts(*SITE).items():
+        files.append(tmp_path / f"{kind}.sbatch")
+        files[-1].write_text(text)
+    files += (SCRIPTS.parent / "tests/slurm").glob("*.sh")
+    done = subprocess.run([SHELLCHECK, *files], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_site_is_in_the_settings_and_each_job_asks_for_its_own():
+    made = scripts(*SITE)
+    train, teachers, evaluate = (options(made[kind]) for kind in KINDS)
+    assert {"--nodes=2", "--gres=gpu:a100:4", "--cpus-per-task=33", "--mem=60G"} <= set(train)
+    assert {"--partition=spot", "--gres=gpu:a100:2", "--array=0-15%2"} <= set(teachers)
+    assert '--comment="two words"' in teachers
+    assert {"--gres=gpu:a100:1", "--cpus-per-task=8"} <= set(evaluate)
+    assert not any("partition" in option for option in train + evaluate)
+    for kind, text in made.items():
+        assert "export BOWSTRING_LAUNCH='apptainer exec --nv image.sif'\n" in text
+        setup, body = text.index("\nmodule load cuda\n"), text.index("\nset -u\n")
+        assert text.index("export BOWSTRING_LAUNCH") < setup < body or kind == "evaluate"
+    assert "export BOWSTRING_RANKS=4\n" in made["train"]
+    assert "export BOWSTRING_WORKERS=2\n" in made["teachers"]
+
+
+def test_without_settings_a_script_is_as_installed_but_for_names_and_cores():
+    for kind, text in scripts("cluster=slurm").items():
+        installed = (SCRIPTS / f"{kind}.sbatch").read_text().splitlines()
+        added = [line for line in text.splitlines() if line not in installed]
+        assert all(line.startswith(("#SBATCH --", "export BOWSTRING_")) for line in added)
+        assert '#SBATCH --output="/runs/a b/slurm/logs/' in text
+        assert "partition" not in "".join(added) and "account" not in "".join(added)
+
+
+def test_runs_of_one_name_in_two_folders_do_not_wait_for_each_other():
+    here, there = (options(scripts("cluster=slurm", root=root)["train"]) for root in ("/a", "/b"))
+    assert {o for o in here if "job-name" in o} != {o for o in there if "job-name" in o}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cluster.slurm.train.nodes=3", "must be a multiple of"),
+        ("cluster.slurm.teachers.max_nodes=1", "is less than"),
+        ("cluster.slurm.scratch=/a/very/long/folder/name", "at most 20 characters"),
+        ("cluster.slurm.train.options=[exclusive]", "is no option of sbatch"),
+        ("cluster.slurm.gpu_option='--gpus={gpus}\nid'", "is no option of sbatch"),
+        ("cluster.slurm.teachers.partition='spot --uid=0'", "must be one word"),
+        ("cluster.slurm.train.account='a\nid'", "must be one word"),
+        ("cluster.slurm.train.memory='1G\"'", "must be one word"),
+        ("cluster.slurm.train.time=7200", "is no time such as"),
+        ("+cluster.slurm.train.tme=1", "did you mean cluster.slurm.train.time"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_named(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        scripts("cluster=slurm", setting)
+
+
+@pytest.mark.parametrize("name", ['a"b', "a\nid", "a\\b", "%j"])
+def test_a_folder_that_sbatch_would_read_otherwise_is_refused(name):
+    with pytest.raises(ConfigError, match="cannot stand in a batch script"):
+        scripts("cluster=slurm", root=f"/runs/{name}")
+
+
+def test_what_a_setting_says_is_not_run_by_the_shell():
+    words = "apptainer exec --env A='$(id)' `id`; id"
+    (config,) = compose(["experiment=tiny", "cluster=slurm"])
+    config.cluster.slurm.launch = words
+    for text in render(config, Path("/runs/a")).values():
+        (line,) = [line for line in text.splitlines() if "BOWSTRING_LAUNCH=" in line]
+        shown = subprocess.run(
+            ["bash", "-c", f"{line}\nprintenv BOWSTRING_LAUNCH"], capture_output=True
+        )
+        assert shown.stdout.decode() == words + "\n"
+
+
+def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert dispatch(["submit", "experiment=tiny", "cluster=slurm", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{tmp_path}/runs/tiny/slurm/{kind}.sbatch" in printed for kind in KINDS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_job_ids_that_cannot_be_read_are_not_taken_for_none(tmp_path):
+    run = RunDir(tmp_path)
+    assert read_ids(run) == {}
+    run.slurm.mkdir()
+    (run.slurm / "jobs.json").write_text('{"train": "12')
+    with pytest.raises(ConfigError, match="is corrupt"):
+        read_ids(run)
