@@ -131,9 +131,10 @@ def write(folder: Path, page: Path, found: dict[str, Any], text: str) -> None:
 
 def heading(found: dict[str, Any]) -> str:
     """When, where and how long."""
+    seeds = ", ".join(map(str, sorted({row["seed"] for row in found["rows"]})))
     return (
         f"{found['date']}; {found['machine']}; `{found['command']}`, {found['minutes']} minutes, "
         f"{found['cached']} of {len(found['rows'])} rows trained in an earlier run. "
         "Distance to the teacher and energy distance to samples of the data, mean ± standard "
-        "deviation over the seeds; s is seconds of training.\n"
+        f"deviation over seeds {seeds}; s is seconds of training.\n"
     )
