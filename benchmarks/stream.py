@@ -1,6 +1,6 @@
 """The trajectory stream: what it costs against doing without, and what it gains.
 
-    python benchmarks/stream.py                     all; the time of a whole run was not taken yet
+    python benchmarks/stream.py                     all; about half an hour
     python benchmarks/stream.py shards overlap      some sections; the others stay as they were
     python benchmarks/stream.py --quick             fewer rounds; writes nothing
 
