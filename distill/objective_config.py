@@ -93,11 +93,14 @@ class TraFlowConfig(ObjectiveConfig):
 
 @dataclass
 class BezierConfig(ObjectiveConfig):
-    """Multi-teacher Bezier distillation: teachers' outputs or states as control points."""
+    """Multi-teacher Bezier distillation: teachers' outputs or states as control points.
+
+    Degree 1 of a path is the line to the teachers' mean output: it helped most (docs/method.md).
+    """
 
     name: str = "bezier"
     variant: str = "path"  # endpoint | path | straight
-    degree: int = 2  # not used by `straight`, whose degree is 1
+    degree: int = 1  # not used by `straight`, whose degree is 1
     weight_drift: float = 0.0
     weight_map: float = 1.0
     weight_end: float = 1.0
@@ -117,7 +120,7 @@ class BezierConfig(ObjectiveConfig):
         check(
             self.variant != "endpoint" or self.degree == num_teachers,
             f"objective.degree={self.degree} of variant=endpoint must be the number of teachers, "
-            f"{num_teachers}; teacher=early_late has two",
+            f"{num_teachers}",
         )
         check(
             self.variant != "path" or len(points) - 2 >= self.degree - 1,

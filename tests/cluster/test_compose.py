@@ -156,6 +156,7 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             [
                 "experiment=tiny",
                 "objective=bezier",
+                "objective.degree=2",
                 "trajectory.store_points=[0,8]",
             ],
             "objective.degree=2 of a path needs 1 stored states between the ends, not 0",
@@ -165,8 +166,8 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             "2 jumps go through t = .*, and not all of these states are stored",
         ),
         (
-            ["experiment=tiny", "objective=bezier", "objective.variant=endpoint"],
-            "degree=2 of variant=endpoint must be the number of teachers, 1",
+            ["experiment=tiny", "objective=bezier", "teacher=two", "objective.variant=endpoint"],
+            "degree=1 of variant=endpoint must be the number of teachers, 2",
         ),
         (
             ["experiment=tiny", "objective.weight_velocity=-1"],
