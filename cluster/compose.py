@@ -46,11 +46,16 @@ def register() -> None:
 
 @hydra.main(version_base="1.3", config_path="pkg://bowstring_configs", config_name="config")
 def _take(tree: DictConfig) -> None:
-    """Hydra's task: keeps the tree. Jobs of a sweep get the swept values into their names."""
+    """Hydra's task: keeps the tree. Jobs of a sweep get the swept values into their names.
+
+    The name is written out here, since it asks for choices that Hydra knows only in its task.
+    """
+    name = str(tree.run.name)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         suffix = _swept(list(HydraConfig.get().overrides.task))
         if suffix:
-            tree.run.name = f"{tree.run.name}-{suffix}"
+            name = f"{name}-{suffix}"
+    tree.run.name = name
     _composed.append(tree)
 
 

@@ -74,6 +74,13 @@ def test_an_early_and_a_late_teacher_come_from_one_pre_training(experiment):
     assert config.teacher["late"].path == f"{models}/step_{last:08d}"
 
 
+def test_every_objective_has_a_run_of_its_own_also_one_that_is_a_setting_of_another():
+    """SCoT is TraFlow with other settings; its run must not land in TraFlow's folder."""
+    names = [option for group, option in OPTIONS if group == "objective"]
+    runs = {name: one("experiment=tiny", f"objective={name}").run.name for name in names}
+    assert runs == {name: "tiny" if name == "traflow" else f"tiny-{name}" for name in names}
+
+
 @pytest.mark.parametrize(("experiment", "teacher"), FOREIGN.items())
 def test_a_teacher_from_elsewhere_stays_with_any_objective(experiment, teacher):
     config = one(f"experiment={experiment}", "objective=bezier", "objective.derivative=jvp")
