@@ -42,6 +42,7 @@ from cluster.messages import (
     Left,
     Quarantined,
     Released,
+    Slept,
     Tick,
 )
 
@@ -155,6 +156,9 @@ class Coordinator:
                 shard = self.lease_of(worker)
                 if shard is not None:
                     self.leases[shard].expires_s = now_s + self.limits.lease_timeout_s
+            case Slept(seconds):
+                for lease in self.leases.values():
+                    lease.expires_s += seconds
             case Committed(shard, num_bytes):
                 self._commit(shard, num_bytes)
             case Failed(worker, traceback):

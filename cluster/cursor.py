@@ -7,6 +7,7 @@ Needs no torch. Losing the file costs nothing but time: shards that exist are no
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from typing import Generic, Protocol, TypeVar
@@ -42,7 +43,7 @@ class WithCursor(Generic[Batch]):
 
     def __init__(self, stream: Stream[Batch], order: Order, run: RunDir, rank: int) -> None:
         self._stream, self._order, self._run = stream, order, run
-        self._step = 0
+        self._step: int | None = None  # until the first read, what an earlier training wrote stands
         self._moved = threading.Event()
         if rank == 0:
             threading.Thread(target=self._write_changes, daemon=True).start()
@@ -54,21 +55,24 @@ class WithCursor(Generic[Batch]):
 
     def read(self, step: int) -> Batch:
         """This rank's part of global batch `step`."""
-        moved = self._order.block_of(step) != self._order.block_of(self._step)
-        self._step = step
-        if moved:
+        before, self._step = self._step, step
+        if before is None or self._order.block_of(step) != self._order.block_of(before):
             self._moved.set()
         return self._stream.read(step)
 
     def _write_changes(self) -> None:
         written = None
         while True:
-            cursor = (self._order.block_of(self._step), self._stream.waiting_for)
-            if cursor != written:
-                write_json(self._run.cursor, {"block": cursor[0], "waiting_for": cursor[1]})
-                written = cursor
             self._moved.wait(PERIOD_S)
             self._moved.clear()
+            if self._step is None:
+                continue
+            cursor = (self._order.block_of(self._step), self._stream.waiting_for)
+            if cursor != written:
+                # A full disk or a file server that is away: tried again after the next wait.
+                with contextlib.suppress(OSError):
+                    write_json(self._run.cursor, {"block": cursor[0], "waiting_for": cursor[1]})
+                    written = cursor
 
 
 def read_cursor(run: RunDir) -> tuple[int, str]:

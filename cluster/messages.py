@@ -40,6 +40,13 @@ class Heartbeat:
 
 
 @dataclass(frozen=True)
+class Slept:
+    """Nobody listened to the workers for so long; it counts against none of them."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Committed:
     """A shard stands on disk with its sidecar, whoever made it."""
 
@@ -91,6 +98,7 @@ Event = (
     | CursorMoved
     | Released
     | Quarantined
+    | Slept
     | Tick
 )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from cluster import messages, production
 from cluster.config import RunConfig
@@ -60,7 +60,7 @@ class TeacherPool:
         self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
-        self._scans, self._log = Pace(), EventLog(self.run)
+        self._scans, self._log, self._polled_s = Pace(), EventLog(self.run), time.monotonic()
         self._wanted: dict[Device, int] = {}
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
@@ -80,6 +80,7 @@ class TeacherPool:
             PoolError: a shard was given up, or workers keep dying.
         """
         now, core = time.monotonic(), time.thread_time()
+        self._excuse_silence(now)
         if now >= self._next_look_s:
             self._look()
             self._next_look_s = now + LOOK_PERIOD_S
@@ -92,7 +93,6 @@ class TeacherPool:
             self._staff()
         self._collect()
         self._ping(now)
-        self._expire_loads(now)
         self._handle(messages.CursorMoved(self._cursor()))  # a trainer may read far in a second
         self._handle(messages.Tick())
         self._log.flush()
@@ -111,13 +111,12 @@ class TeacherPool:
 
     def close(self) -> None:
         """Ends all workers. A shard in the making leaves no trace."""
-        members, self.members = self.members, []
+        now, members, self.members = time.monotonic(), self.members, []
         for member in members:
             ray.kill(member.actor)
             if member.name:
                 # What it frees would go to the others, and they end too: no action is carried out.
-                left = messages.Left(member.name, END_OF_PRODUCTION)
-                self.coordinator.handle(left, time.monotonic())
+                self.coordinator.handle(messages.Left(member.name, END_OF_PRODUCTION), now)
                 self._event("worker_leave", worker=member.name, reason=END_OF_PRODUCTION)
         self._log.flush()
 
@@ -146,14 +145,12 @@ class TeacherPool:
 
     def _scan(self) -> None:
         """Takes over what others changed among the shards."""
-        found, known = committed(self.run), self.coordinator.committed
-        held = {member.shard for member in self.members}  # their own report is about to come
-        # Both before any is told: what follows from one changes what is known.
-        gone, new = known.keys() - found.keys(), found.keys() - known.keys() - held
-        for shard in sorted(gone):
+        found, held = committed(self.run), {member.shard for member in self.members}
+        gone, new = production.changes(self.run, self.coordinator.committed, found)
+        for shard in gone:
             self._event("quarantine", shard=shard)
             self._handle(messages.Quarantined(shard))
-        for shard in sorted(new):
+        for shard in [shard for shard in new if shard not in held]:  # their own report is to come
             self._handle(messages.Committed(shard, found[shard]))
 
     def _follow(self) -> None:
@@ -182,13 +179,13 @@ class TeacherPool:
             member.task = None
             try:
                 result = ray.get(task)
-            except RayActorError as error:
+            except RayTaskError as error:
+                self._failed(member, error)
+            except RayError as error:  # killed, out of memory, its node or its result lost
                 if member.shard is not None and is_committed(self.run, member.shard):
                     # It died between its commit and its report.
                     self._handle(messages.Committed(member.shard, self.plan.shard_bytes))
                 self._bury(member, str(error).strip().splitlines()[0])
-            except RayTaskError as error:
-                self._failed(member, error)
             else:
                 self._finished(member, result)
 
@@ -223,6 +220,7 @@ class TeacherPool:
 
     def _bury(self, member: Member, reason: str) -> None:
         """Forgets a worker that is lost; `_staff` starts another."""
+        ray.kill(member.actor)  # what is left of it
         self.deaths += 1
         self._follow()  # its node may be gone with it
         self._part(member, reason)
@@ -238,34 +236,38 @@ class TeacherPool:
             self._handle(messages.Left(member.name, reason))
 
     def _ping(self, now: float) -> None:
-        """Asks workers for their progress, which is a heartbeat, and finds the dead idle ones."""
+        """Hears how far workers are; ends dead idle ones and those whose teachers do not load."""
+        limit = self.config.cluster.teachers.lease_timeout_s
         for member in [m for m in self.members if m.ping is not None]:
             if ray.wait([member.ping], timeout=0)[0]:
-                self._take_ping(member, now)
+                self._take_ping(member, now + limit)
         if now >= self._next_ping_s:
-            self._next_ping_s = now + self.config.cluster.teachers.lease_timeout_s / 4
+            self._next_ping_s = now + limit / 4
             for member in [m for m in self.members if m.ping is None]:
                 member.ping = member.actor.progress.remote()
-
-    def _take_ping(self, member: Member, now: float) -> None:
-        ping, member.ping = member.ping, None
-        try:
-            name, samples = ray.get(ping)
-        except RayActorError as error:
-            if member.task is None:  # otherwise its task tells the same, and is dealt with there
-                self._bury(member, str(error).strip().splitlines()[0])
-            return
-        if member.hear(name, samples, now + self.config.cluster.teachers.lease_timeout_s):
-            self._handle(messages.Heartbeat(name))
-
-    def _expire_loads(self, now: float) -> None:
-        """Ends the workers that do not get their teachers loaded."""
-        limit = self.config.cluster.teachers.lease_timeout_s
         for member in [m for m in self.members if m.is_loading and now >= m.expires_s]:
             self._expire(member, f"its teachers were not loaded within {limit:g} s")
 
+    def _take_ping(self, member: Member, load_until_s: float) -> None:
+        ping, member.ping = member.ping, None
+        try:
+            name, samples = ray.get(ping)
+        except RayError as error:
+            if member.task is None:  # otherwise its task tells the same, and is dealt with there
+                self._bury(member, str(error).strip().splitlines()[0])
+            return
+        if member.hear(name, samples, load_until_s):
+            self._handle(messages.Heartbeat(name))
+
+    def _excuse_silence(self, now: float) -> None:
+        """A process that stood still, as on a file system that hung, has heard no heartbeat."""
+        slept_s, self._polled_s = now - self._polled_s, now
+        if slept_s > self.config.cluster.teachers.lease_timeout_s / 2:
+            self._handle(messages.Slept(slept_s))
+            for member in self.members:
+                member.expires_s += slept_s
+
     def _expire(self, member: Member, reason: str) -> None:
-        ray.kill(member.actor)
         self._event("expire", shard=member.shard, worker=member.name, reason=reason)
         self._bury(member, reason)
 
@@ -288,9 +290,8 @@ class TeacherPool:
             case messages.Evicted(shards):
                 evict(self.run, shards, self._oldest.step)
             case messages.GivenUp(shard, reason, error):
-                message = production.set_request_aside(self.run, shard, reason, error)
                 self._event("give_up", shard=shard, reason=reason)
-                raise PoolError(message)
+                raise PoolError(production.set_request_aside(self.run, shard, reason, error))
 
     def _member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)

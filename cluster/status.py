@@ -80,6 +80,8 @@ def open_leases(events: list[dict[str, Any]], now: float) -> list[dict[str, Any]
             leases[int(event["shard"])] = event
         elif kind in ("commit", "fail", "expire") and shard is not None:
             leases.pop(int(shard), None)
+        elif kind == "pool":  # those of the pool before ended with it
+            leases.clear()
         elif kind == "worker_leave":
             leases = {s: e for s, e in leases.items() if e.get("worker") != event.get("worker")}
     return [
@@ -88,14 +90,20 @@ def open_leases(events: list[dict[str, Any]], now: float) -> list[dict[str, Any]
     ]
 
 
-def pairs_per_s(events: list[dict[str, Any]], samples_per_shard: int) -> float | None:
-    """Speed of production over the last minute in which shards were committed."""
+def pairs_per_s(
+    events: list[dict[str, Any]], samples_per_shard: int, now: float | None = None
+) -> float | None:
+    """Speed of production over the last minute, or as far back as the last shard took.
+
+    Up to `now`; by default up to the last commit, when no shard is being made.
+    """
     times = [event["time"] for event in events if event.get("kind") in ("commit", "worker_join")]
     commits = [event["time"] for event in events if event.get("kind") == "commit"]
     if not commits:
         return None
-    end = commits[-1]
-    start = min(t for t in times if t >= end - SPEED_WINDOW_S)
+    end = commits[-1] if now is None else now
+    before = [t for t in times if t <= end - SPEED_WINDOW_S and t < commits[-1]]
+    start = max(before, default=min(times))
     num = sum(1 for t in commits if start < t <= end)
     return round(num * samples_per_shard / (end - start), 2) if end > start else None
 
@@ -134,24 +142,27 @@ def training_left_s(found: dict[str, Any]) -> float | None:
 
 
 def shards(
-    run: RunDir, config: RunConfig, step: int, events: list[dict[str, Any]]
+    run: RunDir, config: RunConfig, step: int, events: list[dict[str, Any]], live: bool
 ) -> dict[str, Any]:
     """Committed and planned shards, backlog, leases, quarantines and bytes on disk."""
     plan, trajectory = stream_plan(config), config.trajectory
     found = committed(run)
     evicted = read_evicted(run, found)
     block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
+    leases = [x for x in open_leases(events, time.time()) if x["shard"] not in found]
     unread = [shard for shard in found if shard >= block * trajectory.block_shards]
     return {
         "committed": len(found) + len(evicted),
         "planned": plan.shards,
         "evicted": len(evicted),
         "samples": (len(found) + len(evicted)) * trajectory.samples_per_shard,
-        "pairs_per_s": pairs_per_s(events, trajectory.samples_per_shard),
+        "pairs_per_s": pairs_per_s(
+            events, trajectory.samples_per_shard, time.time() if live and leases else None
+        ),
         "pairs_per_s_average": average_pairs_per_s(events, trajectory.samples_per_shard),
         "backlog": len(unread) if step < config.train.max_steps else 0,
         "ready_ahead": trajectory.ready_ahead,
-        "open_leases": open_leases(events, time.time()),
+        "open_leases": leases,
         "quarantined": quarantined(run),
         "bytes": sum(found.values()),
         "max_bytes": trajectory.max_bytes,
@@ -254,7 +265,7 @@ def status(run: RunDir) -> dict[str, Any]:
     }
     if pretrains:
         found["pretrain"] = training(run.teacher, config.pretrain.train.max_steps, live)
-    found["shards"] = shards(run, config, found["train"]["step"], events)
+    found["shards"] = shards(run, config, found["train"]["step"], events, live)
     found["teachers"] = teachers(events) if live else None
     found["waiting_for"] = waiting_for(run) if live else None
     found["checkpoint"] = last_verified(run)

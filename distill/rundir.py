@@ -188,7 +188,9 @@ def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 text = "\n" + text
-        os.write(file.fileno(), text.encode())
+        data = text.encode()
+        while data:  # a nearly full disk takes a part, and says so at the rest
+            data = data[os.write(file.fileno(), data) :]
         os.fsync(file.fileno())  # a checkpoint must not be ahead of the record of its data
 
 
@@ -200,7 +202,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # not JSON, or not text at all
                 continue
             if isinstance(record, dict):
                 yield record

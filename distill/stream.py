@@ -166,7 +166,8 @@ class TrajectoryStream:
         for number in [number for number in self._loading if number not in wanted]:
             self._loading.pop(number).cancelled = True
         for number in wanted:
-            if number not in self._loading:
+            # One that failed ahead of time gets another try: the file server may be back.
+            if number not in self._loading or self._loading[number].has_failed:
                 self._loading[number] = _Loading(self._run, self._spec, self._order, number)
 
     def _wait(self, number: int) -> Block:
@@ -204,6 +205,11 @@ class _Loading(threading.Thread):
         self.doing = "about to be read"
         self.cancelled = False
         self.start()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it ended without the block."""
+        return not self.is_alive() and self.block is None
 
     def result(self) -> Block:
         """The block; raises what ended the loading."""

@@ -21,6 +21,7 @@ from cluster.messages import (
     Left,
     Quarantined,
     Released,
+    Slept,
     Tick,
 )
 
@@ -70,6 +71,13 @@ def test_a_lease_without_progress_expires_and_goes_to_another_worker():
     assert coordinator.handle(Tick(), 10.0) == [Expired("a", 0)]
     coordinator.handle(Committed(1, 100), 11.0)
     assert coordinator.handle(Asked("b"), 11.0) == [Leased("b", 0)]
+
+
+def test_time_in_which_nobody_listened_counts_against_no_lease():
+    coordinator, _ = start()
+    assert coordinator.handle(Slept(100.0), 105.0) == []
+    assert coordinator.handle(Tick(), 109.0) == []
+    assert coordinator.handle(Tick(), 110.0) == [Expired("a", 0), Expired("b", 1)]
 
 
 def test_a_late_commit_of_an_expired_lease_counts_once():

@@ -5,7 +5,14 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from ray.exceptions import ActorDiedError, RayTaskError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnschedulableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    OwnerDiedError,
+    RayTaskError,
+)
 
 from cluster import pool as pool_module
 from cluster.compose import compose
@@ -129,13 +136,24 @@ def test_shards_are_leased_as_soon_as_the_trainer_moves_on(ray, tmp_path):
         assert len(pool.coordinator.committed) == 2 * (block + 1) + 4  # two a block, four ahead
 
 
-def test_a_worker_that_dies_is_replaced_and_its_shard_made_again(ray, tmp_path):
+@pytest.mark.parametrize(
+    "death",
+    [
+        ActorDiedError(),
+        ActorUnschedulableError("no node has a place"),
+        NodeDiedError("its node was taken"),
+        OutOfMemoryError("the node ran low on memory"),
+        OwnerDiedError("00", "00", "its result is lost"),
+    ],
+    ids=lambda death: type(death).__name__,
+)
+def test_a_worker_that_dies_is_replaced_and_its_shard_made_again(ray, tmp_path, death):
     deaths = []
 
     def behaviour(name, shard):
         if shard == 1 and not deaths:
             deaths.append(name)
-            return ActorDiedError()
+            return death
         return {"bytes": 100, "seconds": 0.0}
 
     ray.behaviour = behaviour
@@ -233,6 +251,23 @@ def test_a_worker_that_hangs_while_it_loads_is_ended_and_replaced(ray, tmp_path,
     assert expired["w1"]["reason"] == "its teachers were not loaded within 10 s"
     left = {e["worker"]: e for e in read_lines(pool.run.events) if e["kind"] == "worker_leave"}
     assert left["w1"]["reason"] == expired["w1"]["reason"]
+
+
+def test_a_pool_that_stood_still_itself_ends_no_worker(ray, tmp_path, monkeypatch):
+    """A file server that hangs for minutes holds the pool up, not the workers."""
+    ray.behaviour = lambda name, shard: "never"
+    pool, now = make_pool(tmp_path, lease_timeout_s=10), [0.0]
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+    for gap in (1.0, 1.0, 1.0, 130.0, 1.0, 1.0, 1.0, 130.0, 1.0, 1.0):
+        pool.poll()
+        now[0] += gap
+    kinds = [event["kind"] for event in read_lines(pool.run.events)]
+    assert kinds.count("lease") == 2 and "expire" not in kinds and pool.deaths == 0
+    for _ in range(4):  # 8 s were heard in before
+        now[0] += 1.0
+        pool.poll()
+    kinds = [event["kind"] for event in read_lines(pool.run.events)]
+    assert kinds.count("expire") == 2
 
 
 def test_workers_that_never_load_stop_the_pool(ray, tmp_path, monkeypatch):

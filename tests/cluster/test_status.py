@@ -71,6 +71,10 @@ def test_open_leases_are_those_without_an_end():
         {"time": 6, "kind": "expire", "shard": 2, "worker": "c"},
     ]
     assert open_leases(events, now=10.0) == [{"shard": 3, "worker": "d", "age_s": 7.0}]
+    events.append(
+        {"time": 8, "kind": "pool", "workers": 2}
+    )  # everything was killed, and began anew
+    assert open_leases(events, now=10.0) == []
 
 
 def test_speed_counts_commits_over_the_last_minute():
@@ -79,6 +83,21 @@ def test_speed_counts_commits_over_the_last_minute():
     assert pairs_per_s(events, samples_per_shard=50) == 5.0
     assert pairs_per_s(events[:3], samples_per_shard=50) == 5.0
     assert pairs_per_s(events[:1], samples_per_shard=50) is None
+
+
+def test_the_speed_of_shards_that_take_longer_than_a_minute_is_known():
+    events = [{"time": 0.0, "kind": "worker_join"}]
+    events += [{"time": 100.0 * n, "kind": "commit", "shard": n} for n in range(1, 4)]
+    assert pairs_per_s(events, samples_per_shard=50) == 0.5
+    assert pairs_per_s(events[:2], samples_per_shard=50) == 0.5
+
+
+def test_the_speed_of_a_production_that_stands_still_falls():
+    events = [{"time": 0.0, "kind": "worker_join"}]
+    events += [{"time": 10.0 * n, "kind": "commit", "shard": n} for n in range(1, 21)]
+    speeds = [pairs_per_s(events, samples_per_shard=50, now=200.0 + s) for s in (0, 30, 120, 1000)]
+    assert speeds[0] == 5.0 and speeds == sorted(speeds, reverse=True)
+    assert 0 < speeds[-1] < 0.1
 
 
 def test_average_speed_leaves_out_the_time_without_workers():

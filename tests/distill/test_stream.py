@@ -161,6 +161,29 @@ def test_the_next_batch_is_made_while_this_one_is_used(run):
     stream.close()
 
 
+def test_a_file_server_that_was_away_while_a_block_was_loaded_ahead_costs_nothing(run, monkeypatch):
+    spec = tiny_spec()
+    write_tiny_shards(run, spec, range(6))
+    expected = open_stream(run, spec)
+    away, read_shard = threading.Event(), stream_module.read_shard
+
+    def read(run, spec, shard, *arrays):
+        if shard >= BLOCK_SHARDS and not away.is_set():
+            away.set()
+            raise OSError(116, "Stale file handle")
+        read_shard(run, spec, shard, *arrays)
+
+    monkeypatch.setattr(stream_module, "read_shard", read)
+    stream = open_stream(run, spec)
+    stream.read(0)
+    stream._loading[1].join(10)
+    assert away.is_set() and stream._loading[1].has_failed
+    for step in range(4):
+        assert torch.equal(stream.read(step).states, expected.read(step).states)
+    stream.close()
+    expected.close()
+
+
 def test_no_more_than_one_block_is_loaded_ahead(run):
     spec = tiny_spec()
     write_tiny_shards(run, spec, range(12))
