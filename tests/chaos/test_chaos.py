@@ -66,7 +66,7 @@ DAMAGES = {
 
 
 @pytest.mark.timeout(600)  # under a minute on two idle cores
-def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(chaos):
+def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(chaos, measured):
     """All of it in one run, where read shards must go to make room for new ones as well."""
     case = chaos(f"trajectory.ready_ahead={AHEAD}", "train.max_steps=240")
     case.limit_bytes(FIT * stream_plan(case.config).shard_bytes)
@@ -94,12 +94,11 @@ def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(c
 
     resumed = [event["step"] for event in case.events("resume")]
     assert resumed[0] == 0 and len(resumed) == 2 and KILL_AT - 10 <= resumed[1] < 240
-    print()
     for point, shard in WORKER_DIES.items():
-        print(f"worker, {point}: made good after {case.recovery_s(shard, killed):.1f} s")
-    print(f"everything: the next step after {case.next_event_s(killed, 'steps'):.1f} s")
+        measured(f"worker, {point}: made good after {case.recovery_s(shard, killed):.1f} s")
+    measured(f"everything: the next step after {case.next_event_s(killed, 'steps'):.1f} s")
     wasted, kept = case.wasted_nfe()
-    print(f"wasted: {wasted} evaluations, {kept} kept")
+    measured(f"wasted: {wasted} evaluations, {kept} kept")
     faults = len(WORKER_DIES) + len(DAMAGES)
     workers = case.config.cluster.teachers.num_workers  # each may have been at work at the end
     assert wasted <= (faults + workers) * kept // len(case.all_shards())
@@ -153,7 +152,7 @@ STRIKES = {
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", STRIKES)
-def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos):
+def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos, measured):
     strike, goes_on, settings = STRIKES[name]
     case = chaos(*settings)
     case.start()
@@ -169,16 +168,18 @@ def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos):
     case.check()
     wasted, kept = case.wasted_nfe()
     since = struck if goes_on else ended
-    print(f"\n{name}: exit code {code} {ended - struck:.1f} s after it;", end=" ")
-    print(f"next shard after {case.next_event_s(since, 'commit'):.1f} s,", end=" ")
-    print(f"next training after {case.next_event_s(since, 'resume'):.1f} s,", end=" ")
-    print(f"wasted: {wasted} evaluations, {kept} kept")
+    measured(
+        f"exit code {code} {ended - struck:.1f} s after it; "
+        f"next shard after {case.next_event_s(since, 'commit'):.1f} s, "
+        f"next training after {case.next_event_s(since, 'resume'):.1f} s, "
+        f"wasted: {wasted} evaluations, {kept} kept"
+    )
     assert wasted <= 2 * kept // len(case.all_shards())
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_second_start_beside_a_live_one_is_refused_and_disturbs_nothing(chaos):
+def test_a_second_start_beside_a_live_one_is_refused_and_disturbs_nothing(chaos, measured):
     """The lock of one that died is free: the row "supervisor" starts again at once."""
     case = chaos()
     case.start()
@@ -192,7 +193,7 @@ def test_a_second_start_beside_a_live_one_is_refused_and_disturbs_nothing(chaos)
     case.finish()
     case.check()
     wasted, kept = case.wasted_nfe()
-    print(f"\na second start: wasted: {wasted} evaluations, {kept} kept")
+    measured(f"wasted: {wasted} evaluations, {kept} kept")
     assert wasted == 0
 
 
@@ -215,7 +216,7 @@ def small_disk(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_room(
-    small_disk, chaos
+    small_disk, chaos, measured
 ):
     case = chaos()
     case.start()
@@ -238,11 +239,11 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_roo
     case.finish()
     case.check()
     wasted, kept = case.wasted_nfe()
-    print(f"\nfull disk: exit code 1 after {ended_s:.1f} s,", end=" ")
-    print(
-        f"next training {case.next_event_s(restarted, 'resume'):.1f} s after the restart,", end=" "
+    measured(
+        f"exit code 1 after {ended_s:.1f} s, "
+        f"next training {case.next_event_s(restarted, 'resume'):.1f} s after the restart, "
+        f"wasted: {wasted} evaluations, {kept} kept"
     )
-    print(f"wasted: {wasted} evaluations, {kept} kept")
     assert wasted <= 2 * kept // len(case.all_shards())
 
 
@@ -252,7 +253,7 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_roo
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_workers_with_more_and_less_memory_make_the_same_samples(tmp_path, chaos):
+def test_workers_with_more_and_less_memory_make_the_same_samples(tmp_path, chaos, measured):
     """A velocity of a whole batch takes several arrays of 67 MB; one worker has 100 MB for them."""
     samples, components = 64, 4096
     draw = np.random.Generator(np.random.Philox(key=[1, 2]))
@@ -288,4 +289,4 @@ def test_workers_with_more_and_less_memory_make_the_same_samples(tmp_path, chaos
         if batch == samples:
             assert ours[0].sha256 == theirs[0].sha256
     assert len(batches) == 2 and min(batches) < samples
-    print(f"\nbatches of {sorted(batches)} samples")
+    measured(f"batches of {sorted(batches)} samples")

@@ -1,7 +1,13 @@
 """Status from files: progress, open leases, speed, quarantines, the last whole checkpoint."""
 
+import contextlib
 import fcntl
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -24,6 +30,8 @@ from distill.cost import goodput
 from distill.ledger import tar_path
 from distill.rundir import RunDir, append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -246,3 +254,25 @@ def test_audit_exit_code(capsys):
     text = capsys.readouterr().out
     assert "NOT WHOLE" in text and "shard 3, first_id 48" in text and "{" not in text
     assert "checkpoints.verified" in text
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_watch_shows_what_changes_until_it_is_interrupted(run, form):
+    """In a terminal, as a user sees it."""
+    append_line(run.metrics, {"step": 2, "loss": 0.5})
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "cluster.cli", "status", str(run.root.resolve())]
+    watch = subprocess.Popen(
+        [*command, "--watch", "0.1", *form], stdout=theirs, stderr=theirs, cwd=ROOT
+    )
+    os.close(theirs)
+    text = b""
+    for loss in (0.5, 0.25, 0.125):
+        append_line(run.metrics, {"step": 4, "loss": loss})
+        while str(loss).encode() not in text:
+            text = text[-4096:] + os.read(ours, 4096)
+    watch.send_signal(signal.SIGINT)
+    with contextlib.suppress(OSError):  # the terminal is closed
+        while os.read(ours, 4096):
+            pass
+    assert watch.wait(timeout=30) == 130

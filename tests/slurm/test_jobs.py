@@ -19,7 +19,7 @@ APART = "cluster.slurm.train.options=[--exclusive]"  # the head's node has no te
 
 
 @pytest.mark.timeout(600)  # half a minute on two idle cores
-def test_a_run_is_submitted_once_and_trained_to_its_end(submitted):
+def test_a_run_is_submitted_once_and_trained_to_its_end(submitted, measured):
     case = submitted("train.max_steps=60", "cluster.slurm.teachers.nodes=1")
     start = time.time()
     case.submit()
@@ -35,7 +35,7 @@ def test_a_run_is_submitted_once_and_trained_to_its_end(submitted):
     case.finish()
     case.check()
     assert (case.run.slurm / "token").stat().st_mode & 0o777 == 0o600
-    print(f"\nfrom submit to the first step: {case.next_step_s(start):.1f} s")
+    measured(f"from submit to the first step: {case.next_step_s(start):.1f} s")
 
     case.bowstring("stop", str(case.run.root))  # the evaluation
     case.until(lambda: all(job.state == "CANCELLED" for job in case.jobs("evaluate")))
@@ -45,7 +45,7 @@ def test_a_run_is_submitted_once_and_trained_to_its_end(submitted):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_is_saved_before_its_time_limit_and_goes_on(submitted):
+def test_a_run_is_saved_before_its_time_limit_and_goes_on(submitted, measured):
     """At most 20 steps a second are fed by one worker, so the limit comes in between."""
     case = submitted(
         "train.max_steps=3000",
@@ -64,8 +64,8 @@ def test_a_run_is_saved_before_its_time_limit_and_goes_on(submitted):
     assert case.events("resume")[-1]["step"] == saved
     case.finish()
     case.check()
-    print(
-        f"\nsaved at step {saved}; from requeue to the next step: {case.next_step_s(queued):.1f} s"
+    measured(
+        f"saved at step {saved}; from requeue to the next step: {case.next_step_s(queued):.1f} s"
     )
 
 
@@ -74,7 +74,7 @@ def test_a_run_is_saved_before_its_time_limit_and_goes_on(submitted):
 @pytest.mark.parametrize(
     "fault", ["warning", "requeue", "teacher without power", "head without power"]
 )
-def test_a_run_survives(submitted, fault):
+def test_a_run_survives(submitted, fault, measured):
     case = submitted("train.max_steps=600", APART)
     case.submit()
     case.until_step(30)
@@ -106,15 +106,15 @@ def test_a_run_survives(submitted, fault):
         if dead:
             case.cluster.mini("node-start", dead)
     case.check()
-    print(
-        f"\n{fault}: queued again after {queued_s:.1f} s, next step after "
+    measured(
+        f"queued again after {queued_s:.1f} s, next step after "
         f"{case.next_step_s(struck + queued_s):.1f} s more"
     )
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_is_scaled_stopped_and_submitted_again(submitted):
+def test_a_run_is_scaled_stopped_and_submitted_again(submitted, measured):
     """1 -> 3 -> 1 nodes of teachers; a stop saves and does not queue again."""
     case = submitted(
         "train.max_steps=1500", "train.save_every=500", "cluster.slurm.teachers.nodes=1"
@@ -130,7 +130,7 @@ def test_a_run_is_scaled_stopped_and_submitted_again(submitted):
         asked = time.time()
         case.bowstring("scale", str(case.run.root), str(count))
         case.until(lambda count=count: teachers() == (count, count), "FAILED", "COMPLETED")
-        print(f"\n{count} workers after {time.time() - asked:.1f} s")
+        measured(f"{count} workers after {time.time() - asked:.1f} s")
     case.bowstring("stop", str(case.run.root))
     case.until(lambda: case.train.state == "FAILED")
     saved = max(committed_steps(case.run.checkpoints))
