@@ -39,7 +39,8 @@ def audit(run: RunDir) -> dict[str, Any]:
     ok: nothing is missing, duplicate, corrupt, consumed otherwise than planned, or torn.
     shards, samples: those that are sound; `evicted` of the shards are proven by their sidecar and
         the events alone, since their tar was deleted for room.
-    missing: shards that the consumed steps needed, and that are neither on disk nor evicted.
+    missing: shards that the consumed steps needed, or that the events say were made, and that are
+        neither on disk nor evicted.
     duplicate: sample ids that stand in two shards.
     corrupt: shards whose bytes or index differ, or that are of another run.
     consumed_steps: steps done, as events.jsonl tells.
@@ -62,6 +63,7 @@ def audit(run: RunDir) -> dict[str, Any]:
         passes=stream["passes"],
         batch_size=stream["batch_size"],
     )
+    made_before, _ = _made(run)
     shards, checkpoints = _audit_shards(run), _audit_checkpoints(run)
     oldest = min(checkpoints["verified"], default=0)
     _audit_evicted(run, shards, first_shard_read(order, stream["block_shards"], oldest))
@@ -71,11 +73,11 @@ def audit(run: RunDir) -> dict[str, Any]:
     for shard, sidecar in shards.misplaced.items():
         problem = f"holds the samples of shard {sidecar.shard}"
         shards.corrupt.append({"shard": shard, "problem": problem})
-    bad = {entry["shard"] for entry in shards.corrupt}
+    there = shards.sidecars.keys() | {entry["shard"] for entry in shards.corrupt}
+    made_after, again = _made(run)  # a live run may have set some aside meanwhile
     missing = [
         {"shard": n, "first_id": n * per_shard, "last_id": (n + 1) * per_shard - 1}
-        for n in range(needed)
-        if n not in shards.sidecars and n not in bad
+        for n in sorted({*range(needed), *(made_before & made_after)} - there)
     ]
     foreign = _of_another_run(shards.sidecars, stream, record["teachers"])
     found: dict[str, Any] = {
@@ -92,7 +94,7 @@ def audit(run: RunDir) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "quarantined": _quarantined(run),
         "orphans": shards.orphans,
-        "produced_again": _produced_again(run),
+        "produced_again": sorted(again),
     }
     wrong = ("missing", "duplicate", "corrupt", "consumption")
     found["ok"] = not any(found[name] for name in wrong) and not checkpoints["bad"]
@@ -208,18 +210,20 @@ def _duplicates(shards: _Shards) -> list[dict[str, Any]]:
     return found
 
 
-def _produced_again(run: RunDir) -> list[int]:
-    """Shards with two commits, not asked for in between: at-least-once work, kept once."""
-    standing: set[int] = set()
+def _made(run: RunDir) -> tuple[set[int], set[int]]:
+    """Shards that were committed and not taken back since, and those with two commits that were not
+    asked for in between: at-least-once work, kept once.
+    """
+    made: set[int] = set()
     again: set[int] = set()
     for event in read_lines(run.events):
         if event.get("kind") == "commit":
-            (again if event["shard"] in standing else standing).add(event["shard"])
+            (again if event["shard"] in made else made).add(event["shard"])
         elif event.get("kind") == "quarantine":
-            standing.discard(event["shard"])
+            made.discard(event["shard"])
         elif event.get("kind") == "make_again":
-            standing.difference_update(event["shards"])
-    return sorted(again)
+            made.difference_update(event["shards"])
+    return made, again
 
 
 def _quarantined(run: RunDir) -> list[str]:

@@ -223,6 +223,19 @@ def test_a_worker_with_other_weights_is_refused(ray, tmp_path):
         finish(make_pool(tmp_path))
 
 
+def test_one_worker_with_other_weights_among_good_ones_is_refused(ray, tmp_path):
+    """Another file under the same name on one node: no shard of it is kept."""
+    load = ray.load
+    ray.load = lambda name: (
+        load(name) if name == "w1" else {**load(name), "fingerprints": {"only": "0"}}
+    )
+    pool = make_pool(tmp_path)
+    with pytest.raises(ConfigError, match=r"worker w2 has other weights for teacher\.only"):
+        finish(pool)
+    leases = {e["worker"] for e in read_lines(pool.run.events) if e["kind"] == "lease"}
+    assert leases <= {"w1"}
+
+
 def poll_by_the_second(pool, rounds, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])

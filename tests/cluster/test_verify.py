@@ -94,6 +94,17 @@ def test_a_shard_that_was_not_needed_yet_is_not_missing(run):
     assert audit(run)["ok"]
 
 
+def test_a_shard_that_was_made_and_is_gone_is_missing_though_no_step_needed_it_yet(run):
+    """As of a run that only generates: its shards are all it has."""
+    for shard in range(10):
+        append_line(run.events, {"kind": "commit", "shard": shard})
+    append_line(run.events, {"kind": "quarantine", "shard": 9})
+    found = audit(run)
+    assert [entry["shard"] for entry in found["missing"]] == [6, 7, 8] and not found["ok"]
+    write_tiny_shards(run, tiny_spec(), range(6, 9))
+    assert audit(run)["ok"]
+
+
 def test_quarantine_is_a_loss_only_until_it_is_made_good(run):
     open_store(run).quarantine(1, "a flipped byte", open_store(run).mark(1))
     found = audit(run)
