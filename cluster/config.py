@@ -43,7 +43,7 @@ class TeacherPoolConfig(WorkersConfig):
     """The teacher pool. On a cluster it has as many workers as fit, at least `num_workers`."""
 
     max_workers: int = 0  # and at most these; 0: as many as fit. Without a cluster not used
-    lease_timeout_s: float = 120.0  # for one velocity evaluation, and for loading the teachers
+    lease_timeout_s: float = 120.0  # for one evaluation, a shard's upload, loading teachers
     max_attempts: int = 3  # a shard that failed this often is given up, with its traceback
 
     def __post_init__(self) -> None:
