@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from cluster.coordinator import Coordinator, Limits
 from cluster.eviction import first_shard_read, room_for_training
@@ -34,6 +37,21 @@ from distill.order import Order
 
 SHARD_BYTES, LEASE_S = 100, 10.0
 FAULTY_TICKS, MOST_TICKS = 60, 3_000
+FAULTS = (
+    "bad shard",
+    "clock jumped",
+    "coordinator lost",
+    "failed",
+    "hung",
+    "killed",
+    "killed before its report",
+    "killed while evicting",
+    "lost heartbeat",
+    "newest checkpoint damaged",
+    "scaled",
+    "slow worker",
+    "trainer killed",
+)
 
 
 class Killed(Exception):
@@ -287,18 +305,31 @@ class Schedule:
         self.read()
         self.tell(Tick())
 
-    def run(self):
+    def moment(self, seconds):
+        """`live`, and a new coordinator where it was killed."""
+        try:
+            self.live(seconds)
+        except Killed:
+            self.rebuild()
+        own = [size for shard, size in self.disk.items() if shard not in self.strays]
+        assert sum(own) <= self.limits.max_bytes
+
+    def run(self, first_tick=0):
         """Lives until all is trained and made."""
-        for self.tick in range(MOST_TICKS):
-            try:
-                self.live(self.rng.uniform(0.1, 2.0))
-            except Killed:
-                self.rebuild()
-            own = [size for shard, size in self.disk.items() if shard not in self.strays]
-            assert sum(own) <= self.limits.max_bytes
+        for self.tick in range(first_tick, MOST_TICKS):
+            self.moment(self.rng.uniform(0.1, 2.0))
             if self.step == self.train.max_steps and self.coordinator.is_done:
                 return
         raise AssertionError(f"a deadlock: step {self.step}, {self.coordinator}")
+
+    def check(self):
+        """The trainer has read what was planned, in this order."""
+        steps = self.train.max_steps
+        assert sorted(self.consumed) == list(range(steps))
+        planned = self.order.entries_between(0, steps * self.train.batch_size)
+        for index in range(2):  # ids, passes
+            read = np.concatenate([self.consumed[step][index] for step in range(steps)])
+            np.testing.assert_array_equal(read, planned[index])
 
 
 NUM_PARTS, PER_PART = 10, 150
@@ -311,29 +342,47 @@ def test_the_plan_is_consumed_exactly_under_any_schedule(part):
         print("schedule", seed)  # shown when it fails
         schedule = Schedule(seed)
         schedule.run()
-        steps = schedule.train.max_steps
-        assert sorted(schedule.consumed) == list(range(steps))
-        entries = steps * schedule.train.batch_size
-        planned = schedule.order.entries_between(0, entries)
-        for index in range(2):  # ids, passes
-            read = np.concatenate([schedule.consumed[step][index] for step in range(steps)])
-            np.testing.assert_array_equal(read, planned[index])
+        schedule.check()
         struck |= schedule.seen | ({"evicted"} if schedule.record else set())
-    assert struck == {
-        "bad shard",
-        "clock jumped",
-        "coordinator lost",
-        "duplicate producer",
-        "evicted",
-        "failed",
-        "hung",
-        "killed",
-        "killed before its report",
-        "killed while evicting",
-        "lost heartbeat",
-        "newest checkpoint damaged",
-        "scaled",
-        "slow worker",
-        "stray",
-        "trainer killed",
-    }
+    assert struck == {*FAULTS, "duplicate producer", "evicted", "stray"}
+
+
+class DirectedSchedule(Schedule):
+    """A world whose faults are chosen from outside: each kind in `faults` strikes half the time."""
+
+    faults: frozenset = frozenset()
+    tick = 0
+
+    def fault(self, kind, chance):
+        strikes = kind in self.faults and self.rng.random() < 0.5
+        if strikes:
+            self.seen.add(kind)
+        return strikes
+
+
+class World(RuleBasedStateMachine):
+    """hypothesis chooses the faults of every moment, and shrinks those that break something."""
+
+    @initialize(seed=st.integers(0, 2**32 - 1))
+    def begin(self, seed):
+        self.schedule = DirectedSchedule(seed)
+
+    @rule(seconds=st.floats(0.1, 2.0), faults=st.frozensets(st.sampled_from(FAULTS), max_size=4))
+    def live(self, seconds, faults):
+        self.schedule.faults = faults
+        self.schedule.moment(seconds)
+
+    @rule(seconds=st.floats(0.1, 2.0), moments=st.integers(1, 5))
+    def live_in_peace(self, seconds, moments):
+        self.schedule.faults = frozenset()
+        for _ in range(moments):
+            self.schedule.moment(seconds)
+
+    def teardown(self):
+        self.schedule.faults = frozenset()
+        self.schedule.run(first_tick=FAULTY_TICKS)
+        self.schedule.check()
+
+
+World.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestAnyFaultsAtAnyMoments = World.TestCase
