@@ -263,7 +263,12 @@ def test_watch_shows_what_changes_until_it_is_interrupted(run, form):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "cluster.cli", "status", str(run.root.resolve())]
     watch = subprocess.Popen(
-        [*command, "--watch", "0.1", *form], stdout=theirs, stderr=theirs, cwd=ROOT
+        [*command, "--watch", "0.1", *form],
+        stdout=theirs,
+        stderr=theirs,
+        cwd=ROOT,
+        # A job in the background of a shell ignores it, and so would a process that it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     os.close(theirs)
     text = b""
