@@ -149,6 +149,8 @@ def show_audit(found: dict[str, Any], as_json: bool) -> int:
         table = Table(
             show_header=False, title="whole" if found["ok"] else "NOT WHOLE", title_justify="left"
         )
+        table.add_column()
+        table.add_column(overflow="fold")  # a hash is to be copied
         for name, value in flatten(found).items():
             table.add_row(name, _plain(value) if isinstance(value, list) else str(value))
         Console().print(table)
