@@ -57,15 +57,14 @@ class Run:
         """Blocks of the stream."""
         return stream_plan(self.config).blocks
 
-    def start(
-        self, stage: str, seconds: float = 0.0, **environment: str
-    ) -> subprocess.Popen[bytes]:
+    def start(self, stage: str, seconds: float = 0.0) -> subprocess.Popen[bytes]:
         """Starts the supervisor of a stage."""
         command = [sys.executable, __file__, str(self.files.root), stage, str(seconds)]
         self._began = self._began or time.time()
         with (self.files.root / "log.txt").open("a") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-            return subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
 
     def finish(self, process: subprocess.Popen[bytes]) -> None:
         """Waits for the end, which must be a good one."""

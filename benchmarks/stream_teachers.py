@@ -1,127 +1,109 @@
 """The pool of n local Ray workers against n bare solver loops without Ray, shards or ledger.
 
 The teacher is that of `experiment=digits` in size, guidance and solver. A bare loop draws noise,
-calls the solver and throws the states away. The pool is `bowstring generate`. Both run at the same
-time and with the same priority, so whatever else the machine does slows both. What the pool's other
-processes take (supervisor, Ray's daemons) slows both too, so it is measured apart: where n workers
-leave no core free for it, it counts against the pool.
-
-    ratio = pairs/s of the pool / pairs/s of the loops * (1 - max(0, n + rest - cores) / n)
+calls the solver and throws the states away. The pool is `bowstring generate`. Both count only while
+all have work, so that start and end play no part. Rounds alternate; what counts is the median of
+the ratios.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import time
+from collections import defaultdict
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import psutil
 import torch
 
 from benchmarks.stream_page import markdown
 from benchmarks.stream_run import Run, network
 from distill.config import TeacherConfig
+from distill.rundir import read_lines
 from distill.solvers import solve
 from distill.teachers import build_field, build_teacher
 
-SHARD, GRID = 256, 8  # samples, intervals of the grid
-WINDOW_S, WINDOWS = 40.0, 3
+SHARD, GRID, BLOCK = 256, 8, 8  # samples, intervals of the grid, shards
 
 
-def bare_loop(config: TeacherConfig, windows: int, barrier: Barrier, out: Any) -> None:
-    """Puts the pairs per second of one process in every window, after a batch to warm up."""
+def bare_loop(config: TeacherConfig, batches: int, barrier: Barrier, out: Any) -> None:
+    """Puts the pairs per second of one process after a batch to warm up."""
     torch.set_num_threads(1)
     teacher = build_teacher(config, "cpu")
     field, image = build_field(teacher, config), teacher.image
     times = torch.linspace(0, 1, GRID + 1, dtype=torch.float64)
-
-    def batch() -> None:
-        noise = torch.randn(SHARD, *image.shape)
-        label = torch.randint(image.num_classes, (SHARD,))
-
-        def velocity(x: torch.Tensor, t: torch.Tensor) -> Any:
-            return field(x, t.expand(len(x)), label)
-
-        solve(velocity, noise, times, config.solver, config.steps // GRID)
-
     with torch.inference_mode():
-        batch()
-        for _ in range(windows):
-            barrier.wait()
-            began, pairs = time.perf_counter(), 0
-            while time.perf_counter() - began < WINDOW_S:
-                batch()
-                pairs += SHARD
-            out.put(pairs / (time.perf_counter() - began))
+        for batch in range(batches + 1):
+            if batch == 1:
+                barrier.wait()
+                began = time.perf_counter()
+            noise = torch.randn(SHARD, *image.shape)
+            label = torch.randint(image.num_classes, (SHARD,))
+
+            def velocity(x: torch.Tensor, t: torch.Tensor, label: torch.Tensor = label) -> Any:
+                return field(x, t.expand(len(x)), label)
+
+            solve(velocity, noise, times, config.solver, config.steps // GRID)
+    out.put(batches * SHARD / (time.perf_counter() - began))
 
 
-def rest_s(pool: psutil.Process) -> float:
-    """Seconds of a core that the pool's processes have taken so far, the workers left out."""
-    total = 0.0
-    for process in [pool, *pool.children(recursive=True)]:
-        if "TeacherWorker" not in " ".join(process.cmdline()):
-            used = process.cpu_times()
-            total += used.user + used.system
-    return total
-
-
-def side_by_side(folder: Path, teacher: list[str], workers: int, windows: int) -> dict[str, Any]:
-    """Pairs per second of both in every window, and the cores that the rest of the pool takes."""
-    run = Run(
-        folder,
-        [*teacher, f"cluster.teachers.num_workers={workers}", "train.max_steps=3520"],
-    )
-    process = run.start("generate", RAY_worker_niceness="0")
+def bare_pairs_per_s(config: TeacherConfig, workers: int, batches: int) -> float:
+    """Of `workers` processes together."""
     context = multiprocessing.get_context("spawn")
-    barrier, out = context.Barrier(workers + 1), context.Queue()
-    config = TeacherConfig(path=str(folder.parent / "teacher"), steps=16, guidance=1.5)
-    loops = [
-        context.Process(target=bare_loop, args=(config, windows, barrier, out))
+    barrier, out = context.Barrier(workers), context.Queue()
+    processes = [
+        context.Process(target=bare_loop, args=(config, batches, barrier, out))
         for _ in range(workers)
     ]
-    for loop in loops:
-        loop.start()
-    while len(run.history().spans) < 2 * workers:
-        if process.poll() is not None:
-            run.finish(process)
-        time.sleep(1)
-    bare, spans, rest = [], [], []
-    for _ in range(windows):
-        barrier.wait()
-        began, used = time.time(), rest_s(psutil.Process(process.pid))
-        bare.append(sum(out.get() for _ in loops))
-        spans.append((began, time.time()))
-        rest.append((rest_s(psutil.Process(process.pid)) - used) / (spans[-1][1] - began))
-    for loop in loops:
-        loop.join()
-    process.send_signal(signal.SIGTERM)
-    run.finish(process)
-    made = [run.history().shards_made(span) for span in spans]
-    ours = [
-        SHARD * float(after - before) / (end - began)
-        for (before, after), (began, end) in zip(made, spans, strict=True)
-    ]
-    return {"pool_pairs_per_s": ours, "bare_pairs_per_s": bare, "rest_cores": rest}
+    for process in processes:
+        process.start()
+    speeds = [out.get(timeout=600) for _ in processes]
+    for process in processes:
+        process.join()
+    return sum(speeds)
+
+
+def pool_pairs_per_s(folder: Path, teacher: list[str], workers: int) -> float:
+    """Of the pool between the first shard of its last worker and the last one of its first."""
+    run = Run(
+        folder,
+        [
+            *teacher,
+            f"cluster.teachers.num_workers={workers}",
+            f"train.max_steps={176 * workers}",  # a block of 22 passes each, batch 256
+        ],
+    )
+    run.finish(run.start("generate"))
+    commits = defaultdict(list)
+    for event in read_lines(run.files.events):
+        if event["kind"] == "commit":
+            commits[event["worker"]].append(event["time"])
+    first, last = max(min(t) for t in commits.values()), min(max(t) for t in commits.values())
+    made = run.history().shards_made([first, last])
+    return SHARD * float(made[1] - made[0]) / (last - first)
 
 
 def measure(quick: bool, folder: Path) -> dict[str, Any]:
     """A row for 1 and 2 workers."""
-    teacher, cores = network(folder / "teacher"), os.cpu_count() or 1
+    teacher = network(folder / "teacher")
+    config = TeacherConfig(path=str(folder / "teacher"), steps=16, guidance=1.5)
     rows = []
     for workers in (1, 2):
-        row = side_by_side(folder / str(workers), teacher, workers, 1 if quick else WINDOWS)
-        rest = median(row["rest_cores"])
-        share = 1 - max(0.0, workers + rest - cores) / workers
-        ratios = [
-            a / b * share
-            for a, b in zip(row["pool_pairs_per_s"], row["bare_pairs_per_s"], strict=True)
-        ]
-        rows.append({"workers": workers, **row, "ratios": ratios, "ratio": median(ratios)})
+        bare, ours = [], []
+        for index in range(1 if quick else 2):
+            bare.append(bare_pairs_per_s(config, workers, BLOCK))
+            place = folder / f"{workers}-{index}"
+            ours.append(pool_pairs_per_s(place, teacher, workers))
+        rows.append(
+            {
+                "workers": workers,
+                "bare_pairs_per_s": bare,
+                "pool_pairs_per_s": ours,
+                "ratio": median(a / b for a, b in zip(ours, bare, strict=True)),
+            }
+        )
     return {"shard": SHARD, "rows": rows}
 
 
@@ -132,15 +114,12 @@ def page(found: dict[str, Any]) -> str:
             str(row["workers"]),
             f"{median(row['pool_pairs_per_s']):.1f}",
             f"{median(row['bare_pairs_per_s']):.1f}",
-            f"{median(row['rest_cores']):.3f}",
-            f"{row['ratio']:.3f} ({min(row['ratios']):.3f} to {max(row['ratios']):.3f})",
+            f"{row['ratio']:.3f}",
         ]
         for row in found["rows"]
     ]
-    title = ["workers", "pool, pairs/s", "bare loops, pairs/s", "rest of the pool, cores", "ratio"]
+    seconds = found["shard"] / median(found["rows"][0]["pool_pairs_per_s"])
     return (
-        f"{markdown([title, *rows])}\n\n"
-        f"Digits' teacher, {found['shard']} samples a shard. Both at the same time with the same "
-        "priority; the rest of the pool counts where it has no core of its own. Median and range "
-        f"of {len(found['rows'][0]['ratios'])} windows of {WINDOW_S:.0f} s. Bar: 0.95."
+        f"{markdown([['workers', 'pool, pairs/s', 'bare loops, pairs/s', 'ratio'], *rows])}\n\n"
+        f"Digits' teacher, {found['shard']} samples a shard, {seconds:.1f} s each. Bar: 0.95."
     )
