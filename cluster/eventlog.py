@@ -19,9 +19,9 @@ class EventLog:
         self._run = run
         self._records: list[dict[str, Any]] = []
 
-    def add(self, record: dict[str, Any]) -> None:
+    def add(self, kind: str, **values: Any) -> None:
         """Takes an event with the time of now."""
-        self._records.append({"time": round(time.time(), 3), **record})
+        self._records.append({"time": round(time.time(), 3), "kind": kind, **values})
 
     def flush(self) -> None:
         """Writes what was taken."""

@@ -60,11 +60,11 @@ class TeacherPool:
         self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
         self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
-        self._scans, self._log, self._polled_s = Pace(), EventLog(self.run), time.monotonic()
+        self._scans, self._log, self._now_s = Pace(), EventLog(self.run), time.monotonic()
         self._wanted: dict[Device, int] = {}
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
-        self._event("pool", workers=self.target, most=most_workers(self.config.cluster))
+        self._log.add("pool", workers=self.target, most=most_workers(self.config.cluster))
         self._log.flush()  # `bowstring scale` asks for it
 
     @property
@@ -79,12 +79,12 @@ class TeacherPool:
             ConfigError: a worker has other teachers than the run, or cannot load them.
             PoolError: a shard was given up, or workers keep dying.
         """
-        now, core = time.monotonic(), time.thread_time()
-        self._excuse_silence(now)
-        if now >= self._next_look_s:
+        before, self._now_s, core = self._now_s, time.monotonic(), time.thread_time()
+        self._excuse_silence(self._now_s - before)
+        if self._now_s >= self._next_look_s:
             self._look()
-            self._next_look_s = now + LOOK_PERIOD_S
-        if self._scans.is_due(now):
+            self._next_look_s = self._now_s + LOOK_PERIOD_S
+        if self._scans.is_due(self._now_s):
             self._scan()
             self._scans.done(SCAN_PERIOD_S)
         if self.is_done:
@@ -92,7 +92,7 @@ class TeacherPool:
         else:
             self._staff()
         self._collect()
-        self._ping(now)
+        self._ping()
         self._handle(messages.CursorMoved(self._cursor()))  # a trainer may read far in a second
         self._handle(messages.Tick())
         self._log.flush()
@@ -111,13 +111,14 @@ class TeacherPool:
 
     def close(self) -> None:
         """Ends all workers. A shard in the making leaves no trace."""
-        now, members, self.members = time.monotonic(), self.members, []
+        members, self.members = self.members, []
         for member in members:
             ray.kill(member.actor)
             if member.name:
                 # What it frees would go to the others, and they end too: no action is carried out.
-                self.coordinator.handle(messages.Left(member.name, END_OF_PRODUCTION), now)
-                self._event("worker_leave", worker=member.name, reason=END_OF_PRODUCTION)
+                left = messages.Left(member.name, END_OF_PRODUCTION)
+                self.coordinator.handle(left, self._now_s)
+                self._log.add("worker_leave", worker=member.name, reason=END_OF_PRODUCTION)
         self._log.flush()
 
     # ---------------------------------------------------------------------------------------
@@ -145,12 +146,15 @@ class TeacherPool:
 
     def _scan(self) -> None:
         """Takes over what others changed among the shards."""
-        found, held = committed(self.run), {member.shard for member in self.members}
-        gone, new = production.changes(self.run, self.coordinator.committed, found)
-        for shard in gone:
-            self._event("quarantine", shard=shard)
-            self._handle(messages.Quarantined(shard))
-        for shard in [shard for shard in new if shard not in held]:  # their own report is to come
+        found, known = committed(self.run), self.coordinator.committed
+        held = {member.shard for member in self.members}  # their own report is about to come
+        # Both before any is told: what follows from one changes what is known.
+        gone, new = known.keys() - found.keys(), found.keys() - known.keys() - held
+        for shard in sorted(gone):
+            if not is_committed(self.run, shard):  # a network file system lists it late
+                self._log.add("quarantine", shard=shard)
+                self._handle(messages.Quarantined(shard))
+        for shard in sorted(new):
             self._handle(messages.Committed(shard, found[shard]))
 
     def _follow(self) -> None:
@@ -160,7 +164,7 @@ class TeacherPool:
         wanted = sum(self._wanted.values())
         if wanted != self.target:
             self.target, self._most = wanted, max(wanted, self._most)
-            self._event("scale", workers=wanted)
+            self._log.add("scale", workers=wanted)
 
     def _cursor(self) -> int:
         """First shard of the block the trainer reads."""
@@ -193,12 +197,12 @@ class TeacherPool:
         if member.shard is None:
             production.check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             member.name = result["worker"]
-            self._event("worker_join", device=member.device, **result)
+            self._log.add("worker_join", device=member.device, **result)
             self._handle(messages.Joined(member.name))
         else:
             shard, member.shard = member.shard, None
             self.deaths = 0
-            self._event("commit", shard=shard, worker=member.name, **result)
+            self._log.add("commit", shard=shard, worker=member.name, **result)
             self._handle(messages.Committed(shard, result["bytes"]))
         if not member.leaves:
             self._handle(messages.Asked(member.name))
@@ -210,11 +214,11 @@ class TeacherPool:
             raise PoolError(f"a teacher worker could not load its teachers:\n{error}")
         shard, member.shard = member.shard, None
         last_line = str(error).strip().splitlines()[-1]
-        self._event("fail", shard=shard, worker=member.name, error=last_line)
+        self._log.add("fail", shard=shard, worker=member.name, error=last_line)
         # Another worker shall try: what failed here may lie in this process or on its device.
         ray.kill(member.actor)
         self.members.remove(member)
-        self._event("worker_leave", worker=member.name, reason=f"failed on shard {shard}")
+        self._log.add("worker_leave", worker=member.name, reason=f"failed on shard {shard}")
         self._handle(messages.Failed(member.name, str(error)))
         self._handle(messages.Left(member.name, last_line))
 
@@ -231,21 +235,21 @@ class TeacherPool:
     def _part(self, member: Member, reason: str) -> None:
         """Forgets a worker that is gone."""
         self.members.remove(member)
-        self._event("worker_leave", worker=member.name or "unknown", reason=reason)
+        self._log.add("worker_leave", worker=member.name or "unknown", reason=reason)
         if member.name:
             self._handle(messages.Left(member.name, reason))
 
-    def _ping(self, now: float) -> None:
+    def _ping(self) -> None:
         """Hears how far workers are; ends dead idle ones and those whose teachers do not load."""
         limit = self.config.cluster.teachers.lease_timeout_s
         for member in [m for m in self.members if m.ping is not None]:
             if ray.wait([member.ping], timeout=0)[0]:
-                self._take_ping(member, now + limit)
-        if now >= self._next_ping_s:
-            self._next_ping_s = now + limit / 4
+                self._take_ping(member, self._now_s + limit)
+        if self._now_s >= self._next_ping_s:
+            self._next_ping_s = self._now_s + limit / 4
             for member in [m for m in self.members if m.ping is None]:
                 member.ping = member.actor.progress.remote()
-        for member in [m for m in self.members if m.is_loading and now >= m.expires_s]:
+        for member in [m for m in self.members if m.is_loading and self._now_s >= m.expires_s]:
             self._expire(member, f"its teachers were not loaded within {limit:g} s")
 
     def _take_ping(self, member: Member, load_until_s: float) -> None:
@@ -259,23 +263,22 @@ class TeacherPool:
         if member.hear(name, samples, load_until_s):
             self._handle(messages.Heartbeat(name))
 
-    def _excuse_silence(self, now: float) -> None:
-        """A process that stood still, as on a file system that hung, has heard no heartbeat."""
-        slept_s, self._polled_s = now - self._polled_s, now
+    def _excuse_silence(self, slept_s: float) -> None:
+        """What stood still heard nothing. A round has one time, so it shows here, wherever it was."""
         if slept_s > self.config.cluster.teachers.lease_timeout_s / 2:
             self._handle(messages.Slept(slept_s))
             for member in self.members:
                 member.expires_s += slept_s
 
     def _expire(self, member: Member, reason: str) -> None:
-        self._event("expire", shard=member.shard, worker=member.name, reason=reason)
+        self._log.add("expire", shard=member.shard, worker=member.name, reason=reason)
         self._bury(member, reason)
 
     # ---------------------------------------------------------------------------------------
     # The coordinator
 
     def _handle(self, event: messages.Event) -> None:
-        for action in self.coordinator.handle(event, time.monotonic()):
+        for action in self.coordinator.handle(event, self._now_s):
             self._carry_out(action)
 
     def _carry_out(self, action: messages.Action) -> None:
@@ -284,17 +287,14 @@ class TeacherPool:
                 member = self._member(worker)
                 member.shard, member.samples = shard, -1
                 member.task = member.actor.produce.remote(shard)
-                self._event("lease", shard=shard, worker=worker)
+                self._log.add("lease", shard=shard, worker=worker)
             case messages.Expired(worker, _):
                 self._expire(self._member(worker), "no progress")
             case messages.Evicted(shards):
                 evict(self.run, shards, self._oldest.step)
             case messages.GivenUp(shard, reason, error):
-                self._event("give_up", shard=shard, reason=reason)
+                self._log.add("give_up", shard=shard, reason=reason)
                 raise PoolError(production.set_request_aside(self.run, shard, reason, error))
 
     def _member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)
-
-    def _event(self, kind: str, **values: Any) -> None:
-        self._log.add({"kind": kind, **values})

@@ -1,12 +1,11 @@
-"""What bounds the teacher pool, which workers it refuses, what changed among its shards, and what
-it leaves of one that cannot be made. No ray.
+"""What bounds the teacher pool, which workers it refuses, and what it leaves of a shard that cannot
+be made. No ray.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection
 from typing import Any
 
 from cluster.config import RunConfig, TeacherPoolConfig
@@ -16,7 +15,6 @@ from cluster.scale import Device, gpus_of_worker
 from distill.config import check
 from distill.ledger import ShardSpec
 from distill.rundir import RunDir, write_json
-from distill.store import is_committed
 
 
 def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) -> Limits:
@@ -56,17 +54,6 @@ def check_fingerprints(spec: ShardSpec, worker: str, fingerprints: dict[str, Any
             f"worker {worker} has other weights for teacher.{teacher.name} ({theirs[:12]}) than "
             f"the run ({teacher.fingerprint[:12]}); give every node the same file",
         )
-
-
-def changes(
-    run: RunDir, known: Collection[int], found: Collection[int]
-) -> tuple[list[int], list[int]]:
-    """Shards that were committed and are gone, and those `found` on disk that were not `known`.
-
-    A listing of a network file system may lag behind, so each that it lacks is looked for by name.
-    """
-    gone = [shard for shard in sorted(set(known) - set(found)) if not is_committed(run, shard)]
-    return gone, sorted(set(found) - set(known))
 
 
 def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> str:

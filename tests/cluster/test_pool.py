@@ -23,7 +23,7 @@ from cluster.pool import PoolError, TeacherPool
 from cluster.scale import read_target, staff, wanted_workers, write_target
 from cluster.status import quarantined, restarts
 from distill.config import ConfigError
-from distill.ledger import shard_spec
+from distill.ledger import shard_spec, sidecar_path
 from distill.rundir import RunDir, read_lines, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
@@ -281,6 +281,39 @@ def test_a_pool_that_stood_still_itself_ends_no_worker(ray, tmp_path, monkeypatc
         pool.poll()
     kinds = [event["kind"] for event in read_lines(pool.run.events)]
     assert kinds.count("expire") == 2
+
+
+def test_a_pool_that_stood_still_in_the_middle_of_a_round_ends_no_worker(
+    ray, tmp_path, monkeypatch
+):
+    ray.behaviour = lambda name, shard: "never"
+    pool, now = make_pool(tmp_path, lease_timeout_s=10), [0.0]
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+    pool.poll()
+    pool.poll()
+
+    def hangs(run):
+        now[0] += 130.0
+        return 0, ""
+
+    monkeypatch.setattr(pool_module, "read_cursor", hangs)
+    for _ in range(3):
+        pool.poll()
+    kinds = [event["kind"] for event in read_lines(pool.run.events)]
+    assert kinds.count("lease") == 2 and "expire" not in kinds and pool.deaths == 0
+
+
+def test_a_shard_that_a_listing_lacks_is_looked_for_by_name(ray, tmp_path, monkeypatch):
+    """The listing of a network file system may be a minute old."""
+    write_tiny_shards(RunDir(tmp_path), tiny_spec(), [0])
+    pool = make_pool(tmp_path)
+    assert list(pool.coordinator.committed) == [0]
+    monkeypatch.setattr(pool_module, "committed", lambda run: {})
+    pool._scan()
+    assert list(pool.coordinator.committed) == [0]
+    sidecar_path(pool.run, 0).unlink()
+    pool._scan()
+    assert list(pool.coordinator.committed) == []
 
 
 def test_workers_that_never_load_stop_the_pool(ray, tmp_path, monkeypatch):
