@@ -264,7 +264,7 @@ class TeacherPool:
             self._handle(messages.Heartbeat(name))
 
     def _excuse_silence(self, slept_s: float) -> None:
-        """What stood still heard nothing. A round has one time, so it shows here, wherever it was."""
+        """What stood still heard nothing. A round has one time, so all of it shows here."""
         if slept_s > self.config.cluster.teachers.lease_timeout_s / 2:
             self._handle(messages.Slept(slept_s))
             for member in self.members:
