@@ -147,11 +147,15 @@ class Chaos:
         times = [e["time"] for e in self.events("commit") if e["shard"] == shard]
         return next((time - died for time in times if died < time < until), 0.0)
 
-    def wasted_nfe(self):
-        """Velocity evaluations that are in no shard, and those that are in one."""
+    def check_waste(self, shards):
+        """Velocity evaluations that are in no shard were those of so many shards at most; in words,
+        how many.
+        """
         beats = sum(path.stat().st_size for path in (self.folder / "beats").iterdir())
         kept = sum(read_sidecar(self.run, shard).nfe for shard in self.all_shards())
-        return beats * self.config.trajectory.batch_size - kept, kept
+        wasted = beats * self.config.trajectory.batch_size - kept
+        assert wasted <= shards * kept // len(self.all_shards())
+        return f"wasted: {wasted} evaluations, {kept} kept"
 
     # -- The invariant
 

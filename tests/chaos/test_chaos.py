@@ -97,11 +97,9 @@ def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(c
     for point, shard in WORKER_DIES.items():
         measured(f"worker, {point}: made good after {case.recovery_s(shard, killed):.1f} s")
     measured(f"everything: the next step after {case.next_event_s(killed, 'steps'):.1f} s")
-    wasted, kept = case.wasted_nfe()
-    measured(f"wasted: {wasted} evaluations, {kept} kept")
     faults = len(WORKER_DIES) + len(DAMAGES)
     workers = case.config.cluster.teachers.num_workers  # each may have been at work at the end
-    assert wasted <= (faults + workers) * kept // len(case.all_shards())
+    measured(case.check_waste(shards=faults + workers))
 
 
 # -----------------------------------------------------------------------------------------------
@@ -166,15 +164,13 @@ def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos, mea
         case.start()  # at once: nothing that is left of the first start is in the way
         case.finish()
     case.check()
-    wasted, kept = case.wasted_nfe()
     since = struck if goes_on else ended
     measured(
         f"exit code {code} {ended - struck:.1f} s after it; "
         f"next shard after {case.next_event_s(since, 'commit'):.1f} s, "
         f"next training after {case.next_event_s(since, 'resume'):.1f} s, "
-        f"wasted: {wasted} evaluations, {kept} kept"
+        f"{case.check_waste(shards=2)}"
     )
-    assert wasted <= 2 * kept // len(case.all_shards())
 
 
 @pytest.mark.slow
@@ -192,9 +188,7 @@ def test_a_second_start_beside_a_live_one_is_refused_and_disturbs_nothing(chaos,
     rank.resume()
     case.finish()
     case.check()
-    wasted, kept = case.wasted_nfe()
-    measured(f"wasted: {wasted} evaluations, {kept} kept")
-    assert wasted == 0
+    measured(case.check_waste(shards=0))
 
 
 # -----------------------------------------------------------------------------------------------
@@ -238,13 +232,11 @@ def test_a_full_disk_ends_the_run_and_the_same_command_goes_on_once_there_is_roo
     case.start()
     case.finish()
     case.check()
-    wasted, kept = case.wasted_nfe()
     measured(
         f"exit code 1 after {ended_s:.1f} s, "
         f"next training {case.next_event_s(restarted, 'resume'):.1f} s after the restart, "
-        f"wasted: {wasted} evaluations, {kept} kept"
+        f"{case.check_waste(shards=2)}"
     )
-    assert wasted <= 2 * kept // len(case.all_shards())
 
 
 # -----------------------------------------------------------------------------------------------

@@ -158,10 +158,8 @@ def test_a_node_of_teachers_is_lost_while_the_run_trains(chaos, nodes, measured)
     case.check()
     lost = {e["worker"] for e in case.events("worker_leave") if e["reason"] not in PLANNED}
     assert len(lost) == 2 and lost < far
-    wasted, kept = case.wasted_nfe()
     measured(
         f"next shard after {case.next_event_s(killed, 'commit'):.1f} s, "
         f"next steps after {case.next_event_s(killed, 'steps'):.1f} s, "
-        f"wasted: {wasted} evaluations, {kept} kept"
+        f"{case.check_waste(shards=2)}"
     )
-    assert wasted <= 2 * kept // len(case.all_shards())

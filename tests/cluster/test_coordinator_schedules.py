@@ -170,10 +170,14 @@ class Schedule:
 
     def fault(self, kind, chance):
         """Whether a fault strikes now; none do in the end, so that the run can finish."""
-        if self.tick < FAULTY_TICKS and self.rng.random() < chance:
+        if self.tick < FAULTY_TICKS and self.strikes(kind, chance):
             self.seen.add(kind)
             return True
         return False
+
+    def strikes(self, kind, chance):
+        """Whether a fault of this kind comes now, while there are faults."""
+        return self.rng.random() < chance
 
     # ---------------------------------------------------------------------------------------
     # Workers
@@ -353,11 +357,8 @@ class DirectedSchedule(Schedule):
     faults: frozenset = frozenset()
     tick = 0
 
-    def fault(self, kind, chance):
-        strikes = kind in self.faults and self.rng.random() < 0.5
-        if strikes:
-            self.seen.add(kind)
-        return strikes
+    def strikes(self, kind, chance):
+        return kind in self.faults and self.rng.random() < 0.5
 
 
 class World(RuleBasedStateMachine):
@@ -379,7 +380,6 @@ class World(RuleBasedStateMachine):
             self.schedule.moment(seconds)
 
     def teardown(self):
-        self.schedule.faults = frozenset()
         self.schedule.run(first_tick=FAULTY_TICKS)
         self.schedule.check()
 
