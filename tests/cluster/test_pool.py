@@ -20,7 +20,7 @@ from cluster.member import Member
 from cluster.messages import Asked, Joined, Quarantined, Released
 from cluster.plan import stream_plan
 from cluster.pool import PoolError, TeacherPool
-from cluster.scale import read_target, staff, wanted_workers, write_target
+from cluster.scale import read_target, staff, write_target
 from cluster.status import quarantined, restarts
 from distill.config import ConfigError
 from distill.ledger import shard_spec, sidecar_path
@@ -448,59 +448,9 @@ def test_a_number_of_workers_that_cannot_be_is_refused(ray, tmp_path):
 # On a cluster
 
 
-def node(alive=True, **resources):
-    """A node as Ray tells of it."""
-    return {"Alive": alive, "Resources": {name: float(n) for name, n in resources.items()}}
-
-
-def test_as_many_workers_are_wanted_as_fit_next_to_the_trainer(tmp_path):
-    """Two ranks of one core each; a worker takes one core."""
-    run = RunDir(tmp_path)
-    config = make_config(tmp_path, num_workers=1, address="there").cluster
-    empty = node(CPU=8)  # offers no place for teachers
-    both = node(CPU=4, teacher=4, trainer=8)
-    teachers = node(CPU=4, teacher=3)
-    for nodes, wanted in (
-        ([], 1),  # one is asked for in any case, and waits
-        ([empty], 1),
-        ([both], 2),
-        ([both, teachers], 5),
-        ([both, node(alive=False, CPU=4, teacher=3)], 2),
-    ):
-        assert wanted_workers(config, run, nodes) == {"cuda": 0, "cpu": wanted}
-    config.teachers.max_workers = 4
-    assert wanted_workers(config, run, [both, teachers]) == {"cuda": 0, "cpu": 4}
-    write_json(run.target, {"workers": 0})  # `bowstring scale RUN 0`
-    assert wanted_workers(config, run, [both, teachers]) == {"cuda": 0, "cpu": 0}
-    config.address = ""
-    run.target.unlink()  # on one machine nothing comes or goes
-    assert wanted_workers(config, run, [both]) == {"cuda": 0, "cpu": 1}
-
-
-def test_gpus_are_filled_first_and_nodes_without_one_take_workers_on_cpu(tmp_path):
-    run = RunDir(tmp_path)
-    config = make_config(tmp_path, num_workers=1, address="there").cluster
-    config.teachers.gpus_per_worker = 0.5
-    plain, gpu = node(CPU=4, teacher=3), node(CPU=4, teacher=3, GPU=1)
-    assert wanted_workers(config, run, []) == {"cuda": 1, "cpu": 0}  # waits for a GPU
-    assert wanted_workers(config, run, [plain, gpu]) == {"cuda": 2, "cpu": 3}
-    for asked, cuda, cpu in ((1, 1, 0), (4, 2, 2), (9, 2, 3)):
-        write_json(run.target, {"workers": asked})
-        assert wanted_workers(config, run, [plain, gpu]) == {"cuda": cuda, "cpu": cpu}
-    config.teachers.gpus_per_worker = 0.0
-    assert wanted_workers(config, run, [plain, gpu]) == {"cuda": 0, "cpu": 6}
-
-
-def test_a_limit_below_the_least_is_refused(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"max_workers=1 is less than cluster\.teachers\.num_work"
-    ):
-        make_config(tmp_path, num_workers=2, max_workers=1)
-
-
 def test_a_node_that_takes_most_workers_with_it_does_not_stop_the_pool(ray, tmp_path, monkeypatch):
     """8 of 9 workers die with their node, and 1 is wanted after that: no crash loop."""
-    there = [node(CPU=1, teacher=1), node(CPU=8, teacher=8)]
+    there = [{"Alive": True, "Resources": {"CPU": n, "teacher": n}} for n in (1.0, 8.0)]
     ray.nodes = lambda: there
     ray.behaviour = lambda name, shard: "never"
     pool = make_pool(tmp_path, num_workers=1, address="there", max_steps=40)

@@ -1,4 +1,4 @@
-"""`bowstring scale` on a live run with real Ray actors."""
+"""`bowstring scale` on a live run with real Ray actors, and how many workers fit on a cluster."""
 
 import json
 import os
@@ -10,10 +10,13 @@ import time
 import pytest
 
 from cluster.compose import compose
+from cluster.config import ClusterConfig, TeacherPoolConfig, TrainerConfig
 from cluster.configfile import save_config
+from cluster.scale import wanted_workers
 from cluster.status import open_leases, status
 from cluster.verify import audit
-from distill.rundir import RunDir, read_lines
+from distill.config import ConfigError
+from distill.rundir import RunDir, read_lines, write_json
 
 BOWSTRING = [sys.executable, "-m", "cluster.cli"]
 SHARDS = 20_000  # more than can be made while the test runs
@@ -98,3 +101,63 @@ def test_a_live_run_follows_its_target(run, tmp_path):
     report = audit(run)
     assert report["ok"], report
     assert report["shards"] > 3 and report["produced_again"] == []
+
+
+# -----------------------------------------------------------------------------------------------
+# What fits on a cluster
+
+
+def cluster_of_two_ranks(**teachers):
+    """Settings of a pool beside two trainer ranks."""
+    pool, trainer = TeacherPoolConfig(**teachers), TrainerConfig(num_workers=2)
+    return ClusterConfig(address="there", teachers=pool, trainer=trainer)
+
+
+def node(alive=True, **resources):
+    """A node as Ray tells of it."""
+    return {"Alive": alive, "Resources": {name: float(n) for name, n in resources.items()}}
+
+
+def test_as_many_workers_are_wanted_as_fit_next_to_the_trainer(tmp_path):
+    """Two ranks of one core each; a worker takes one core."""
+    run = RunDir(tmp_path)
+    config = cluster_of_two_ranks(num_workers=1)
+    empty = node(CPU=8)  # offers no place for teachers
+    both = node(CPU=4, teacher=4, trainer=8)
+    teachers = node(CPU=4, teacher=3)
+    for nodes, wanted in (
+        ([], 1),  # one is asked for in any case, and waits
+        ([empty], 1),
+        ([both], 2),
+        ([both, teachers], 5),
+        ([both, node(alive=False, CPU=4, teacher=3)], 2),
+    ):
+        assert wanted_workers(config, run, nodes) == {"cuda": 0, "cpu": wanted}
+    config.teachers.max_workers = 4
+    assert wanted_workers(config, run, [both, teachers]) == {"cuda": 0, "cpu": 4}
+    write_json(run.target, {"workers": 0})  # `bowstring scale RUN 0`
+    assert wanted_workers(config, run, [both, teachers]) == {"cuda": 0, "cpu": 0}
+    config.address = ""
+    run.target.unlink()  # on one machine nothing comes or goes
+    assert wanted_workers(config, run, [both]) == {"cuda": 0, "cpu": 1}
+
+
+def test_gpus_are_filled_first_and_nodes_without_one_take_workers_on_cpu(tmp_path):
+    run = RunDir(tmp_path)
+    config = cluster_of_two_ranks(num_workers=1)
+    config.teachers.gpus_per_worker = 0.5
+    plain, gpu = node(CPU=4, teacher=3), node(CPU=4, teacher=3, GPU=1)
+    assert wanted_workers(config, run, []) == {"cuda": 1, "cpu": 0}  # waits for a GPU
+    assert wanted_workers(config, run, [plain, gpu]) == {"cuda": 2, "cpu": 3}
+    for asked, cuda, cpu in ((1, 1, 0), (4, 2, 2), (9, 2, 3)):
+        write_json(run.target, {"workers": asked})
+        assert wanted_workers(config, run, [plain, gpu]) == {"cuda": cuda, "cpu": cpu}
+    config.teachers.gpus_per_worker = 0.0
+    assert wanted_workers(config, run, [plain, gpu]) == {"cuda": 0, "cpu": 6}
+
+
+def test_a_limit_below_the_least_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"max_workers=1 is less than cluster\.teachers\.num_work"
+    ):
+        cluster_of_two_ranks(num_workers=2, max_workers=1)
