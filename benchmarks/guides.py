@@ -31,26 +31,26 @@ NOISE_OF_TEACHERS = 0.2  # standard deviation of the error of every mean, per ax
 NUM_NOISY = 4
 STEPS, PAIRS = 240, 16_384  # of every student here
 
-STRAIGHT = BezierConfig(variant="straight", degree=1)
+STRAIGHT = BezierConfig(variant="straight")
 SETS: dict[str, dict[str, ObjectiveConfig]] = {
     "exact": {
         "straight": STRAIGHT,
         "path 2": BezierConfig(variant="path", degree=2),
         "path 3": BezierConfig(variant="path", degree=3),
     },
-    "twice": {"endpoint 2": BezierConfig(variant="endpoint", degree=2)},
-    "cheap": {"endpoint 2": BezierConfig(variant="endpoint", degree=2)},
+    "twice": {"endpoint 2": BezierConfig(variant="endpoint")},
+    "cheap": {"endpoint 2": BezierConfig(variant="endpoint")},
     "noisy": {
         "straight, last alone": STRAIGHT,
         "path 1, mean of four": BezierConfig(variant="path", degree=1),
         "path 2, mean of four": BezierConfig(variant="path", degree=2),
-        "endpoint 4": BezierConfig(variant="endpoint", degree=4),
+        "endpoint 4": BezierConfig(variant="endpoint"),
     },
     "reflowed": {
         "straight, last alone": STRAIGHT,
         "path 1, mean of two": BezierConfig(variant="path", degree=1),
         "path 2, mean of two": BezierConfig(variant="path", degree=2),
-        "endpoint 2": BezierConfig(variant="endpoint", degree=2),
+        "endpoint 2": BezierConfig(variant="endpoint"),
     },
     "reflowed3": {"straight": STRAIGHT},
 }

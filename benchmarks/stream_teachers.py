@@ -1,44 +1,51 @@
 """The pool of n local Ray workers against n bare solver loops without Ray, shards or ledger.
 
 The teacher is that of `experiment=digits` in size, guidance and solver. A bare loop draws noise,
-calls the solver and throws the states away. The pool is `bowstring generate`. Both count only while
-all have work, so that start and end play no part. Rounds alternate; what counts is the median of
-the ratios.
+calls the solver and throws the states away; like a worker it keeps freed memory
+(`distill.allocator`), which takes chance out of it. The pool is `bowstring generate`, all its processes.
+Both live through the whole measurement, and take turns of a few seconds: whoever has no turn is
+stopped (SIGSTOP). So a machine that is faster in one minute than in the next favours neither.
+
+    ratio = (pairs / seconds of its turns) of the pool / the same of the loops
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import defaultdict
-from multiprocessing.synchronize import Barrier
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+import numpy as np
+import psutil
 import torch
 
 from benchmarks.stream_page import markdown
-from benchmarks.stream_run import Run, network
+from benchmarks.stream_run import DEADLINE_S, Run, network
+from distill.allocator import keep_freed_memory
 from distill.config import TeacherConfig
 from distill.rundir import read_lines
 from distill.solvers import solve
 from distill.teachers import build_field, build_teacher
 
-SHARD, GRID, BLOCK = 256, 8, 8  # samples, intervals of the grid, shards
+SHARD, GRID = 256, 8  # samples, intervals of the grid
+TURN_S, TURNS = 8.0, 10  # of each; a lease bears far longer stops
 
 
-def bare_loop(config: TeacherConfig, batches: int, barrier: Barrier, out: Any) -> None:
-    """Puts the pairs per second of one process after a batch to warm up."""
+def bare_loop(config: TeacherConfig, ready: Barrier, over: Event, out: Any) -> None:
+    """Puts the time at the end of every batch, after one to warm up."""
+    keep_freed_memory()
     torch.set_num_threads(1)
     teacher = build_teacher(config, "cpu")
     field, image = build_field(teacher, config), teacher.image
     times = torch.linspace(0, 1, GRID + 1, dtype=torch.float64)
+    ends = []
     with torch.inference_mode():
-        for batch in range(batches + 1):
-            if batch == 1:
-                barrier.wait()
-                began = time.perf_counter()
+        while not over.is_set():
             noise = torch.randn(SHARD, *image.shape)
             label = torch.randint(image.num_classes, (SHARD,))
 
@@ -46,64 +53,99 @@ def bare_loop(config: TeacherConfig, batches: int, barrier: Barrier, out: Any) -
                 return field(x, t.expand(len(x)), label)
 
             solve(velocity, noise, times, config.solver, config.steps // GRID)
-    out.put(batches * SHARD / (time.perf_counter() - began))
+            if not ends:
+                ready.wait()
+            ends.append(time.time())
+    out.put(ends)
 
 
-def bare_pairs_per_s(config: TeacherConfig, workers: int, batches: int) -> float:
-    """Of `workers` processes together."""
+def start_loops(config: TeacherConfig, workers: int, over: Event, out: Any) -> list[BaseProcess]:
+    """Processes with a bare loop each, warm when this returns."""
     context = multiprocessing.get_context("spawn")
-    barrier, out = context.Barrier(workers), context.Queue()
-    processes = [
-        context.Process(target=bare_loop, args=(config, batches, barrier, out))
+    ready = context.Barrier(workers + 1)
+    loops: list[BaseProcess] = [
+        context.Process(target=bare_loop, args=(config, ready, over, out), daemon=True)
         for _ in range(workers)
     ]
-    for process in processes:
-        process.start()
-    speeds = [out.get(timeout=600) for _ in processes]
-    for process in processes:
-        process.join()
-    return sum(speeds)
+    for loop in loops:
+        loop.start()
+    ready.wait()
+    return loops
 
 
-def pool_pairs_per_s(folder: Path, teacher: list[str], workers: int) -> float:
-    """Of the pool between the first shard of its last worker and the last one of its first."""
-    run = Run(
-        folder,
-        [
-            *teacher,
-            f"cluster.teachers.num_workers={workers}",
-            f"train.max_steps={176 * workers}",  # a block of 22 passes each, batch 256
-        ],
-    )
-    run.finish(run.start("generate"))
-    commits = defaultdict(list)
+def signal_all(pids: list[int], what: signal.Signals) -> None:
+    """Signals processes and all below them: of the pool the supervisor, Ray's daemons, workers."""
+    for root in map(psutil.Process, pids):
+        for process in [root, *root.children(recursive=True)]:
+            process.send_signal(what)
+
+
+def take_turn(pids: list[int]) -> tuple[float, float]:
+    """Lets stopped processes run for a turn, and tells when."""
+    began = time.time()
+    signal_all(pids, signal.SIGCONT)
+    time.sleep(TURN_S)
+    signal_all(pids, signal.SIGSTOP)
+    return began, time.time()
+
+
+def rate(ends: list[float], turns: list[tuple[float, float]]) -> float:
+    """Pairs per second of its turns, from the end of its first batch in them to that of its last.
+
+    A batch that a stop fell into counts with the time it had.
+    """
+    edges = np.array(turns).ravel()
+    had = np.cumsum([0.0, *(np.diff(edges) * (np.arange(len(edges) - 1) % 2 == 0))])
+    inside = [end for end in ends if edges[0] <= end <= edges[-1]]
+    began, ended = np.interp([inside[0], inside[-1]], edges, had)
+    return float(SHARD * (len(inside) - 1) / (ended - began))
+
+
+def measure_row(folder: Path, teacher: list[str], workers: int, turns: int) -> dict[str, Any]:
+    """Pairs per second of `workers` loops and of a pool of as many."""
+    run = Run(folder, [*teacher, f"cluster.teachers.num_workers={workers}", "train.max_steps=7040"])
+    supervisor = run.start("generate")
+    while len(commits(run)) < workers:
+        if supervisor.poll() is not None:
+            run.finish(supervisor)
+        time.sleep(1)
+    signal_all([supervisor.pid], signal.SIGSTOP)
+    context = multiprocessing.get_context("spawn")
+    over, out = context.Event(), context.Queue()
+    config = TeacherConfig(path=str(folder.parent / "teacher"), steps=16, guidance=1.5)
+    loops = [loop.pid or 0 for loop in start_loops(config, workers, over, out)]
+    signal_all(loops, signal.SIGSTOP)
+    loops_turns, pool_turns = [], []
+    for _ in range(turns):
+        loops_turns.append(take_turn(loops))
+        pool_turns.append(take_turn([supervisor.pid]))
+    over.set()
+    signal_all([*loops, supervisor.pid], signal.SIGCONT)
+    bare = [rate(out.get(timeout=DEADLINE_S), loops_turns) for _ in loops]
+    supervisor.send_signal(signal.SIGTERM)
+    run.finish(supervisor)
+    ours = [rate(ends, pool_turns) for ends in commits(run).values()]
+    return {
+        "workers": workers,
+        "bare_pairs_per_s": sum(bare),
+        "pool_pairs_per_s": sum(ours),
+        "ratio": sum(ours) / sum(bare),
+    }
+
+
+def commits(run: Run) -> dict[str, list[float]]:
+    """When every worker's shards were committed."""
+    found = defaultdict(list)
     for event in read_lines(run.files.events):
         if event["kind"] == "commit":
-            commits[event["worker"]].append(event["time"])
-    first, last = max(min(t) for t in commits.values()), min(max(t) for t in commits.values())
-    made = run.history().shards_made([first, last])
-    return SHARD * float(made[1] - made[0]) / (last - first)
+            found[event["worker"]].append(event["time"])
+    return found
 
 
 def measure(quick: bool, folder: Path) -> dict[str, Any]:
     """A row for 1 and 2 workers."""
-    teacher = network(folder / "teacher")
-    config = TeacherConfig(path=str(folder / "teacher"), steps=16, guidance=1.5)
-    rows = []
-    for workers in (1, 2):
-        bare, ours = [], []
-        for index in range(1 if quick else 2):
-            bare.append(bare_pairs_per_s(config, workers, BLOCK))
-            place = folder / f"{workers}-{index}"
-            ours.append(pool_pairs_per_s(place, teacher, workers))
-        rows.append(
-            {
-                "workers": workers,
-                "bare_pairs_per_s": bare,
-                "pool_pairs_per_s": ours,
-                "ratio": median(a / b for a, b in zip(ours, bare, strict=True)),
-            }
-        )
+    teacher, turns = network(folder / "teacher"), TURNS // 2 if quick else TURNS
+    rows = [measure_row(folder / str(n), teacher, n, turns) for n in (1, 2)]
     return {"shard": SHARD, "rows": rows}
 
 
@@ -112,13 +154,13 @@ def page(found: dict[str, Any]) -> str:
     rows = [
         [
             str(row["workers"]),
-            f"{median(row['pool_pairs_per_s']):.1f}",
-            f"{median(row['bare_pairs_per_s']):.1f}",
+            f"{row['pool_pairs_per_s']:.1f}",
+            f"{row['bare_pairs_per_s']:.1f}",
             f"{row['ratio']:.3f}",
         ]
         for row in found["rows"]
     ]
-    seconds = found["shard"] / median(found["rows"][0]["pool_pairs_per_s"])
+    seconds = found["shard"] / found["rows"][0]["pool_pairs_per_s"]
     return (
         f"{markdown([['workers', 'pool, pairs/s', 'bare loops, pairs/s', 'ratio'], *rows])}\n\n"
         f"Digits' teacher, {found['shard']} samples a shard, {seconds:.1f} s each. Bar: 0.95."

@@ -205,7 +205,7 @@ class RunConfig:
                 f"trajectory.grid={self.trajectory.grid}",
             )
         trajectory = self.trajectory
-        self.objective.check_stored(trajectory.grid, trajectory.points, len(self.teacher))
+        self.objective.check_stored(trajectory.grid, trajectory.points)
         self.train.accumulation(self.cluster.trainer.num_workers)
         _check_derivative(self.objective, self.train)
         stream = self.trajectory

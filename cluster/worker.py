@@ -15,6 +15,7 @@ import torch
 
 from cluster.config import RunConfig
 from cluster.scale import Device
+from distill.allocator import keep_freed_memory
 from distill.generate import generate_shard
 from distill.ledger import ShardSpec
 from distill.rundir import RunDir
@@ -40,6 +41,7 @@ class TeacherWorker:
 
     def load(self) -> dict[str, Any]:
         """Loads the teachers; name, and the fingerprint of each teacher."""
+        keep_freed_memory()
         torch.set_num_threads(self._config.cluster.teachers.threads_per_worker)
         self._teachers = {
             name: build_teacher(teacher, self._device)

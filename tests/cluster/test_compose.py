@@ -173,10 +173,6 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             "2 jumps go through t = .*, and not all of these states are stored",
         ),
         (
-            ["experiment=tiny", "objective=bezier", "teacher=two", "objective.variant=endpoint"],
-            "degree=1 of variant=endpoint must be the number of teachers, 2",
-        ),
-        (
             ["experiment=tiny", "objective.weight_velocity=-1"],
             "weight_velocity=-1.0 must not be below 0",
         ),
