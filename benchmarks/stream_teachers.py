@@ -1,10 +1,10 @@
 """The pool of n local Ray workers against n bare solver loops without Ray, shards or ledger.
 
 The teacher is that of `experiment=digits` in size, guidance and solver. A bare loop draws noise,
-calls the solver and throws the states away; like a worker it keeps freed memory
-(`distill.allocator`), which takes chance out of it. The pool is `bowstring generate`, all its processes.
-Both live through the whole measurement, and take turns of a few seconds: whoever has no turn is
-stopped (SIGSTOP). So a machine that is faster in one minute than in the next favours neither.
+calls the solver and throws the states away. Like a worker it keeps freed memory, which takes chance
+out of it (`distill.allocator`). The pool is `bowstring generate`, all its processes. Both live
+through the whole measurement and take turns of a few seconds: whoever has no turn is stopped
+(SIGSTOP). So a machine that is faster in one minute than in the next favours neither.
 
     ratio = (pairs / seconds of its turns) of the pool / the same of the loops
 """
