@@ -2,9 +2,10 @@
 
 The teacher is that of `experiment=digits` in size, guidance and solver. A bare loop draws noise,
 calls the solver and throws the states away. Like a worker it keeps freed memory, which takes chance
-out of it (`distill.allocator`). The pool is `bowstring generate`, all its processes. Both live
-through the whole measurement and take turns of a few seconds: whoever has no turn is stopped
-(SIGSTOP). So a machine that is faster in one minute than in the next favours neither.
+out of it (`distill.allocator`), and has the low priority of Ray's workers. The pool is
+`bowstring generate`, all its processes. Both live through the whole measurement and take turns of a
+few seconds: whoever has no turn is stopped (SIGSTOP). So a machine that is faster in one minute
+than in the next favours neither.
 
     ratio = (pairs / seconds of its turns) of the pool / the same of the loops
 """
@@ -12,6 +13,7 @@ through the whole measurement and take turns of a few seconds: whoever has no tu
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from collections import defaultdict
@@ -33,11 +35,13 @@ from distill.solvers import solve
 from distill.teachers import build_field, build_teacher
 
 SHARD, GRID = 256, 8  # samples, intervals of the grid
+RAY_NICENESS = 15  # of its workers, unless RAY_worker_niceness says another
 TURN_S, TURNS = 8.0, 10  # of each; a lease bears far longer stops
 
 
 def bare_loop(config: TeacherConfig, ready: Barrier, over: Event, out: Any) -> None:
     """Puts the time at the end of every batch, after one to warm up."""
+    os.nice(RAY_NICENESS)
     keep_freed_memory()
     torch.set_num_threads(1)
     teacher = build_teacher(config, "cpu")
