@@ -13,8 +13,10 @@ from typing import Protocol
 
 import torch
 
+from cluster.calls import objective_calls
 from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
+from cluster.netcost import network_cost
 from cluster.zero import DeepSpeedEngine
 from distill.config import ConfigError
 from distill.datasets import load_images
@@ -24,7 +26,7 @@ from distill.manifest import latest_verified, step_name
 from distill.models import DESCRIPTION, load_model
 from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
-from distill.objective_config import ReflowConfig
+from distill.objective_config import ObjectiveConfig, ReflowConfig
 from distill.objectives import build_objective
 from distill.objectives.base import Objective
 from distill.pretrain import ImageStream
@@ -32,6 +34,7 @@ from distill.rundir import RunDir, append_line, lock_file
 from distill.stream import TrajectoryStream
 from distill.teachers.sit import load_sit
 from distill.train import train
+from distill.train_log import Work
 from distill.trajectory import TrajectoryBatch
 
 LOCK_TIMEOUT_S = 60.0  # ranks of a killed supervisor are gone within seconds
@@ -44,9 +47,21 @@ def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool
     with _only_trainer(job.run, engine):
         if engine.rank == 0:
             append_line(job.run.events, {"kind": "init", "weights": origin})
-        config = job.config.objective if job.stage == "train" else ReflowConfig()
+        config = objective_of(job)
         objective = build_objective(config, job.config.seed, device, engine.gradient_norms)
         return train_with_exports(job, engine, open_source(job, engine), objective, should_stop)
+
+
+def objective_of(job: TrainJob) -> ObjectiveConfig:
+    """What is optimised: a teacher learns the straight paths from noise to data."""
+    return job.config.objective if job.stage == "train" else ReflowConfig()
+
+
+def work_of(job: TrainJob) -> Work:
+    """FLOP of a sample by formula, recomputed blocks left out, and the device to compare with."""
+    forward = network_cost(job.config.student, job.config.data.image).flops
+    per_sample = objective_calls(objective_of(job)).in_forwards * forward
+    return Work(per_sample, job.config.cluster.device_flops)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -186,6 +201,7 @@ def train_with_exports(
                 origin={"seed": job.config.seed, "config_hash": job.config_hash},
                 wait_s=lambda: source.wait_s,
                 should_stop=is_enough,
+                work=work_of(job),
             )
         if done < end:
             return done

@@ -57,6 +57,14 @@ def _summary(found: dict[str, Any]) -> Table:
         "training",
         f"{_number(train['samples_per_s'])} samples/s, {_number(train['world_size'])} ranks",
     )
+    if train["phases_s"]:
+        phases = train["phases_s"].items()
+        head.add_row("a step", ", ".join(f"{name} {_number(s * 1e3, ' ms')}" for name, s in phases))
+    if train["flops_per_s"] is not None:
+        speed = f"{_number(train['flops_per_s'])} FLOP/s by formula"
+        head.add_row("work", f"{speed}, {train['mfu']:.1%} of cluster.device_flops")
+    if train["peak_memory_bytes"] is not None:
+        head.add_row("peak memory", f"{train['peak_memory_bytes']:,} bytes, of the largest rank")
     head.add_row("waited for data", "-" if wait is None else f"{wait:.1%} of the time")
     if found["waiting_for"]:
         head.add_row("waits for", found["waiting_for"])

@@ -257,6 +257,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int = 100  # steps
     keep_last: int = 2  # checkpoints
+    profile: bool = False  # every start traces a few steps, into the run's folder
     label_dropout: float = 0.1  # chance that a label becomes "none"; of a teacher's training only
 
     def __post_init__(self) -> None:

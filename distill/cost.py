@@ -39,6 +39,20 @@ def train_device_s(run: RunDir) -> float:
     return total
 
 
+def phase_seconds(metrics: list[dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds of a step in each phase, over logged steps in the order of time."""
+    total: dict[str, float] = {}
+    position = steps = 0
+    for record in metrics:
+        if "phases_s" in record:
+            count = max(0, record["step"] - position)
+            steps += count
+            for name, seconds in record["phases_s"].items():
+                total[name] = total.get(name, 0.0) + count * seconds
+        position = record["step"]
+    return {name: seconds / steps for name, seconds in total.items()} if steps else {}
+
+
 def goodput(run: RunDir, now: float | None = None) -> float | None:
     """Useful step time over the wall time of training, in [0, 1]; None before the first metrics.
 

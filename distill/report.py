@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from distill.cost import phase_seconds
 from distill.figures import (
     inline_svg,
     loss_figure,
@@ -191,7 +192,21 @@ def speed(facts: Facts) -> str:
     if not metrics:
         return missing("No speed has been logged yet.", "It comes with: bowstring train.")
     caption = "Waiting means that the trainer was ready and the next shards were not there."
-    return f"<figure>{speed_figure(metrics)}<figcaption>{caption}</figcaption></figure>"
+    figure = f"<figure>{speed_figure(metrics)}<figcaption>{caption}</figcaption></figure>"
+    return figure + step_split(facts)
+
+
+def step_split(facts: Facts) -> str:
+    """Where the time of a step goes; nothing for runs from before that was noted."""
+    phases = phase_seconds(facts.metrics)
+    whole = sum(phases.values()) or 1.0
+    rows = [[name, f"{number(1e3 * s)} ms", f"{s / whole:.1%}"] for name, s in phases.items()]
+    last = facts.metrics[-1]
+    if "mfu" in last:
+        rows.append(["work, last", f"{last['flops_per_s']:.3g} FLOP/s", f"{last['mfu']:.1%} MFU"])
+    if "peak_memory_bytes" in last:
+        rows.append(["peak memory of a rank", size(last["peak_memory_bytes"]), ""])
+    return table(["of a mean step", "", "share"], rows) if rows else ""
 
 
 def teachers(facts: Facts) -> str:

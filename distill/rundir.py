@@ -76,6 +76,16 @@ class RunDir:
         return self.root / "metrics.jsonl"
 
     @property
+    def tensorboard(self) -> Path:
+        """Event files of TensorBoard, a copy of the metrics."""
+        return self.root / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """Traces of a few steps by torch.profiler."""
+        return self.root / "profile"
+
+    @property
     def cursor(self) -> Path:
         """cursor.json: the block the trainer reads."""
         return self.root / "cursor.json"

@@ -7,7 +7,8 @@ import torch
 
 from cluster.compose import compose
 from cluster.job import TrainJob
-from cluster.rank import Images, initial_network, train_with_exports
+from cluster.plan import estimate
+from cluster.rank import Images, initial_network, train_with_exports, work_of
 from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import TorchEngine
@@ -98,3 +99,13 @@ def test_a_student_of_another_shape_starts_fresh_and_says_so(tmp_path):
     job.config.student.depth = 2
     _, origin = initial_network(TrainJob("train", job.config, None, tmp_path))
     assert origin == "fresh: teacher.pretrained has another architecture than the student"
+
+
+def test_the_work_of_a_step_is_that_of_the_estimate(tmp_path):
+    job = job_in(tmp_path, "train.batch_size=32", "cluster.device_flops=3e9")
+    found = estimate(job.config, None)["formula"]["flops"]
+    for stage, settings in (("pretrain", job.config.pretrain.train), ("train", job.config.train)):
+        work = work_of(TrainJob(stage, job.config, None, tmp_path))
+        samples = settings.max_steps * settings.batch_size
+        assert samples * work.flops_per_sample == found[stage]
+        assert work.device_flops == 3e9

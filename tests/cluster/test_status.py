@@ -68,6 +68,15 @@ def test_a_run_in_the_middle(run):
     json.dumps(found)
 
 
+def test_where_a_step_spends_its_time_is_shown(run):
+    work = {"flops_per_s": 2e9, "mfu": 0.125, "peak_memory_bytes": 10**9}
+    phases = {"data": 0.001, "forward": 0.02}
+    append_line(run.metrics, {"step": 2, "loss": 0.5, "phases_s": phases, **work})
+    text = shown(status(run))
+    for words in ("data 1 ms, forward 20 ms", "2e+09 FLOP/s", "12.5% of", "1,000,000,000 bytes"):
+        assert words in text
+
+
 def test_open_leases_are_those_without_an_end():
     events = [
         {"time": 0, "kind": "lease", "shard": 0, "worker": "a"},

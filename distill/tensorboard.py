@@ -1,0 +1,39 @@
+"""TensorBoard's event files, a copy of metrics.jsonl. The only importer of tensorboard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+FLUSH_S = 10  # a kill loses so much of the copy
+
+
+class EventFile:
+    """Scalars of a training that goes on after `start` steps. A thread writes them."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        # Hides what an earlier start wrote of the steps that are now done again.
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=FLUSH_S)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Adds every number of a line of metrics.jsonl; raises OSError if none can be written."""
+        for tag, value in scalars(metrics):
+            self._writer.add_scalar(tag, value, step)
+
+    def close(self) -> None:
+        """Writes what is left. A full disk is said by the logs that this is a copy of."""
+        with suppress(OSError):
+            self._writer.close()
+
+
+def scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """(tag, value) of every number but the step; nested ones as "terms/output"."""
+    for name, value in metrics.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}{name}/")
+        elif name != "step":
+            yield prefix + name, float(value)

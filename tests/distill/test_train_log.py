@@ -1,0 +1,179 @@
+"""What a training says of itself: phases, speed, spikes, event files, traces."""
+
+import gzip
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distill import phases
+from distill.config import DiTConfig, ImageSpec, TrainConfig
+from distill.cost import phase_seconds
+from distill.engine import TorchEngine
+from distill.networks import build_network
+from distill.objective_config import ReflowConfig
+from distill.objectives import build_objective
+from distill.phases import PHASES, PhaseClock
+from distill.rundir import RunDir, read_lines
+from distill.tensorboard import scalars
+from distill.testing import StraightFlow, flow_batch
+from distill.train import train
+from distill.train_log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
+
+CPU = torch.device("cpu")
+IMAGE = ImageSpec(1, 4, 3)
+NETWORK = DiTConfig(patch_size=2, width=8, depth=1, num_heads=1)
+DOUBLE = flow_batch(StraightFlow(torch.full(IMAGE.shape, 0.5), 0.3), grid=2, count=4)
+FLOATS = {name: getattr(DOUBLE, name).float() for name in ("states", "times", "weights")}
+BATCH = replace(DOUBLE, **FLOATS)
+
+
+def fit(root, steps, objective=None, **settings):
+    """Trains to step `steps`; its run directory."""
+    config = TrainConfig(batch_size=4, **{"log_every": 5, "save_every": 10, **settings})
+    config.max_steps = steps
+    train(
+        TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU),
+        lambda step: BATCH,
+        objective or build_objective(ReflowConfig(), 0),
+        config,
+        RunDir(root),
+        origin={},
+        wait_s=lambda: 0.0,
+        should_stop=lambda: False,
+        work=Work(flops_per_sample=1e3, device_flops=1e6),
+    )
+    return RunDir(root)
+
+
+def events(run, kind):
+    return [event for event in read_lines(run.events) if event["kind"] == kind]
+
+
+# -----------------------------------------------------------------------------------------------
+# Phases and speed
+
+
+def test_a_clock_gives_every_second_to_one_phase(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 6.0, 10.0, 15.0, 21.0])
+    monkeypatch.setattr(phases, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    clock = PhaseClock(CPU)
+    for phase in ("data", "forward", "data"):
+        clock.enter(phase)
+    none = dict.fromkeys(PHASES, 0.0)
+    assert clock.read() == none | {"other": 1.0, "data": 2.0 + 4.0, "forward": 3.0}
+    assert clock.read() == none | {"data": 5.0}  # it goes on
+    assert clock.read() == none | {"data": 6.0}
+
+
+def test_metrics_say_where_the_time_goes_and_what_was_achieved(tmp_path):
+    run = fit(tmp_path, 20)
+    lines = list(read_lines(run.metrics))
+    assert [line["step"] for line in lines] == [5, 10, 15, 20]
+    for line in lines:
+        spent = line["phases_s"]
+        assert set(spent) == set(PHASES)
+        assert all(spent[name] > 0 for name in ("data", "forward", "backward", "optimizer"))
+        # The save of step 10 belongs to the line after it, and not to the time of its steps.
+        assert (spent["save"] > 0) == (line["step"] == 15)
+        assert line["flops_per_s"] == pytest.approx(1e3 * line["samples_per_s"])
+        assert line["mfu"] == pytest.approx(line["flops_per_s"] / 1e6)
+        assert line["peak_memory_bytes"] > 10**7
+
+
+def test_a_mean_step_is_weighted_by_steps():
+    metrics = [
+        {"step": 10, "phases_s": {"forward": 1.0, "save": 0.0}},
+        {"step": 40, "phases_s": {"forward": 2.0, "save": 0.4}},
+    ]
+    assert phase_seconds(metrics) == pytest.approx({"forward": 1.75, "save": 0.3})
+    assert phase_seconds([{"step": 10}]) == {}
+
+
+# -----------------------------------------------------------------------------------------------
+# Spikes
+
+
+def test_noise_is_no_spike_and_a_fivefold_loss_is_one():
+    draw = np.random.Generator(np.random.Philox(key=[1, 2]))
+    losses = np.exp(0.3 * draw.standard_normal(5000)) / (1 + np.arange(5000) / 500)
+    before = [losses[max(0, step - HISTORY) : step].tolist() for step in range(5000)]
+    assert not any(map(stands_out, losses.tolist(), before))
+    assert all(stands_out(5 * float(np.median(b)), b) for b in before[FEWEST:])
+    assert not stands_out(1e9, before[FEWEST - 1])  # too little to compare with
+
+
+class SpikeAt:
+    """The usual loss, many times as large at one step."""
+
+    def __init__(self, step):
+        self.inner, self.step = build_objective(ReflowConfig(), 0), step
+
+    def loss(self, batch, student, target, step):
+        result = self.inner.loss(batch, student, target, step)
+        factor = 100.0 if step == self.step else 1.0
+        result.weights = {name: factor * weight for name, weight in result.weights.items()}
+        return result
+
+
+def test_a_spike_is_named_with_its_step_and_ids(tmp_path):
+    run = fit(tmp_path, 30, SpikeAt(22))
+    (spike,) = events(run, "spike")
+    assert (spike["step"], spike["rank"], spike["ids"]) == (22, 0, [0, 1, 2, 3])
+    assert spike["loss"] > 10 * spike["median"] > 0
+
+
+class RankZeroOfTwo:
+    """Of two ranks; whatever this one has, the other has ten times."""
+
+    rank, world_size, device = 0, 2, CPU
+
+    def gather(self, values):
+        return torch.stack([values, values * 10])
+
+
+def test_the_rank_with_the_largest_loss_is_named(tmp_path):
+    log = TrainLog(RankZeroOfTwo(), RunDir(tmp_path), 100, lambda: 0.0, None)
+    for index in range(20):
+        value = torch.tensor(50.0 if index == 18 else 1.0)
+        log.add(BATCH, [Losses(value, {"a": value})], 1e-3, 1.0)
+    log.write(120)
+    (spike,) = events(RunDir(tmp_path), "spike")
+    assert (spike["step"], spike["rank"], spike["ids"]) == (118, 1, [0, 10, 20, 30])
+    assert (spike["loss"], spike["median"]) == (275.0, 5.5)
+    (line,) = read_lines(RunDir(tmp_path).metrics)
+    assert line["loss"] == pytest.approx((19 * 5.5 + 275) / 20)
+
+
+# -----------------------------------------------------------------------------------------------
+# TensorBoard and traces
+
+
+def test_event_files_hold_the_metrics_and_no_step_twice(tmp_path):
+    run = fit(tmp_path, 15)
+    (run.checkpoints / "step_00000015").rename(tmp_path / "lost")
+    fit(tmp_path, 20)  # from step 10 on
+    metrics = list(read_lines(run.metrics))
+    assert [line["step"] for line in metrics] == [5, 10, 15, 15, 20]
+    last = {line["step"]: dict(scalars(line)) for line in metrics}
+    found = EventAccumulator(str(run.tensorboard)).Reload()
+    assert set(found.Tags()["scalars"]) == set(last[20])
+    for tag in last[20]:
+        values = {event.step: event.value for event in found.Scalars(tag)}
+        assert [event.step for event in found.Scalars(tag)] == [5, 10, 15, 20]
+        assert values == pytest.approx({step: line[tag] for step, line in last.items()}, rel=1e-6)
+
+
+def test_a_trace_of_three_steps_is_written_when_asked_for(tmp_path):
+    assert not fit(tmp_path / "plain", 10).profile.exists()
+    run = fit(tmp_path / "traced", 10, profile=True)
+    (path,) = run.profile.iterdir()
+    assert path.name == "step_00000002-rank_00000.json.gz"
+    with gzip.open(path) as file:
+        names = [event["name"] for event in json.load(file)["traceEvents"]]
+    assert sum(name.startswith("ProfilerStep#") for name in set(names)) == 3
+    assert "aten::addmm" in names or "aten::mm" in names
