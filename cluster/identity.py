@@ -38,6 +38,7 @@ TRAIN_LEFT_OUT = (
     "log_every",
     "save_every",
     "keep_last",
+    "keep_every",
     "zero_stage",
     "micro_batch",
     "activation_checkpointing",

@@ -27,7 +27,7 @@ from cluster.eviction import first_shard_read, recorded
 from cluster.identity import read_identity
 from distill.config import ConfigError
 from distill.ledger import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
-from distill.manifest import committed_steps, verify
+from distill.manifest import KEPT, committed_steps, verify
 from distill.order import Order
 from distill.rundir import RunDir, read_lines
 from distill.store import open_store, read_sidecar, verify_shard
@@ -47,7 +47,8 @@ def audit(run: RunDir) -> dict[str, Any]:
     consumed_sha256: of the planned ids of those steps, little-endian int64; equal for two runs that
         read the same samples in the same order.
     consumption: what is wrong with the windows.
-    checkpoints: steps that verify, and the problems of those that do not.
+    checkpoints: steps that verify, of those that a run goes on from (verified) and of those kept
+        for good (kept), and the problems of those that do not (bad).
     quarantined, orphans, produced_again: for information.
 
     Raises:
@@ -235,13 +236,14 @@ def _quarantined(run: RunDir) -> list[str]:
 
 
 def _audit_checkpoints(run: RunDir) -> dict[str, Any]:
-    verified, bad = [], []
-    for step, folder in committed_steps(run.checkpoints).items():
-        problems = verify(folder)
-        if problems and not folder.exists():  # a live run no longer keeps it
-            continue
-        if problems:
-            bad.append({"step": step, "problems": problems})
-        else:
-            verified.append(step)
-    return {"verified": verified, "bad": bad}
+    found: dict[str, Any] = {"verified": [], "kept": [], "bad": []}
+    for name, parent in (("verified", run.checkpoints), ("kept", run.checkpoints / KEPT)):
+        for step, folder in committed_steps(parent).items():
+            problems = verify(folder)
+            if problems and not folder.exists():  # a live run has deleted or moved it
+                continue
+            if problems:
+                found["bad"].append({"step": step, "problems": problems})
+            else:
+                found[name].append(step)
+    return found

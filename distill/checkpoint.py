@@ -22,6 +22,7 @@ from torch import Tensor
 
 from distill.engine import Engine, FragmentReader, average_kind
 from distill.manifest import (
+    KEPT,
     LATEST,
     MANIFEST,
     CheckpointError,
@@ -42,7 +43,12 @@ SEPARATOR = "|"  # between kind, parameter name and start in a tensor's key
 
 
 def save(
-    checkpoints: Path, step: int, engine: Engine, keep_last: int, origin: dict[str, Any]
+    checkpoints: Path,
+    step: int,
+    engine: Engine,
+    keep_last: int,
+    origin: dict[str, Any],
+    keep_every: int = 0,
 ) -> Path:
     """Folder of the committed checkpoint after `step` steps. Collective: all ranks call it.
 
@@ -72,7 +78,7 @@ def save(
         try:
             write_json(staging / MANIFEST, _manifest(step, engine, origin, files))
             _publish(staging, final)
-            _retain(checkpoints, keep_last)
+            _retain(checkpoints, keep_last, keep_every)
         except OSError as error:
             failure = f"rank 0 could not commit {final}: {error}"
     _raise_together(engine, failure, staging)
@@ -123,16 +129,32 @@ def _publish(staging: Path, final: Path) -> None:
     write_atomic(final.parent / LATEST, f"{final.name}\n".encode())
 
 
-def _retain(checkpoints: Path, keep_last: int) -> None:
-    """Deletes all but the newest `keep_last` once the newest verifies, and stale staging."""
-    newest_first = list(reversed(committed_steps(checkpoints).values()))
-    if newest_first and not verify(newest_first[0]):
-        for folder in newest_first[keep_last:]:
-            doomed = folder.with_name(f"{folder.name}.tmp-deleted")
-            folder.rename(doomed)  # a half-deleted folder must not look like a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
-        for folder in checkpoints.glob("step_*.tmp-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+def _retain(checkpoints: Path, keep_last: int, keep_every: int) -> None:
+    """Takes away all but the newest `keep_last` once the newest verifies, and stale staging.
+
+    Multiples of `keep_every` move to the folder KEPT, the others are deleted.
+    """
+    newest_first = list(reversed(committed_steps(checkpoints).items()))
+    if not newest_first or verify(newest_first[0][1]):
+        return
+    for step, folder in newest_first[keep_last:]:
+        if keep_every and step % keep_every == 0:
+            kept = checkpoints / KEPT / folder.name
+            kept.parent.mkdir(exist_ok=True)
+            if kept.exists():  # from before the run fell back behind this step
+                _delete(kept, checkpoints)
+            folder.rename(kept)
+        else:
+            _delete(folder, checkpoints)
+    for folder in checkpoints.glob("step_*.tmp-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _delete(folder: Path, checkpoints: Path) -> None:
+    # A half-deleted folder must not look like a checkpoint.
+    doomed = checkpoints / f"{folder.name}.tmp-deleted-{uuid.uuid4().hex[:8]}"
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
 
 
 def _raise_together(engine: Engine, failure: str, staging: Path) -> None:

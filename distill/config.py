@@ -257,6 +257,7 @@ class TrainConfig:
     log_every: int = 10  # steps
     save_every: int = 100  # steps
     keep_last: int = 2  # checkpoints
+    keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good; 0: none
     profile: bool = False  # every start traces a few steps, into the run's folder
     label_dropout: float = 0.1  # chance that a label becomes "none"; of a teacher's training only
 
@@ -273,6 +274,11 @@ class TrainConfig:
         check_choice("train.decay", self.decay, ("constant", "cosine"))
         check_choice("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(0 <= self.zero_stage <= 3, f"train.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        check(
+            self.keep_every % self.save_every == 0,
+            f"train.keep_every={self.keep_every} must be a multiple of train.save_every="
+            f"{self.save_every}, or 0",
+        )
         check(len(self.betas) == 2, f"train.betas={self.betas} must be two numbers")
         for name in ("ema_target", "ema_evaluation"):
             value = getattr(self, name)

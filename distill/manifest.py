@@ -3,6 +3,7 @@
     checkpoints/step_00001000/MANIFEST.json           names every file with its size and sha256
     checkpoints/step_00001000/rank_00000.safetensors  pieces of named tensors
     checkpoints/latest                                name of the newest one, for people
+    checkpoints/kept/step_00001000/                   kept for good; no run goes on from it by itself
 
 A folder without a whole manifest is not a checkpoint, whatever its name.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
+KEPT = "kept"
 STEP_PATTERN = re.compile(r"step_(\d{8,})")
 
 
@@ -98,5 +100,10 @@ def latest_verified(checkpoints: Path) -> tuple[int, Path] | None:
     if problems:
         raise CheckpointError(
             "no checkpoint can be opened; move them away to start again: " + "; ".join(problems)
+        )
+    if committed_steps(checkpoints / KEPT):
+        raise CheckpointError(
+            f"{checkpoints} holds only those in {KEPT}; move one of them up to go on from it, or "
+            "all of them away to start again"
         )
     return None
