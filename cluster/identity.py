@@ -42,6 +42,7 @@ TRAIN_LEFT_OUT = (
     "zero_stage",
     "micro_batch",
     "activation_checkpointing",
+    "save_async",
     "profile",
 )
 TRAJECTORY_LEFT_OUT = ("location", "ready_ahead", "max_bytes", "wait_timeout_s")

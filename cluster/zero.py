@@ -30,6 +30,7 @@ from cluster.partition import (
     PassingCopy,
     WholeCopy,
 )
+from cluster.ranks import GroupPeers, background_peers
 from distill.config import ConfigError, TrainConfig
 from distill.ema import Average
 from distill.engine import (
@@ -114,7 +115,9 @@ class DeepSpeedEngine:
     """One rank of ZeRO. The process group must be up."""
 
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
-        self.rank, self.world_size, self.device = dist.get_rank(), dist.get_world_size(), device
+        self._ranks, self.device = GroupPeers(device), device
+        self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
+        self.background = background_peers() if config.save_async else self._ranks
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
@@ -259,14 +262,10 @@ class DeepSpeedEngine:
             copy.forget()
 
     def any(self, flag: bool) -> bool:
-        value = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value)
+        return self._ranks.any(flag)
 
     def gather(self, values: Tensor) -> Tensor:
-        rows = [torch.empty_like(values, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(rows, values.to(self.device).contiguous())
-        return torch.stack(rows).to(values.device)
+        return self._ranks.gather(values)
 
     @contextmanager
     def _extra_pass(self) -> Iterator[None]:

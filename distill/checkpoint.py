@@ -11,6 +11,7 @@ import hashlib
 import shutil
 import uuid
 from collections import defaultdict
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from distill.engine import Engine, FragmentReader, average_kind
+from distill.engine import Engine, FragmentReader, Peers, average_kind
 from distill.manifest import (
     KEPT,
     LATEST,
@@ -42,68 +43,27 @@ SEPARATOR = "|"  # between kind, parameter name and start in a tensor's key
 # Save
 
 
-def save(
-    checkpoints: Path,
-    step: int,
-    engine: Engine,
-    keep_last: int,
-    origin: dict[str, Any],
-    keep_every: int = 0,
-) -> Path:
-    """Folder of the committed checkpoint after `step` steps. Collective: all ranks call it.
+@dataclass(frozen=True)
+class Snapshot:
+    """A rank's part of the state after `step` steps, in host memory.
+
+    Attributes:
+        step: steps done.
+        about: what the manifest says, but for the files.
+        tensors: the pieces, by key.
+    """
+
+    step: int
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def take_snapshot(step: int, engine: Engine, origin: dict[str, Any]) -> Snapshot:
+    """A copy of the state that this rank holds.
 
     `origin` goes into the manifest: the seed and the hash of the run's settings.
-
-    Raises:
-        CheckpointError: on every rank, when any rank failed. Nothing half-written stays.
     """
-    nonce = int(engine.gather(torch.tensor(uuid.uuid4().int % 2**62))[0])
-    staging = checkpoints / f"{step_name(step)}.tmp-{nonce:016x}"
-    final = checkpoints / step_name(step)
-    digest, size, failure = b"\0" * 32, 0, ""
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        digest, size = _write_rank_file(staging / _rank_file(engine.rank), engine)
-    except OSError as error:
-        failure = f"rank {engine.rank} could not write {staging}: {error}"
-    _raise_together(engine, failure, staging)
-
-    digests = engine.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
-    sizes = engine.gather(torch.tensor(size))
-    if engine.rank == 0:
-        files = {
-            _rank_file(rank): {"bytes": int(sizes[rank]), "sha256": bytes(digests[rank]).hex()}
-            for rank in range(engine.world_size)
-        }
-        try:
-            write_json(staging / MANIFEST, _manifest(step, engine, origin, files))
-            _publish(staging, final)
-            _retain(checkpoints, keep_last, keep_every)
-        except OSError as error:
-            failure = f"rank 0 could not commit {final}: {error}"
-    _raise_together(engine, failure, staging)
-    return final
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-def _write_rank_file(path: Path, engine: Engine) -> tuple[bytes, int]:
-    """sha256 and size of this rank's file, written and flushed to disk."""
-    tensors = {
-        SEPARATOR.join((f.kind, f.name, str(f.start))): f.data.detach().cpu().clone()
-        for f in engine.fragments()
-    }
-    data = to_bytes(tensors)
-    write_atomic(path, data)
-    return hashlib.sha256(data).digest(), len(data)
-
-
-def _manifest(
-    step: int, engine: Engine, origin: dict[str, Any], files: dict[str, Any]
-) -> dict[str, Any]:
-    return {
+    about = {
         "format": FORMAT,
         "step": step,
         "world_size": engine.world_size,
@@ -111,8 +71,54 @@ def _manifest(
         "rng": "counter-based",  # all randomness is a function of seed and step
         **origin,
         "versions": {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
-        "files": files,
     }
+    tensors = {
+        SEPARATOR.join((f.kind, f.name, str(f.start))): f.data.detach().to("cpu", copy=True)
+        for f in engine.fragments()
+    }
+    return Snapshot(step, about, tensors)
+
+
+def commit(
+    checkpoints: Path, snapshot: Snapshot, ranks: Peers, keep_last: int, keep_every: int = 0
+) -> int:
+    """Bytes of the checkpoint that is there now. Collective: all ranks call it.
+
+    Raises:
+        CheckpointError: on every rank, when any rank failed. Nothing half-written stays.
+    """
+    nonce = int(ranks.gather(torch.tensor(uuid.uuid4().int % 2**62))[0])
+    final = checkpoints / step_name(snapshot.step)
+    staging = final.with_name(f"{final.name}.tmp-{nonce:016x}")
+    digest, size, failure = b"\0" * 32, 0, ""
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        data = to_bytes(snapshot.tensors)
+        write_atomic(staging / _rank_file(ranks.rank), data)
+        digest, size = hashlib.sha256(data).digest(), len(data)
+    except OSError as error:
+        failure = f"rank {ranks.rank} could not write {staging}: {error}"
+    _raise_together(ranks, failure, staging)
+
+    digests = ranks.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
+    sizes = ranks.gather(torch.tensor(size))
+    if ranks.rank == 0:
+        files = {
+            _rank_file(rank): {"bytes": int(sizes[rank]), "sha256": bytes(digests[rank]).hex()}
+            for rank in range(ranks.world_size)
+        }
+        try:
+            write_json(staging / MANIFEST, {**snapshot.about, "files": files})
+            _publish(staging, final)
+            _retain(checkpoints, keep_last, keep_every)
+        except OSError as error:
+            failure = f"rank 0 could not commit {final}: {error}"
+    _raise_together(ranks, failure, staging)
+    return int(sizes.sum())
+
+
+def _rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
 
 
 def _publish(staging: Path, final: Path) -> None:
@@ -148,6 +154,8 @@ def _retain(checkpoints: Path, keep_last: int, keep_every: int) -> None:
             _delete(folder, checkpoints)
     for folder in checkpoints.glob("step_*.tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)
+    for pointer in checkpoints.glob(f".{LATEST}.tmp-*"):
+        pointer.unlink(missing_ok=True)
 
 
 def _delete(folder: Path, checkpoints: Path) -> None:
@@ -157,10 +165,10 @@ def _delete(folder: Path, checkpoints: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
 
 
-def _raise_together(engine: Engine, failure: str, staging: Path) -> None:
+def _raise_together(ranks: Peers, failure: str, staging: Path) -> None:
     """Raises CheckpointError on all ranks when `failure` is not empty on any."""
-    if engine.any(bool(failure)):
-        if engine.rank == 0:
+    if ranks.any(bool(failure)):
+        if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise CheckpointError(failure or "another rank could not write its part of the checkpoint")
 

@@ -50,16 +50,31 @@ FragmentReader = Callable[[str, str, int, int], Tensor]
 
 
 @runtime_checkable
-class Engine(Protocol):
+class Peers(Protocol):
+    """All ranks of a training as one of them sees the others."""
+
+    rank: int
+    world_size: int
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank. Collective, so also a barrier."""
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[world_size, *values.shape]: `values` of all ranks, in rank order. Collective."""
+
+
+@runtime_checkable
+class Engine(Peers, Protocol):
     """One rank of a model under training.
 
     Attributes:
+        background: the same ranks for a thread of each, beside training; there with
+            `train.save_async` only.
         overflowed: whether the last step was dropped because its gradients, scaled up for fp16,
             left that range. The scale is lower now, and the same step is to be taken again.
     """
 
-    rank: int
-    world_size: int
+    background: Peers
     device: torch.device
     overflowed: bool
 
@@ -109,12 +124,6 @@ class Engine(Protocol):
     def load(self, read: FragmentReader, step: int) -> None:
         """Sets the state after `step` optimizer steps."""
 
-    def any(self, flag: bool) -> bool:
-        """Whether `flag` is true on any rank. Collective, so also a barrier."""
-
-    def gather(self, values: Tensor) -> Tensor:
-        """[world_size, *values.shape]: `values` of all ranks, in rank order. Collective."""
-
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:
     """Optimizer groups: matrices with weight decay, norms and biases without."""
@@ -152,6 +161,7 @@ class TorchEngine:
 
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
         self.device = device
+        self.background: Peers = self
         self._config = config
         network.activation_checkpointing = config.activation_checkpointing
         self._network = network.to(device)

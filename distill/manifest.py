@@ -3,7 +3,7 @@
     checkpoints/step_00001000/MANIFEST.json           names every file with its size and sha256
     checkpoints/step_00001000/rank_00000.safetensors  pieces of named tensors
     checkpoints/latest                                name of the newest one, for people
-    checkpoints/kept/step_00001000/                   kept for good; no run goes on from it by itself
+    checkpoints/kept/step_00001000/                   kept for good; no run goes on from it
 
 A folder without a whole manifest is not a checkpoint, whatever its name.
 """

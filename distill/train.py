@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 
-from distill import checkpoint
+from distill.checkpoint import load_latest
 from distill.config import TrainConfig
 from distill.engine import Engine
 from distill.objectives.base import Objective
 from distill.phases import PhaseClock
 from distill.profiler import traced_steps
 from distill.rundir import RunDir
+from distill.saver import Saver
 from distill.train_log import Losses, TrainLog, Work
 from distill.trajectory import TrajectoryBatch
 
@@ -52,11 +53,13 @@ def train(
 
     Raises:
         TrainingError: a loss or gradient is not finite; the state before that step is saved.
+        CheckpointError: a save failed, or no checkpoint can be opened.
     """
     accumulation = config.accumulation(engine.world_size)
-    start = checkpoint.load_latest(run.checkpoints, engine)
+    start = load_latest(run.checkpoints, engine)
     with (
         TrainLog(engine, run, start, wait_s, work) as log,
+        Saver(run.checkpoints, engine, config, origin, log.event) as saver,
         traced_steps(run.profile, start, engine.rank, config.profile) as traced,
     ):
         for step in range(start, config.max_steps):
@@ -65,13 +68,17 @@ def train(
             while overflowed:  # fp16: the same step again, at a lower loss scale
                 results = _accumulate(engine, objective, batch, accumulation, step, log.clock)
                 finite = all(bool(torch.isfinite(result.total)) for result in results)
-                flags = engine.gather(torch.tensor([not finite, should_stop()])).any(dim=0)
+                mine = torch.tensor([not finite, should_stop(), saver.has_failed])
+                flags = engine.gather(mine).any(dim=0)
                 grad_norm = math.nan if flags[0] else engine.step(step, lr)
                 overflowed = engine.overflowed and not flags[0]
             log.clock.enter("other")
+            if flags[2]:
+                saver.wait()  # raises, on every rank
             if not math.isfinite(grad_norm):  # on every rank; nothing was applied
                 log.write(step)
-                checkpoint.save(run.checkpoints, step, engine, config.keep_last, origin)
+                saver.save(step)
+                saver.wait()
                 what = "loss" if flags[0] else "gradient"
                 raise TrainingError(
                     f"step {step}: the {what} is not finite: "
@@ -85,8 +92,8 @@ def train(
                 log.write(done)
             if due:
                 log.clock.enter("save")
-                checkpoint.save(run.checkpoints, done, engine, config.keep_last, origin)
-                log.saved(done)
+                saver.save(done)
+                log.skip_save()
             traced()
             if stop:
                 return done

@@ -117,9 +117,8 @@ class TrainLog:
         if self._engine.rank == 0:
             append_line(self._run.events, record)
 
-    def saved(self, done: int) -> None:
-        """Notes a checkpoint. The time it took belongs to no window of steps."""
-        self.event({"kind": "save", "step": done})
+    def skip_save(self) -> None:
+        """To be called after a save: the time it took belongs to no window of steps."""
         self.clock.enter("other")
         self._since, self._waited = time.monotonic(), self._wait_s()
 

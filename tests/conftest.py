@@ -52,7 +52,8 @@ def finished_run(tmp_path_factory) -> RunDir:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
     save_model(run.teacher.model(3), network.state_dict(), TINY, DIGITS.image, {"kind": "teacher"})
     engine = TorchEngine(network, TrainConfig(), torch.device("cpu"))
-    checkpoint.save(run.checkpoints, 20, engine, keep_last=2, origin={"seed": 0})
+    snapshot = checkpoint.take_snapshot(20, engine, origin={"seed": 0})
+    checkpoint.commit(run.checkpoints, snapshot, engine, keep_last=2)
     identity = {"student": asdict(TINY), "data": asdict(DIGITS), "objective": {"name": "traflow"}}
     stream = {"samples_per_shard": 16}
     record = {
