@@ -1,5 +1,7 @@
 """ZeRO is the single process, on any number of ranks: steps, averages, checkpoints."""
 
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -154,6 +156,10 @@ def read_state(root: Path, step: int) -> dict[str, torch.Tensor]:
     }
 
 
+def manifest(root: Path, step: int) -> dict:
+    return checkpoint.read_manifest(RunDir(root).checkpoints / f"step_{step:08d}")
+
+
 def windows(root: Path) -> list[tuple[int, int, str]]:
     events = read_lines(RunDir(root).events)
     return [(e["first"], e["last"], e["ids_sha256"]) for e in events if e["kind"] == "steps"]
@@ -203,6 +209,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_
         "3": {"save_every": 3, "zero_stage": 3},
         "bf16": {"save_every": 3, "precision": "bf16"},
         "fp16": {"save_every": 3, "precision": "fp16"},
+        "async": {"save_every": 3, "save_async": True},
     }
     said = run_ranks(steep_rank, 2, tmp_path / "ranks", str(tmp_path), settings)
     assert set(said[0] + said[1]) == {
@@ -212,6 +219,9 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_
     assert len(said[0]) == len(said[1]) == len(settings)
     for name in ("0", "1", "2", "3"):
         assert_same_state(tmp_path / name, single)
+    for step in (3, 4):  # behind the back of training: the same bytes
+        found, expected = (manifest(tmp_path / name, step) for name in ("async", "1"))
+        assert found == expected and len(found["files"]) == 2
 
 
 # -----------------------------------------------------------------------------------------------
@@ -443,3 +453,40 @@ def test_bf16_starts_from_the_float32_weights_and_fp16_wants_hardware(tmp_path):
     ((said, gaps),) = run_ranks(precision_rank, 1, tmp_path / "ranks")
     assert said == "train.precision=fp16 does not work on this device; set bf16 or fp32"
     assert gaps == [0.0] * 4
+
+
+# -----------------------------------------------------------------------------------------------
+# A rank dies behind the back of training
+
+
+def async_config(stage: int) -> TrainConfig:
+    return config_of(zero_stage=stage, save_async=True)
+
+
+def dying_rank(rank: int, world_size: int, root: str, stage: int) -> int:
+    """Rank 1 is killed while it writes its part of the state after four steps."""
+    write = checkpoint.write_atomic
+
+    def die(path: Path, data: bytes) -> None:
+        if rank == 1 and path.parent.name.startswith("step_00000004"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, data)
+
+    checkpoint.write_atomic = die
+    return fit(zero_engine(async_config(stage)), root, async_config(stage))
+
+
+def resuming_rank(rank: int, world_size: int, root: str, stage: int) -> int:
+    return fit(zero_engine(async_config(stage)), root, async_config(stage))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_rank_dies_while_it_writes_and_the_run_goes_on(tmp_path, single, stage):
+    with pytest.raises(AssertionError, match="-9"):
+        run_ranks(dying_rank, 2, tmp_path / "dies", str(tmp_path / "run"), stage)
+    assert latest_verified(RunDir(tmp_path / "run").checkpoints)[0] == 2
+    done = run_ranks(resuming_rank, 2, tmp_path / "goes on", str(tmp_path / "run"), stage)
+    assert done == [4, 4]
+    assert_same_state(tmp_path / "run", single)
