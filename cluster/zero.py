@@ -41,6 +41,7 @@ from distill.engine import (
     TARGET,
     Fragment,
     FragmentReader,
+    Peers,
     average_kind,
     frozen_copy,
     is_gradient_finite,
@@ -117,7 +118,7 @@ class DeepSpeedEngine:
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
         self._ranks, self.device = GroupPeers(device), device
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
-        self.background = background_peers() if config.save_async else self._ranks
+        self.background: Peers = background_peers() if config.save_async else self._ranks
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing

@@ -276,7 +276,7 @@ class TrainConfig:
         check_choice("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(0 <= self.zero_stage <= 3, f"train.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
         check(
-            self.keep_every % self.save_every == 0,
+            self.keep_every >= 0 and self.keep_every % self.save_every == 0,
             f"train.keep_every={self.keep_every} must be a multiple of train.save_every="
             f"{self.save_every}, or 0",
         )
