@@ -33,4 +33,6 @@ class GroupPeers:
 
 def background_peers() -> GroupPeers:
     """All ranks for a thread of each, beside the calls of training. Collective."""
-    return GroupPeers(torch.device("cpu"), dist.new_group(backend="gloo"))
+    group = dist.new_group(backend="gloo")
+    assert isinstance(group, dist.ProcessGroup)
+    return GroupPeers(torch.device("cpu"), group)
