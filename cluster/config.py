@@ -148,7 +148,8 @@ class ClusterConfig:
     teachers: TeacherPoolConfig = field(default_factory=TeacherPoolConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     object_store_bytes: int = 200_000_000
-    device_flops: float = 2e10  # for `estimate`: assumed FLOP/s that one worker's device keeps up
+    # FLOP/s of one worker's device: `estimate` assumes it keeps them up; `mfu` is a share of them.
+    device_flops: float = 2e10
     device_cost_per_hour: float = 0.0  # for `estimate`; 0 leaves the cost out
     slurm: SlurmConfig | None = None  # for `submit`
 

@@ -30,7 +30,7 @@ from cluster.partition import (
     PassingCopy,
     WholeCopy,
 )
-from cluster.ranks import GroupPeers, background_peers
+from cluster.peers import GroupPeers, background_peers
 from distill.config import ConfigError, TrainConfig
 from distill.ema import Average
 from distill.engine import (
@@ -116,9 +116,9 @@ class DeepSpeedEngine:
     """One rank of ZeRO. The process group must be up."""
 
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
-        self._ranks, self.device = GroupPeers(device), device
-        self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
-        self.background: Peers = background_peers() if config.save_async else self._ranks
+        self._peers, self.device = GroupPeers(device), device
+        self.rank, self.world_size = self._peers.rank, self._peers.world_size
+        self.background: Peers = background_peers() if config.save_async else self._peers
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
@@ -263,10 +263,10 @@ class DeepSpeedEngine:
             copy.forget()
 
     def any(self, flag: bool) -> bool:
-        return self._ranks.any(flag)
+        return self._peers.any(flag)
 
     def gather(self, values: Tensor) -> Tensor:
-        return self._ranks.gather(values)
+        return self._peers.gather(values)
 
     @contextmanager
     def _extra_pass(self) -> Iterator[None]:

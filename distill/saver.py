@@ -1,7 +1,7 @@
-"""When a checkpoint is written: while training waits, or behind its back (`train.save_async`).
+"""When a checkpoint is written: while training waits, or in the background (`train.save_async`).
 
-Behind its back, training stands still for the copy of the state to host memory. The rest is done by
-a thread of every rank: the same files, the same order, the same promises (`distill.checkpoint`).
+In the background, training stands still for the copy of the state to host memory. The rest is done
+by a thread of every rank: the same files, the same order, the same promises (`distill.checkpoint`).
 There is one save at a time. The next one waits for it, and so does the end of training, good or
 bad.
 """
@@ -52,7 +52,7 @@ class Saver:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the save behind the back of training has failed; `wait` says why."""
+        """Whether the save in the background has failed; `wait` says why."""
         pending = self._pending
         return pending is not None and pending.done() and pending.exception() is not None
 

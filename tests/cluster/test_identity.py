@@ -26,6 +26,9 @@ def tiny(*args: str):
     [
         "train.log_every=7",
         "train.save_every=7",
+        "train.keep_every=4",
+        "train.save_async=true",
+        "train.profile=true",
         "train.zero_stage=0",
         "train.micro_batch=4",
         "train.activation_checkpointing=true",

@@ -219,7 +219,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_
     assert len(said[0]) == len(said[1]) == len(settings)
     for name in ("0", "1", "2", "3"):
         assert_same_state(tmp_path / name, single)
-    for step in (3, 4):  # behind the back of training: the same bytes
+    for step in (3, 4):  # saved in the background: the same bytes
         found, expected = (manifest(tmp_path / name, step) for name in ("async", "1"))
         assert found == expected and len(found["files"]) == 2
 
@@ -456,7 +456,7 @@ def test_bf16_starts_from_the_float32_weights_and_fp16_wants_hardware(tmp_path):
 
 
 # -----------------------------------------------------------------------------------------------
-# A rank dies behind the back of training
+# A rank dies in the background
 
 
 def async_config(stage: int) -> TrainConfig:

@@ -139,11 +139,11 @@ class RankZeroOfTwo(TorchEngine):
 
 def test_the_rank_with_the_largest_loss_is_named(tmp_path):
     engine = RankZeroOfTwo(build_network(NETWORK, IMAGE), TrainConfig(), CPU)
-    log = TrainLog(engine, RunDir(tmp_path), 100, lambda: 0.0, None)
-    for index in range(20):
-        value = torch.tensor(50.0 if index == 18 else 1.0)
-        log.add(BATCH, [Losses(value, {"a": value})], 1e-3, 1.0)
-    log.write(120)
+    with TrainLog(engine, RunDir(tmp_path), 100, lambda: 0.0, None) as log:
+        for index in range(20):
+            value = torch.tensor(50.0 if index == 18 else 1.0)
+            log.add(BATCH, [Losses(value, {"a": value})], 1e-3, 1.0)
+        log.write(120)
     (spike,) = events(RunDir(tmp_path), "spike")
     assert (spike["step"], spike["rank"], spike["ids"]) == (118, 1, [0, 10, 20, 30])
     assert (spike["loss"], spike["median"]) == (275.0, 5.5)
