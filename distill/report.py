@@ -203,13 +203,8 @@ def step_split(facts: Facts) -> str:
     rows = [[name, f"{number(1e3 * s)} ms", f"{s / whole:.1%}"] for name, s in phases.items()]
     last = facts.metrics[-1]
     if "mfu" in last:
-        rows.append(
-            [
-                "work, last",
-                f"{last['flops_per_s']:.3g} FLOP/s",
-                f"{last['mfu']:.1%} of cluster.device_flops",
-            ]
-        )
+        share = f"{last['mfu']:.1%} of cluster.device_flops"
+        rows.append(["work, last", f"{last['flops_per_s']:.3g} FLOP/s", share])
     if "peak_memory_bytes" in last:
         rows.append(["peak memory of a rank", size(last["peak_memory_bytes"]), ""])
     return table(["of a mean step", "", "share"], rows) if rows else ""

@@ -73,6 +73,8 @@ def finished_run(tmp_path_factory) -> RunDir:
     for step in (10, 20):
         terms = {"output": 0.1 / step, "velocity": 0.2 / step}
         speed = {"samples_per_s": 50.0, "step_s": 0.5, "data_wait_fraction": 0.1, "world_size": 2}
+        speed |= {"phases_s": {"forward": 0.4, "data": 0.05}, "peak_memory_bytes": 3_000_000_000}
+        speed |= {"flops_per_s": 4e9, "mfu": 0.125}
         append_line(run.metrics, {"step": step, "loss": 0.3 / step, "terms": terms, **speed})
     return run
 

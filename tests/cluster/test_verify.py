@@ -15,6 +15,7 @@ from cluster.identity import hash_of
 from cluster.verify import audit
 from distill.config import ConfigError
 from distill.ledger import sidecar_path, tar_path
+from distill.manifest import KEPT
 from distill.order import Order
 from distill.rundir import RunDir, append_line, write_json
 from distill.store import open_store
@@ -210,6 +211,16 @@ def test_bad_checkpoint(run):
     found = audit(run)
     assert not found["ok"] and found["checkpoints"]["verified"] == [2]
     assert found["checkpoints"]["bad"][0]["step"] == 5
+
+
+def test_a_checkpoint_kept_for_good_is_checked_too(run):
+    kept = run.checkpoints / KEPT
+    kept.mkdir()
+    (run.checkpoints / "step_00000002").rename(kept / "step_00000002")
+    assert audit(run)["checkpoints"] == {"verified": [5], "kept": [2], "bad": []}
+    os.truncate(kept / "step_00000002" / "data", 3)
+    found = audit(run)
+    assert not found["ok"] and found["checkpoints"]["bad"][0]["step"] == 2
 
 
 def test_what_is_only_told(run):

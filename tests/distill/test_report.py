@@ -41,6 +41,16 @@ def test_every_section_has_its_content(page):
     assert "run.name=&#x27;&lt;tiny&gt;&#x27;" in page  # escaped, so still the exact command
 
 
+def test_the_time_of_a_step_is_split(page):
+    for row in (
+        ("forward", "400 ms", "88.9%"),
+        ("data", "50 ms", "11.1%"),
+        ("work, last", "4e+09 FLOP/s", "12.5% of cluster.device_flops"),
+        ("peak memory of a rank", size(3_000_000_000), ""),
+    ):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
+
+
 def test_ids_of_the_figures_do_not_collide(page):
     clips = re.findall(r'<clipPath id="([^"]+)"', page)
     assert len(clips) == len(set(clips)) > 0
