@@ -58,16 +58,16 @@ OBJECTIVES: dict[str, ObjectiveConfig] = {
 }
 
 
-def random_batch() -> TrajectoryBatch:
-    """One batch of trajectories of two teachers, of random numbers."""
+def random_batch(size: int = BATCH) -> TrajectoryBatch:
+    """`size` trajectories of two teachers, of random numbers."""
     return TrajectoryBatch(
-        states=torch.randn(BATCH, 2, GRID + 1, *IMAGE.shape),
+        states=torch.randn(size, 2, GRID + 1, *IMAGE.shape),
         times=torch.linspace(0, 1, GRID + 1),
         weights=torch.full((2,), 0.5),
-        labels=torch.arange(BATCH) % IMAGE.num_classes,
-        ids=torch.arange(BATCH),
-        positions=torch.arange(BATCH),
-        global_size=BATCH,
+        labels=torch.arange(size) % IMAGE.num_classes,
+        ids=torch.arange(size),
+        positions=torch.arange(size),
+        global_size=size,
     )
 
 
