@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -45,27 +46,8 @@ def _summary(found: dict[str, Any]) -> Table:
         head.add_row(
             "teacher", f"step {own['step']:,} of {own['max_steps']:,}, loss {_number(own['loss'])}"
         )
-    head.add_row(
-        "student",
-        f"step {train['step']:,} of {train['max_steps']:,}, loss {_number(train['loss'])}",
-    )
-    if train["terms"]:
-        terms = train["terms"].items()
-        head.add_row("loss terms", ", ".join(f"{name} {_number(value)}" for name, value in terms))
-    wait = train["data_wait_fraction"]
-    head.add_row(
-        "training",
-        f"{_number(train['samples_per_s'])} samples/s, {_number(train['world_size'])} ranks",
-    )
-    if train["phases_s"]:
-        phases = train["phases_s"].items()
-        head.add_row("a step", ", ".join(f"{name} {_number(s * 1e3, ' ms')}" for name, s in phases))
-    if train["flops_per_s"] is not None:
-        speed = f"{_number(train['flops_per_s'])} FLOP/s by formula"
-        head.add_row("work", f"{speed}, {train['mfu']:.1%} of cluster.device_flops")
-    if train["peak_memory_bytes"] is not None:
-        head.add_row("peak memory", f"{train['peak_memory_bytes']:,} bytes, of the largest rank")
-    head.add_row("waited for data", "-" if wait is None else f"{wait:.1%} of the time")
+    for name, value in _training(train):
+        head.add_row(name, value)
     if found["waiting_for"]:
         head.add_row("waits for", found["waiting_for"])
     good = train["goodput"]
@@ -98,6 +80,26 @@ def _summary(found: dict[str, Any]) -> Table:
     if found["slurm"] is not None and not found["slurm"]["jobs"]:
         head.add_row("Slurm jobs", found["slurm"].get("unknown", "none left"))
     return head
+
+
+def _training(train: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Rows of the student's training, up to where its time goes."""
+    step, of, loss = f"{train['step']:,}", f"{train['max_steps']:,}", _number(train["loss"])
+    yield "student", f"step {step} of {of}, loss {loss}"
+    if train["terms"]:
+        yield "loss terms", ", ".join(f"{name} {_number(v)}" for name, v in train["terms"].items())
+    ranks = f"{_number(train['world_size'])} ranks"
+    yield "training", f"{_number(train['samples_per_s'])} samples/s, {ranks}"
+    if train["phases_s"]:
+        phases = train["phases_s"].items()
+        yield "a step", ", ".join(f"{name} {_number(s * 1e3, ' ms')}" for name, s in phases)
+    if train["flops_per_s"] is not None:
+        speed = f"{_number(train['flops_per_s'])} FLOP/s by formula"
+        yield "work", f"{speed}, {train['mfu']:.1%} of cluster.device_flops"
+    if train["peak_memory_bytes"] is not None:
+        yield "peak memory", f"{train['peak_memory_bytes']:,} bytes, of the largest rank"
+    wait = train["data_wait_fraction"]
+    yield "waited for data", "-" if wait is None else f"{wait:.1%} of the time"
 
 
 def _job(job: dict[str, Any]) -> dict[str, Any]:
