@@ -60,6 +60,13 @@ class TrainerConfig(WorkersConfig):
     """The trainer group."""
 
     max_restarts: int = 3  # restarts without a new verified checkpoint before the run stops
+    # A start, or a step with its save, that takes longer hangs: the group starts again. To wait for
+    # data is no part of it.
+    step_timeout_s: float = 1200.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("cluster.trainer", step_timeout_s=self.step_timeout_s)
 
 
 def _check_option(key: str, option: str) -> None:

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
 
 from cluster.calls import objective_calls
 from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
 from cluster.netcost import network_cost
+from cluster.watchdog import ending_when_hung
 from cluster.zero import DeepSpeedEngine
 from distill.config import ConfigError
 from distill.datasets import load_images
@@ -42,14 +44,17 @@ LOCK_TIMEOUT_S = 60.0  # ranks of a killed supervisor are gone within seconds
 
 def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool]) -> int:
     """Steps done: `max_steps`, or fewer when asked to stop. The process group must be up."""
-    network, origin = initial_network(job)
-    engine = DeepSpeedEngine(network, job.train, device)
-    with _only_trainer(job.run, engine):
-        if engine.rank == 0:
-            append_line(job.run.events, {"kind": "init", "weights": origin})
-        config = objective_of(job)
-        objective = build_objective(config, job.config.seed, device, engine.gradient_norms)
-        return train_with_exports(job, engine, open_source(job, engine), objective, should_stop)
+    hang = job.run.hangs / f"rank_{dist.get_rank():05d}.txt"
+    with ending_when_hung(hang, job.config.cluster.trainer.step_timeout_s) as beat:
+        network, origin = initial_network(job)
+        engine = DeepSpeedEngine(network, job.train, device)
+        with _only_trainer(job.run, engine):
+            if engine.rank == 0:
+                append_line(job.run.events, {"kind": "init", "weights": origin})
+            config = objective_of(job)
+            objective = build_objective(config, job.config.seed, device, engine.gradient_norms)
+            source = Watched(open_source(job, engine), beat, job.config.trajectory.wait_timeout_s)
+            return train_with_exports(job, engine, source, objective, should_stop)
 
 
 def objective_of(job: TrainJob) -> ObjectiveConfig:
@@ -139,6 +144,27 @@ class Images:
     def read(self, step: int) -> TrajectoryBatch:
         """This rank's part of global batch `step`."""
         return self._stream.read(step)
+
+
+class Watched:
+    """A source that says at every step that its rank goes on; to wait for data is no hang."""
+
+    def __init__(
+        self, source: Source, beat: Callable[[float], None], longest_wait_s: float
+    ) -> None:
+        self._source, self._beat, self._longest_wait_s = source, beat, longest_wait_s
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for data so far."""
+        return self._source.wait_s
+
+    def read(self, step: int) -> TrajectoryBatch:
+        """This rank's part of global batch `step`."""
+        self._beat(self._longest_wait_s)
+        batch = self._source.read(step)
+        self._beat(0.0)
+        return batch
 
 
 class Position:

@@ -30,6 +30,7 @@ from cluster.progress import last_step
 from cluster.session import Session, Stopped, open_session
 from cluster.stages import Work
 from cluster.trainer import final_error, fit
+from cluster.watchdog import has_hung
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
 from distill.rundir import append_line, write_atomic
@@ -231,24 +232,33 @@ class TrainerGroup:
         if self._session.stop_signal:
             return
         check_disk(self._session.scratch)
-        verified = steps_done(self._job.run)
+        verified, said = steps_done(self._job.run), self._said(error)
         self._failures = 1 if verified > self._verified else self._failures + 1
         self._verified = max(verified, self._verified)
         limit = self._job.config.cluster.trainer.max_restarts
         if self._failures > limit:
             raise RunFailed(
                 f"training failed {self._failures} times without a new verified checkpoint "
-                f"(step {verified}); the last failure:\n{error}"
+                f"(step {verified}); the last failure:\n{said}"
             )
-        last_line = str(error).strip().splitlines()[-1].split(". ")[0]
+        last_line = said.splitlines()[-1].split(". ")[0]
         append_line(self._job.run.events, {"kind": "restart", "step": verified, "error": last_line})
         self._session.bars.say(f"training failed and goes on from step {verified}: {last_line}")
         self._future = self._start()
+
+    def _said(self, error: BaseException) -> str:
+        """Why the group failed."""
+        hangs = self._job.run.hangs
+        if has_hung(hangs, self._since):
+            timeout_s = self._job.config.cluster.trainer.step_timeout_s
+            return f"no step for more than {timeout_s:g} s; {hangs} says where the ranks stood"
+        return str(error).strip()
 
     def _start(self) -> Future[int]:
         """Runs `fit` in a thread that does not outlive the process."""
         future: Future[int] = Future()
         self._starts += 1
+        self._since = time.time()
         name = f"{self._job.stage}-{self._starts}"
 
         def target() -> None:

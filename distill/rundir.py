@@ -86,6 +86,11 @@ class RunDir:
         return self.root / "profile"
 
     @property
+    def hangs(self) -> Path:
+        """Where the ranks stood that took no step for too long."""
+        return self.root / "hangs"
+
+    @property
     def cursor(self) -> Path:
         """cursor.json: the block the trainer reads."""
         return self.root / "cursor.json"

@@ -97,6 +97,27 @@ def test_a_new_verified_checkpoint_starts_the_count_again(session, job, monkeypa
     assert [e["kind"] for e in read_lines(session.run.events)] == ["restart"] * 6
 
 
+def test_a_group_that_hung_says_where(session, job, monkeypatch):
+    """Stacks of an earlier hang are not those of this one."""
+    trainings = Trainings(monkeypatch, [0, 2, 6])
+    hangs = session.run.hangs
+    hangs.mkdir()
+    (hangs / "rank_00000.txt").touch()
+    os.utime(hangs / "rank_00000.txt", (1, 1))
+    once = trainings.fit
+
+    def fit(job, name):
+        if trainings.starts == 1:
+            (hangs / "rank_00001.txt").touch()
+            os.utime(hangs / "rank_00001.txt", (time.time() + 1,) * 2)
+        return once(job, name)
+
+    monkeypatch.setattr(runner, "fit", fit)
+    run_to_end(TrainerGroup(session, job))
+    errors = [event["error"] for event in read_lines(session.run.events)]
+    assert errors == ["boom", f"no step for more than 1200 s; {hangs} says where the ranks stood"]
+
+
 def test_an_error_that_would_only_repeat_ends_the_run_at_once(session, job, monkeypatch):
     trainings = Trainings(monkeypatch, [0])
     job.final.write_text('{"kind": "ConfigError", "message": "train.batch_size=7 ..."}')
