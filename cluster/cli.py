@@ -194,7 +194,7 @@ def submit(args: list[str]) -> int:
 
 
 def stop(args: list[str]) -> int:
-    """Saves a run and ends its Slurm jobs."""
+    """Saves a live run and ends it."""
     options = Parser("stop", "run").parse_args(args)
     from cluster.submit import stop as stop_run
 

@@ -13,7 +13,7 @@ GENERAL = """bowstring VERB [...]: distils a rectified-flow image model into a s
   export     a student as safetensors + json, or trajectories for FastGen
   submit     the Slurm jobs of a run
   scale      the number of teacher workers of a live run
-  stop       saves a run and ends its Slurm jobs
+  stop       saves a live run and ends it, its Slurm jobs too
   status     progress, speed, backlog, leases, checkpoints
   verify     proves from files that nothing is lost, doubled or corrupt
   estimate   pairs, bytes, device-hours and cost, before anything runs
@@ -148,7 +148,9 @@ next `submit`.
 """,
     "stop": """bowstring stop RUN
 
-Ends all Slurm jobs of a run; the trainer saves first. `bowstring submit RUN` goes on from there.
+Ends a live run at its next step; the trainer saves first. The command that started it goes on from
+there. Of a run on Slurm it ends all jobs, from any machine that has Slurm's commands; of another
+one the process that was started on this machine.
 
   bowstring stop runs/digits
 """,

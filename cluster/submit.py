@@ -18,6 +18,7 @@ from cluster.plan import estimate
 from cluster.scale import staff, write_target
 from cluster.slurm import KINDS, render, slurm_of
 from cluster.status import is_live
+from cluster.stop import stop_here
 from distill.config import ConfigError, check
 from distill.rundir import RunDir, read_lines, write_atomic, write_json
 
@@ -156,9 +157,10 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
 
 
 def stop(run: RunDir) -> list[str]:
-    """Ends the jobs of a run; the trainer saves first. What was done, in words."""
+    """Ends the jobs of a run, or the one here; the trainer saves first. What was done, in words."""
     there = [job for job in read_jobs(run) if job.is_there]
-    check(bool(there), f"{run.root} has no Slurm jobs; end a `bowstring run` by Ctrl-C or SIGTERM")
+    if not there:
+        return [stop_here(run)]
     (run.slurm / "stop").touch()
     said = []
     for kind in ("evaluate", "teachers"):

@@ -15,8 +15,10 @@ import pytest
 
 from cluster.cursor import read_cursor
 from cluster.plan import stream_plan
+from cluster.progress import last_step
 from cluster.verify import audit
 from distill.ledger import sidecar_path, tar_path
+from distill.manifest import latest_verified
 from distill.store import committed
 
 KILL_AT = 12  # steps
@@ -189,6 +191,24 @@ def test_a_second_start_beside_a_live_one_is_refused_and_disturbs_nothing(chaos,
     case.finish()
     case.check()
     measured(case.check_waste(shards=0))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_that_is_stopped_from_another_shell_has_saved_its_last_step(chaos):
+    case = chaos()
+    case.start()
+    case.until_step(KILL_AT)
+    asked = subprocess.run(case.command("stop"), capture_output=True, text=True, env=case.env)
+    assert (asked.returncode, asked.stdout.split(":")[1]) == (0, " saves, then ends\n")
+    case.finish()  # exit code 0
+    done = last_step(case.run.metrics)
+    assert KILL_AT <= done < case.config.train.max_steps
+    assert latest_verified(case.run.checkpoints)[0] == done
+    case.start()
+    case.finish()
+    assert [event["step"] for event in case.events("resume")] == [0, done]
+    case.check()
 
 
 # -----------------------------------------------------------------------------------------------
