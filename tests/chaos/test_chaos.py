@@ -199,8 +199,11 @@ def test_a_run_that_is_stopped_from_another_shell_has_saved_its_last_step(chaos)
     case = chaos()
     case.start()
     case.until_step(KILL_AT)
+    (rank,) = case.processes("RayTrainWorker")
+    rank.suspend()  # so that the run is there when it is asked
     asked = subprocess.run(case.command("stop"), capture_output=True, text=True, env=case.env)
-    assert (asked.returncode, asked.stdout.split(":")[1]) == (0, " saves, then ends\n")
+    rank.resume()
+    assert asked.stdout == f"process {case.supervisor.pid}: saves, then ends\n", asked.stderr
     case.finish()  # exit code 0
     done = last_step(case.run.metrics)
     assert KILL_AT <= done < case.config.train.max_steps
