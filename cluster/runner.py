@@ -84,7 +84,11 @@ def evaluate(config: RunConfig) -> int:
 
 
 def supervise(config: RunConfig, *chosen: Stage) -> int:
-    """Exit code of the stages, one after the other, under the run's lock."""
+    """Exit code of the stages, one after the other, under the run's lock.
+
+    Raises:
+        SystemExit: a signal ended it. A command that has more runs to do does not start them.
+    """
     given, config = config, stages.with_models(with_absolute_paths(config))
     with open_session(config, config.files) as session:
         for note in check_or_write(config, session.run):
@@ -97,7 +101,8 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
                 _work(session, work)
         except Stopped:
             session.bars.say(f"stopped; the same command goes on with {given.run.dir}")
-            return 128 + signal.SIGINT if session.stop_signal == signal.SIGINT else 0
+            interrupted = session.stop_signal == signal.SIGINT
+            raise SystemExit(128 + signal.SIGINT if interrupted else 0) from None
         except (ConfigError, CheckpointError):
             raise
         except Exception as error:  # the supervisor's one broad net: a failure is an exit code

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import runner
+from cluster import cli, runner
 from cluster.compose import compose
 from cluster.job import TrainJob
 from cluster.runner import RunFailed, Stopped, TrainerGroup
@@ -196,7 +196,9 @@ def test_a_signal_stops_an_evaluation_at_once(number, code, tmp_path, capsys, mo
         reached.append("next stage")
 
     before, started = signal.getsignal(number), time.monotonic()
-    assert runner.supervise(config, evaluation, next_stage) == code
+    with pytest.raises(SystemExit) as stopped:
+        runner.supervise(config, evaluation, next_stage)
+    assert stopped.value.code == code
     assert time.monotonic() - started < 10 and reached == []
     assert f"stopped; the same command goes on with {config.run.dir}" in capsys.readouterr().err
     assert signal.getsignal(number) == before
@@ -210,7 +212,24 @@ def test_a_stop_signal_that_python_dropped_counts_after_the_stage(tmp_path):
         def __del__(self):
             os.kill(os.getpid(), signal.SIGTERM)  # an exception raised here is ignored by Python
 
-    assert runner.supervise(config, lambda session: Finalised() and Work(), pytest.fail) == 0
+    with pytest.raises(SystemExit) as stopped:
+        runner.supervise(config, lambda session: Finalised() and Work(), pytest.fail)
+    assert stopped.value.code == 0
+
+
+def test_a_signal_ends_a_command_of_several_runs(tmp_path, monkeypatch):
+    begun = []
+
+    def train(config):
+        begun.append(config.seed)
+        return runner.supervise(config, lambda session: os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(runner, "train", train)
+    with pytest.raises(SystemExit) as stopped:
+        cli.pipeline(
+            "train", ["--multirun", "experiment=tiny", f"run.dir={tmp_path}/${{seed}}", "seed=0,1"]
+        )
+    assert (stopped.value.code, begun) == (0, [0])
 
 
 @pytest.mark.parametrize("teacher", ["the run's own", "another one"])
