@@ -5,6 +5,7 @@ The first velocity of a batch takes several arrays [B, K, D] of K components in 
 
 import json
 import resource
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,23 +52,34 @@ def make_worker(folder, components):
     return worker, spec
 
 
-def limit_memory(more):
-    """Lets this process take `more` bytes of addresses, and no more."""
+@contextmanager
+def little_memory(more):
+    """Lets this process take `more` bytes, and no more: also not what it has freed and kept."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    limit = pages * resource.getpagesize() + more
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    here, most = pages * resource.getpagesize(), resource.RLIM_INFINITY
+    resource.setrlimit(resource.RLIMIT_AS, (here, most))
+    kept = []
+    with suppress(MemoryError):
+        while True:
+            kept.append(bytearray(1 << 16))
+    resource.setrlimit(resource.RLIMIT_AS, (here + more, most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
 
 
 def work_in_little_memory(rank, world_size, folder):
     """What a worker tells of its shards, and the error of one whose single samples do not fit."""
     worker, _ = make_worker(Path(folder) / "small", components=512)
     hopeless, _ = make_worker(Path(folder) / "hopeless", components=20_000)
-    limit_memory(16_000_000)
-    told = [worker.produce(shard) for shard in range(SHARDS)]
-    limit_memory(4_000_000)
-    with pytest.raises(RuntimeError, match="can't allocate memory"):
+    with little_memory(16_000_000):
+        told = [worker.produce(shard) for shard in range(SHARDS)]
+    with (
+        little_memory(4_000_000),
+        pytest.raises(RuntimeError, match="can't allocate memory"),
+    ):
         hopeless.produce(0)
-    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     return told
 
 
