@@ -12,7 +12,7 @@ from distill.testing import run_ranks
 
 
 def faults_of_allocations(rank, world_size, num):
-    """Page faults of making four tensors of 16 MiB `num` times: each a mapping of its own, and kept."""
+    """Page faults of making four tensors of 16 MiB `num` times: as mappings, and kept."""
 
     def faults():
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

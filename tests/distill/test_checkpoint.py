@@ -1,4 +1,4 @@
-"""A save may end at any call to the file system; in the background it is the same.
+"""What is saved is verified before it is opened. A save may end at any call to the file system.
 
 Every run here is of one small network in one process. `tests/cluster/test_zero.py` has the ranks.
 """
@@ -9,7 +9,6 @@ import stat
 import sys
 import threading
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import pytest
 import torch
 
 from distill import checkpoint, saver
-from distill.config import ConfigError, DiTConfig, ImageSpec, TrainConfig
+from distill.config import ConfigError, DiTConfig, TrainConfig
 from distill.engine import TorchEngine
 from distill.manifest import (
     KEPT,
@@ -28,37 +27,13 @@ from distill.manifest import (
     verify,
 )
 from distill.networks import build_network
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
 from distill.rundir import RunDir, read_lines
-from distill.testing import StraightFlow, flow_batch
-from distill.train import train
-
-IMAGE = ImageSpec(1, 4, 3)
-NETWORK = DiTConfig(patch_size=2, width=8, depth=1, num_heads=1)
-DOUBLE = flow_batch(StraightFlow(torch.full(IMAGE.shape, 0.5), 0.3), grid=2, count=4)
-FLOATS = {name: getattr(DOUBLE, name).float() for name in ("states", "times", "weights")}
-BATCH = replace(DOUBLE, **FLOATS)
 
 
-def fit(root, steps, read=lambda step: BATCH, stop=lambda: False, **settings):
-    """Trains to step `steps` and saves every two, if not said otherwise; its engine."""
-    settings = {"save_every": 2, "log_every": 2, "decay": "constant", **settings}
-    config = TrainConfig(batch_size=4, **settings)
-    config.max_steps = steps
-    engine = TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, torch.device("cpu"))
-    objective = build_objective(ReflowConfig(), 0)
-    train(
-        engine,
-        read,
-        objective,
-        config,
-        RunDir(root),
-        origin={"seed": 0},
-        wait_s=lambda: 0.0,
-        should_stop=stop,
-    )
-    return engine
+@pytest.fixture
+def fit(tiny):
+    """Trains to a step and saves every two, if not said otherwise; the engine."""
+    return partial(tiny.fit, save_every=2, log_every=2, decay="constant")
 
 
 def folder_of(root, step):
@@ -67,6 +42,81 @@ def folder_of(root, step):
 
 def state(engine):
     return {(f.kind, f.name): f.data.clone() for f in engine.fragments()}
+
+
+# -----------------------------------------------------------------------------------------------
+# Saved, verified, opened
+
+
+@pytest.fixture
+def saved(tmp_path, fit) -> Path:
+    fit(tmp_path, 10, save_every=4)
+    return RunDir(tmp_path).checkpoints
+
+
+def test_the_newest_two_are_kept_and_verify(saved):
+    assert list(committed_steps(saved)) == [8, 10]
+    assert latest_verified(saved) == (10, saved / "step_00000010")
+    assert (saved / "latest").read_text() == "step_00000010\n"
+    assert not list(saved.glob("*.tmp-*"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_a_damaged_checkpoint_is_never_opened_and_the_one_before_is(
+    saved, tmp_path, damage, fit, tiny
+):
+    file = saved / "step_00000010" / "rank_00000.safetensors"
+    if damage == "flip":
+        data = bytearray(file.read_bytes())
+        data[-5] ^= 1
+        file.write_bytes(data)
+    elif damage == "truncate":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "delete":
+        file.unlink()
+    else:
+        (saved / "step_00000010" / "MANIFEST.json").write_text('{"step": 10, "fi')
+    assert verify(saved / "step_00000010")
+    assert latest_verified(saved) == (8, saved / "step_00000008")
+    seen = []
+    fit(tmp_path, 10, lambda step: seen.append(step) or tiny.batch, save_every=4)
+    assert seen == [8, 9] and latest_verified(saved)[0] == 10
+    (fallback,) = [e for e in read_lines(RunDir(tmp_path).events) if e["kind"] == "fallback"]
+    assert (fallback["step"], fallback["damaged"]) == (8, [10])
+    assert not verify(saved / "step_00000010")  # written anew
+    assert len(list(saved.glob("step_00000010.bad-*"))) == 1  # the damaged one is kept aside
+
+
+def test_a_run_never_starts_again_silently(saved, tmp_path, fit):
+    for folder in committed_steps(saved).values():
+        (folder / "MANIFEST.json").unlink()
+    with pytest.raises(CheckpointError, match="no checkpoint can be opened"):
+        fit(tmp_path, 10, save_every=4)
+
+
+def test_a_full_disk_leaves_no_trace_and_says_so(tmp_path, monkeypatch, fit):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        fit(tmp_path, 10, save_every=4)
+    assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
+
+
+def test_another_network_is_refused(saved, tmp_path, tiny):
+    other = DiTConfig(patch_size=2, width=32, depth=2, num_heads=2)
+    engine = TorchEngine(build_network(other, tiny.image), TrainConfig(), torch.device("cpu"))
+    with pytest.raises(CheckpointError, match="not those of this network"):
+        checkpoint.load_latest(saved, engine)
+
+
+def test_an_average_is_read_back_as_whole_tensors(saved, tmp_path, fit):
+    engine = fit(tmp_path, 10, save_every=4)
+    average = checkpoint.read_average(saved / "step_00000010", "evaluation")
+    for (kind, name), value in state(engine).items():
+        if kind == "ema/evaluation":
+            assert torch.equal(average[name].flatten(), value)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -113,7 +163,7 @@ class Watch:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="pathlib holds its own functions of os")
 @pytest.mark.parametrize("save_async", [False, True])
-def test_a_save_may_end_at_any_call_and_the_run_goes_on(tmp_path, monkeypatch, save_async):
+def test_a_save_may_end_at_any_call_and_the_run_goes_on(tmp_path, monkeypatch, save_async, fit):
     whole = state(fit(tmp_path / "whole", 9))
     fit(tmp_path / "run", 6, **FIRST)
     assert list(committed_steps(RunDir(tmp_path / "run").checkpoints)) == [2, 4, 6]
@@ -143,7 +193,9 @@ def test_a_save_may_end_at_any_call_and_the_run_goes_on(tmp_path, monkeypatch, s
 # In the background
 
 
-def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(tmp_path, monkeypatch):
+def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(
+    tmp_path, monkeypatch, fit, tiny
+):
     """A step is taken before the state of step 2 is written, and the next save waits for it."""
     fit(tmp_path / "waits", 6, keep_last=9)
     order, real, taken = [], saver.commit, threading.Event()
@@ -152,7 +204,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(tmp
         order.append(f"read {step}")
         if step == 3:
             taken.set()
-        return BATCH
+        return tiny.batch
 
     def commit(checkpoints, snapshot, *rest):
         assert taken.wait(60)
@@ -176,7 +228,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(tmp
     assert saves[0]["bytes"] == sum(file["bytes"] for file in files)
 
 
-def test_a_stop_and_an_error_wait_for_the_save(tmp_path, monkeypatch):
+def test_a_stop_and_an_error_wait_for_the_save(tmp_path, monkeypatch, fit, tiny):
     slow = threading.Event()
     real = saver.commit
 
@@ -191,7 +243,7 @@ def test_a_stop_and_an_error_wait_for_the_save(tmp_path, monkeypatch):
         seen.append(step)
         if step == 2 and "error" in seen:
             raise OSError("no more data")
-        return BATCH
+        return tiny.batch
 
     fit(tmp_path / "stop", 8, read, stop=lambda: len(seen) == 3, save_async=True)
     assert latest_verified(RunDir(tmp_path / "stop").checkpoints)[0] == 3
@@ -201,7 +253,7 @@ def test_a_stop_and_an_error_wait_for_the_save(tmp_path, monkeypatch):
     assert latest_verified(RunDir(tmp_path / "error").checkpoints)[0] == 2
 
 
-def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatch):
+def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatch, fit, tiny):
     """At the first step after it is known, long before the next save, and without a trace of it."""
     fit(tmp_path, 2)
     savers, seen = [], []
@@ -218,7 +270,7 @@ def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatc
         seen.append(step)
         while step == 5 and not savers[0].has_failed:
             time.sleep(0.01)
-        return BATCH
+        return tiny.batch
 
     monkeypatch.setattr("distill.train.Saver", Known)
     monkeypatch.setattr(checkpoint, "write_atomic", full)
@@ -235,7 +287,7 @@ def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatc
 # Kept for good
 
 
-def test_multiples_of_keep_every_are_kept_and_no_run_goes_on_from_them(tmp_path):
+def test_multiples_of_keep_every_are_kept_and_no_run_goes_on_from_them(tmp_path, fit):
     fit(tmp_path, 12, keep_last=2, keep_every=4)
     checkpoints = RunDir(tmp_path).checkpoints
     assert list(committed_steps(checkpoints)) == [10, 12]
@@ -252,7 +304,7 @@ def test_multiples_of_keep_every_are_kept_and_no_run_goes_on_from_them(tmp_path)
     assert list(committed_steps(checkpoints / KEPT)) == [4, 8, 12]
 
 
-def test_nothing_is_deleted_or_moved_before_the_newest_verifies(tmp_path, monkeypatch):
+def test_nothing_is_deleted_or_moved_before_the_newest_verifies(tmp_path, monkeypatch, fit):
     fit(tmp_path, 4, keep_last=2)
     real = checkpoint.write_atomic
 

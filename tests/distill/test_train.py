@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import checkpoint
 from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
-from distill.manifest import CheckpointError, committed_steps, latest_verified, verify
+from distill.manifest import committed_steps
 from distill.networks import build_network
 from distill.noise import sample_noise
 from distill.objective_config import ReflowConfig, TraFlowConfig
@@ -216,75 +215,3 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert learning_rate(0, config) == pytest.approx(0.1)
     assert learning_rate(50, config) == pytest.approx(0.5)
     assert learning_rate(99, config) < 1e-3
-
-
-# -----------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-@pytest.fixture
-def saved(tmp_path) -> Path:
-    fit(tmp_path, config_of())
-    return RunDir(tmp_path).checkpoints
-
-
-def test_the_newest_two_are_kept_and_verify(saved):
-    assert list(committed_steps(saved)) == [8, 10]
-    assert latest_verified(saved) == (10, saved / "step_00000010")
-    assert (saved / "latest").read_text() == "step_00000010\n"
-    assert not list(saved.glob("*.tmp-*"))
-
-
-@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
-def test_a_damaged_checkpoint_is_never_opened_and_the_one_before_is(saved, tmp_path, damage):
-    file = saved / "step_00000010" / "rank_00000.safetensors"
-    if damage == "flip":
-        data = bytearray(file.read_bytes())
-        data[-5] ^= 1
-        file.write_bytes(data)
-    elif damage == "truncate":
-        file.write_bytes(file.read_bytes()[:-100])
-    elif damage == "delete":
-        file.unlink()
-    else:
-        (saved / "step_00000010" / "MANIFEST.json").write_text('{"step": 10, "fi')
-    assert verify(saved / "step_00000010")
-    assert latest_verified(saved) == (8, saved / "step_00000008")
-    _, done, seen = fit(tmp_path, config_of())
-    assert (done, seen) == (10, [8, 9])
-    (fallback,) = [e for e in read_lines(RunDir(tmp_path).events) if e["kind"] == "fallback"]
-    assert (fallback["step"], fallback["damaged"]) == (8, [10])
-    assert not verify(saved / "step_00000010")  # written anew
-    assert len(list(saved.glob("step_00000010.bad-*"))) == 1  # the damaged one is kept aside
-
-
-def test_a_run_never_starts_again_silently(saved, tmp_path):
-    for folder in committed_steps(saved).values():
-        (folder / "MANIFEST.json").unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint can be opened"):
-        fit(tmp_path, config_of())
-
-
-def test_a_full_disk_leaves_no_trace_and_says_so(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_atomic", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
-        fit(tmp_path, config_of())
-    assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
-
-
-def test_another_network_is_refused(saved, tmp_path):
-    other = DiTConfig(patch_size=2, width=32, depth=2, num_heads=2)
-    engine = TorchEngine(build_network(other, IMAGE), config_of(), torch.device("cpu"))
-    with pytest.raises(CheckpointError, match="not those of this network"):
-        checkpoint.load_latest(saved, engine)
-
-
-def test_an_average_is_read_back_as_whole_tensors(saved, tmp_path):
-    engine, _, _ = fit(tmp_path, config_of())
-    average = checkpoint.read_average(saved / "step_00000010", "evaluation")
-    for (kind, name), value in state(engine).items():
-        if kind == "ema/evaluation":
-            assert torch.equal(average[name].flatten(), value)

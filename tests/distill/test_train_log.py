@@ -3,7 +3,6 @@
 import gzip
 import json
 import time
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill import phases
-from distill.config import DiTConfig, ImageSpec, TrainConfig
+from distill.config import TrainConfig
 from distill.cost import phase_seconds
 from distill.engine import TorchEngine
 from distill.networks import build_network
@@ -22,34 +21,21 @@ from distill.objectives import build_objective
 from distill.phases import PHASES, PhaseClock
 from distill.rundir import RunDir, read_lines
 from distill.tensorboard import scalars
-from distill.testing import StraightFlow, flow_batch
-from distill.train import train
-from distill.train_log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
+from distill.train_log import FEWEST, HISTORY, Losses, TrainLog, stands_out
 
 CPU = torch.device("cpu")
-IMAGE = ImageSpec(1, 4, 3)
-NETWORK = DiTConfig(patch_size=2, width=8, depth=1, num_heads=1)
-DOUBLE = flow_batch(StraightFlow(torch.full(IMAGE.shape, 0.5), 0.3), grid=2, count=4)
-FLOATS = {name: getattr(DOUBLE, name).float() for name in ("states", "times", "weights")}
-BATCH = replace(DOUBLE, **FLOATS)
 
 
-def fit(root, steps, objective=None, **settings):
-    """Trains to step `steps`; its run directory."""
-    config = TrainConfig(batch_size=4, **{"log_every": 5, "save_every": 10, **settings})
-    config.max_steps = steps
-    train(
-        TorchEngine(build_network(NETWORK, IMAGE, seed=3), config, CPU),
-        lambda step: BATCH,
-        objective or build_objective(ReflowConfig(), 0),
-        config,
-        RunDir(root),
-        origin={},
-        wait_s=lambda: 0.0,
-        should_stop=lambda: False,
-        work=Work(flops_per_sample=1e3, device_flops=1e6),
-    )
-    return RunDir(root)
+@pytest.fixture
+def fit(tiny):
+    """Trains to a step; its run directory."""
+
+    def fit(root, steps, objective=None, **settings):
+        settings = {"log_every": 5, "save_every": 10, **settings}
+        tiny.fit(root, steps, objective=objective, **settings)
+        return RunDir(root)
+
+    return fit
 
 
 def events(run, kind):
@@ -72,7 +58,7 @@ def test_a_clock_gives_every_second_to_one_phase(monkeypatch):
     assert clock.read() == none | {"data": 6.0}
 
 
-def test_metrics_say_where_the_time_goes_and_what_was_achieved(tmp_path):
+def test_metrics_say_where_the_time_goes_and_what_was_achieved(tmp_path, fit):
     run = fit(tmp_path, 20)
     lines = list(read_lines(run.metrics))
     assert [line["step"] for line in lines] == [5, 10, 15, 20]
@@ -122,7 +108,7 @@ class SpikeAt:
         return result
 
 
-def test_a_spike_is_named_with_its_step_and_ids(tmp_path):
+def test_a_spike_is_named_with_its_step_and_ids(tmp_path, fit):
     run = fit(tmp_path, 30, SpikeAt(22))
     (spike,) = events(run, "spike")
     assert (spike["step"], spike["rank"], spike["ids"]) == (22, 0, [0, 1, 2, 3])
@@ -138,12 +124,12 @@ class RankZeroOfTwo(TorchEngine):
         return torch.stack([values, values * 10])
 
 
-def test_the_rank_with_the_largest_loss_is_named(tmp_path):
-    engine = RankZeroOfTwo(build_network(NETWORK, IMAGE), TrainConfig(), CPU)
+def test_the_rank_with_the_largest_loss_is_named(tmp_path, tiny):
+    engine = RankZeroOfTwo(build_network(tiny.network, tiny.image), TrainConfig(), CPU)
     with TrainLog(engine, RunDir(tmp_path), 100, lambda: 0.0, None) as log:
         for index in range(20):
             value = torch.tensor(50.0 if index == 18 else 1.0)
-            log.add(BATCH, [Losses(value, {"a": value})], 1e-3, 1.0)
+            log.add(tiny.batch, [Losses(value, {"a": value})], 1e-3, 1.0)
         log.write(120)
     (spike,) = events(RunDir(tmp_path), "spike")
     assert (spike["step"], spike["rank"], spike["ids"]) == (118, 1, [0, 10, 20, 30])
@@ -156,7 +142,7 @@ def test_the_rank_with_the_largest_loss_is_named(tmp_path):
 # TensorBoard and traces
 
 
-def test_event_files_hold_the_metrics_and_no_step_twice(tmp_path):
+def test_event_files_hold_the_metrics_and_no_step_twice(tmp_path, fit):
     run = fit(tmp_path, 15)
     (run.checkpoints / "step_00000015").rename(tmp_path / "lost")
     time.sleep(1.1)  # event files are read in the order of the seconds in their names
@@ -172,7 +158,7 @@ def test_event_files_hold_the_metrics_and_no_step_twice(tmp_path):
         assert values == pytest.approx({step: line[tag] for step, line in last.items()}, rel=1e-6)
 
 
-def test_a_trace_of_three_steps_is_written_when_asked_for(tmp_path):
+def test_a_trace_of_three_steps_is_written_when_asked_for(tmp_path, fit):
     assert not fit(tmp_path / "plain", 10).profile.exists()
     run = fit(tmp_path / "traced", 10, profile=True)
     (path,) = run.profile.iterdir()
