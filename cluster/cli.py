@@ -161,8 +161,8 @@ def scale(args: list[str]) -> int:
     options = parser.parse_args(args)
     run = open_run(options.run)
     from cluster.jobs import read_ids
+    from cluster.lock import is_live
     from cluster.scale import write_target
-    from cluster.status import is_live
     from distill.config import check
 
     if read_ids(run):

@@ -8,13 +8,11 @@ A daemon that dies alone would leave the supervisor waiting for answers, so it l
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
 import os
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,12 +24,12 @@ import psutil
 import ray
 
 from cluster.config import RunConfig
+from cluster.lock import held
 from cluster.progress import StageBars
 from cluster.scale import most_workers
-from distill.config import ConfigError, check
-from distill.rundir import RunDir, lock_file
+from distill.config import check
+from distill.rundir import RunDir
 
-LOCK_PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
 JOIN_PERIOD_S = 0.5
 LONGEST_TEMP = 40  # characters; Ray's socket paths below it must stay under 107
 RAY_ENVIRONMENT = {
@@ -187,24 +185,12 @@ def is_alive(process: psutil.Process) -> bool:
 
 @contextmanager
 def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
-    """A session under the run's lock. A process that died does not hold the lock.
+    """A session under the run's lock.
 
     Raises:
         ConfigError: the folder cannot be made, or another supervisor is at work on the run.
     """
-    try:
-        run.root.mkdir(parents=True, exist_ok=True)
-        file = run.lock.open("a+")
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write to run.dir={run.root} ({error.strerror}); choose another place with "
-            "run.dir=..."
-        ) from error
-    with file:
-        _lock(file.fileno(), run)
-        file.truncate(0)
-        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
-        file.flush()
+    with held(run):
         session, before = Session(config, run), {n: signal.getsignal(n) for n in STOP_SIGNALS}
         shutil.rmtree(session.scratch, ignore_errors=True)
         session.scratch.mkdir()
@@ -215,16 +201,6 @@ def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
             shutil.rmtree(session.scratch, ignore_errors=True)
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _lock(descriptor: int, run: RunDir) -> None:
-    try:
-        lock_file(descriptor, LOCK_PATIENCE_S)
-    except BlockingIOError:
-        raise ConfigError(
-            f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
-            "wait for it, or take another run with run.name=NAME"
-        ) from None
 
 
 def missing_resources(config: RunConfig, available: dict[str, float]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import time
@@ -16,6 +15,7 @@ from cluster.config import RunConfig
 from cluster.configfile import load_config
 from cluster.eviction import read_evicted
 from cluster.jobs import SlurmError, read_ids, read_jobs
+from cluster.lock import is_live
 from cluster.plan import stream_plan
 from cluster.scale import PLANNED, staff
 from distill.config import ConfigError
@@ -33,18 +33,6 @@ SPEED_WINDOW_S = 60.0  # pairs/s is over the commits of the last minute of produ
 
 # -----------------------------------------------------------------------------------------------
 # Facts
-
-
-def is_live(run: RunDir) -> bool:
-    """Whether a supervisor holds the run's lock now."""
-    try:
-        with run.lock.open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def last_record(path: Path) -> dict[str, Any]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
 
-from cluster.status import is_live
-from distill.config import check
+from cluster.lock import holder
+from distill.config import ConfigError, check
 from distill.rundir import RunDir
 
 
@@ -16,14 +15,15 @@ def stop_here(run: RunDir) -> str:
     """Asks the supervisor of a live run on this machine to save and end. What was done, in words.
 
     Raises:
-        ConfigError: the run is at rest, or its supervisor works on another machine.
+        ConfigError: the run is at rest or about to start, or its supervisor is on another machine.
     """
-    check(is_live(run), f"{run.root} is not running, and has no Slurm jobs")
-    holder = json.loads(run.lock.read_text())
-    host, pid = holder["host"], holder["pid"]
+    found = holder(run)
+    if found is None:
+        raise ConfigError(f"{run.root} is not running, and has no Slurm jobs")
     check(
-        host == socket.gethostname(),
-        f"{run.root} is worked on by process {pid} on {host}; run `bowstring stop` there",
+        found.host == socket.gethostname(),
+        f"{run.root} is worked on by process {found.pid} on {found.host}; "
+        "run `bowstring stop` there",
     )
-    os.kill(pid, signal.SIGTERM)
-    return f"process {pid}: saves, then ends"
+    os.kill(found.pid, signal.SIGTERM)
+    return f"process {found.pid}: saves, then ends"

@@ -14,10 +14,10 @@ from cluster.configfile import save_config
 from cluster.facts import is_distilled, is_finished
 from cluster.identity import check_identity
 from cluster.jobs import ask, read_jobs
+from cluster.lock import is_live
 from cluster.plan import estimate
 from cluster.scale import staff, write_target
 from cluster.slurm import KINDS, render, slurm_of
-from cluster.status import is_live
 from cluster.stop import stop_here
 from distill.config import ConfigError, check
 from distill.rundir import RunDir, read_lines, write_atomic, write_json

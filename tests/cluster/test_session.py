@@ -1,6 +1,6 @@
-"""The run's lock, the cursor and the progress shown."""
+"""The session of a run, the cursor and the progress shown."""
 
-import subprocess
+import os
 import sys
 
 import psutil
@@ -8,18 +8,11 @@ import pytest
 
 from cluster.compose import compose
 from cluster.cursor import read_cursor
+from cluster.lock import holder, is_live
 from cluster.progress import last_step
 from cluster.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
 from distill.rundir import RunDir, append_line
-
-HOLD = """
-import fcntl, sys, time
-file = open(sys.argv[1], "a+")
-fcntl.flock(file, fcntl.LOCK_EX)
-print("held", flush=True)
-time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -28,21 +21,11 @@ def config(tmp_path):
     return config
 
 
-def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.session.LOCK_PATIENCE_S", 0.2)
+def test_a_session_has_the_run_and_a_scratch_folder_of_its_own(config, tmp_path):
     run = RunDir(tmp_path / "run")
-    run.root.mkdir()
-    command = [sys.executable, "-c", HOLD, str(run.lock)]
-    holder = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    busy = pytest.raises(ConfigError, match="being worked on by another process")
-    with busy, open_session(config, run):
-        pass
-    holder.kill()
-    holder.wait()
     with open_session(config, run) as session:
-        assert session.scratch.is_dir()
-    assert not session.scratch.exists()
+        assert session.scratch.is_dir() and holder(run).pid == os.getpid()
+    assert not session.scratch.exists() and not is_live(run)
 
 
 def test_a_child_that_was_killed_is_dead_before_and_after_it_is_waited_for():

@@ -19,7 +19,6 @@ from cluster.configfile import save_config
 from cluster.eviction import evict
 from cluster.status import (
     average_pairs_per_s,
-    is_live,
     last_verified,
     open_leases,
     pairs_per_s,
@@ -163,15 +162,6 @@ def test_a_quarantined_shard_is_shown_with_its_reason(run):
     folder = run.quarantine / "00000002-abc"
     write_json(folder / "00000002.reason.json", {"shard": 2, "reason": "sha256 differs"})
     assert status(run)["shards"]["quarantined"] == [{"shard": 2, "reason": "sha256 differs"}]
-
-
-def test_live_is_a_held_lock(run):
-    assert not is_live(run)
-    with run.lock.open("w") as file:
-        assert not is_live(run)
-        fcntl.flock(file, fcntl.LOCK_EX)
-        assert is_live(run)
-    assert not is_live(run)
 
 
 def shown(found):

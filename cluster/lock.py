@@ -1,0 +1,77 @@
+"""The lock of a run: one supervisor at a time. It ends with the process that holds it.
+
+run.lock holds {"host", "pid"} of the supervisor that took it last. No torch, no ray.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from distill.config import ConfigError
+from distill.rundir import RunDir, lock_file
+
+PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
+
+
+class Holder(NamedTuple):
+    """A supervisor."""
+
+    host: str
+    pid: int
+
+
+@contextmanager
+def held(run: RunDir) -> Iterator[None]:
+    """The run is this process's own.
+
+    Raises:
+        ConfigError: the folder cannot be made, or another supervisor is at work on the run.
+    """
+    try:
+        run.root.mkdir(parents=True, exist_ok=True)
+        file = run.lock.open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to run.dir={run.root} ({error.strerror}); choose another place with "
+            "run.dir=..."
+        ) from error
+    with file:
+        try:
+            lock_file(file.fileno(), PATIENCE_S)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
+                "wait for it, or take another run with run.name=NAME"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        file.flush()
+        yield
+
+
+def is_live(run: RunDir) -> bool:
+    """Whether a supervisor holds the run now."""
+    try:
+        with run.lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def holder(run: RunDir) -> Holder | None:
+    """Who holds the run now; None when nobody does, or somebody is about to."""
+    if not is_live(run):
+        return None
+    try:
+        return Holder(**json.loads(run.lock.read_text()))
+    except json.JSONDecodeError:
+        return None
