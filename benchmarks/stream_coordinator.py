@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stream_page import markdown
+from benchmarks.sections import markdown
 from benchmarks.stream_pool import PERIOD_S, ROUND_S, SHARD_BYTES, pool_share
 from cluster.coordinator import Coordinator, Limits
 from cluster.eviction import read_evicted

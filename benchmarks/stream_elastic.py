@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from benchmarks.stream_page import markdown
+from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, ROOT, Run, mixture
 from distill.figures import worker_figure
 from distill.report import write_report

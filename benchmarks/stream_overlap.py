@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.stream_page import markdown
+from benchmarks.sections import markdown
 from benchmarks.stream_run import Run, mixture, network
 
 BLOCKS = 2  # of 8 shards, 22 passes each: 176 steps

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import webdataset
 
-from benchmarks.stream_page import markdown
+from benchmarks.sections import markdown
 from distill.generate import GeneratedShard
 from distill.layout import stored_dtype, tar_bytes
 from distill.ledger import ShardSpec, TeacherSpec

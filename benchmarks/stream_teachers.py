@@ -17,16 +17,16 @@ import os
 import signal
 import time
 from collections import defaultdict
-from multiprocessing.process import BaseProcess
+from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier, Event
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 
-from benchmarks.stream_page import markdown
+from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, network
 from distill.allocator import keep_freed_memory
 from distill.config import TeacherConfig
@@ -39,7 +39,7 @@ RAY_NICENESS = 15  # of its workers, unless RAY_worker_niceness says another
 TURN_S, TURNS = 8.0, 10  # of each; a lease bears far longer stops
 
 
-def bare_loop(config: TeacherConfig, ready: Barrier, over: Event, out: Any) -> None:
+def bare_loop(config: TeacherConfig, ready: Barrier, over: Event, out: Queue[list[float]]) -> None:
     """Puts the time at the end of every batch, after one to warm up."""
     os.nice(RAY_NICENESS)
     keep_freed_memory()
@@ -63,18 +63,26 @@ def bare_loop(config: TeacherConfig, ready: Barrier, over: Event, out: Any) -> N
     out.put(ends)
 
 
-def start_loops(config: TeacherConfig, workers: int, over: Event, out: Any) -> list[BaseProcess]:
-    """Processes with a bare loop each, warm when this returns."""
+class Loops(NamedTuple):
+    """Processes with a bare loop each."""
+
+    pids: list[int]
+    over: Event
+    ends: Queue[list[float]]
+
+
+def start_loops(config: TeacherConfig, workers: int) -> Loops:
+    """Loops that are warm when this returns."""
     context = multiprocessing.get_context("spawn")
-    ready = context.Barrier(workers + 1)
-    loops: list[BaseProcess] = [
-        context.Process(target=bare_loop, args=(config, ready, over, out), daemon=True)
-        for _ in range(workers)
-    ]
-    for loop in loops:
+    ready, over = context.Barrier(workers + 1), context.Event()
+    ends: Queue[list[float]] = context.Queue()
+    pids = []
+    for _ in range(workers):
+        loop = context.Process(target=bare_loop, args=(config, ready, over, ends), daemon=True)
         loop.start()
+        pids.append(loop.ident)
     ready.wait()
-    return loops
+    return Loops(pids, over, ends)
 
 
 def signal_all(pids: list[int], what: signal.Signals) -> None:
@@ -114,18 +122,16 @@ def measure_row(folder: Path, teacher: list[str], workers: int, turns: int) -> d
             run.finish(supervisor)
         time.sleep(1)
     signal_all([supervisor.pid], signal.SIGSTOP)
-    context = multiprocessing.get_context("spawn")
-    over, out = context.Event(), context.Queue()
     config = TeacherConfig(path=str(folder.parent / "teacher"), steps=16, guidance=1.5)
-    loops = [loop.pid or 0 for loop in start_loops(config, workers, over, out)]
-    signal_all(loops, signal.SIGSTOP)
+    loops = start_loops(config, workers)
+    signal_all(loops.pids, signal.SIGSTOP)
     loops_turns, pool_turns = [], []
     for _ in range(turns):
-        loops_turns.append(take_turn(loops))
+        loops_turns.append(take_turn(loops.pids))
         pool_turns.append(take_turn([supervisor.pid]))
-    over.set()
-    signal_all([*loops, supervisor.pid], signal.SIGCONT)
-    bare = [rate(out.get(timeout=DEADLINE_S), loops_turns) for _ in loops]
+    loops.over.set()
+    signal_all([*loops.pids, supervisor.pid], signal.SIGCONT)
+    bare = [rate(loops.ends.get(timeout=DEADLINE_S), loops_turns) for _ in loops.pids]
     supervisor.send_signal(signal.SIGTERM)
     run.finish(supervisor)
     ours = [rate(ends, pool_turns) for ends in commits(run).values()]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.stream_page import markdown
+from benchmarks.sections import markdown
 from benchmarks.stream_run import Run, mixture
 from benchmarks.stream_shards import SHAPES, Shape
 from distill.config import DiTConfig, ImageSpec, TrainConfig, TrajectoryConfig

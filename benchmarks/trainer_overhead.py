@@ -1,0 +1,117 @@
+"""`distill.train` with DeepSpeedEngine, logs included, against a bare PyTorch loop.
+
+The same step by both, in turn, in one process.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.sections import markdown
+from benchmarks.train_step import IMAGE, random_batch
+from benchmarks.trainer_cases import CASES, WARM_UP, Case, new_engine, seconds_of, settings
+from distill.config import TrainConfig
+from distill.engine import frozen_copy, parameter_groups
+from distill.networks import build_network
+from distill.objective_config import ReflowConfig
+from distill.objectives import build_objective
+from distill.rundir import RunDir
+from distill.testing import run_ranks
+from distill.train import train
+from distill.trajectory import TrajectoryBatch
+
+STAGES = (0, 1, 2)
+
+
+def bare_step(case: Case, config: TrainConfig) -> Callable[[TrajectoryBatch], None]:
+    """The same step by hand: loss, pass back, clipping, AdamW, two averages."""
+    network = build_network(case.network, IMAGE, 0)
+    averages = [frozen_copy(network) for _ in range(2)]
+    names, weights = zip(
+        *[(name, p) for name, p in network.named_parameters() if p.requires_grad], strict=True
+    )
+    values = [[average.get_parameter(name) for name in names] for average in averages]
+    decays = (config.ema_target, config.ema_evaluation)
+    groups = parameter_groups(network, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, config.lr, (config.betas[0], config.betas[1]))
+    objective = build_objective(ReflowConfig(), 0)
+
+    def step(batch: TrajectoryBatch) -> None:
+        objective.loss(batch, network, averages[0], 0).total.backward()
+        torch.nn.utils.clip_grad_norm_(weights, config.grad_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for kept, decay in zip(values, decays, strict=True):
+                torch._foreach_lerp_(kept, weights, 1 - decay)
+
+    return step
+
+
+def compare(name: str, stage: int, folder: Path) -> dict[str, Any]:
+    """Seconds of a step of the loop over ZeRO and of the bare one, in turn.
+
+    The bare step is taken inside `read`. So a step of the loop is the time from where `read` is
+    left to where it is entered again.
+    """
+    case = CASES[name]
+    config = settings(case, zero_stage=stage, max_steps=WARM_UP + case.steps, save_every=10**6)
+    engine, bare = new_engine(case, config), bare_step(case, config)
+    batch = random_batch(case.batch)
+    entered, left, theirs = [], [], []
+
+    def read(step: int) -> TrajectoryBatch:
+        entered.append(time.perf_counter())
+        theirs.append(seconds_of(lambda: bare(batch)))
+        left.append(time.perf_counter())
+        return batch
+
+    train(
+        engine,
+        read,
+        build_objective(ReflowConfig(), 0),
+        config,
+        RunDir(folder),
+        origin={},
+        wait_s=lambda: 0.0,
+        should_stop=lambda: False,
+    )
+    ours = [
+        end - start for start, end in zip(left[WARM_UP:-1], entered[WARM_UP + 1 :], strict=True)
+    ]
+    bares = theirs[WARM_UP + 1 :]
+    ratio = median(a / b for a, b in zip(ours, bares, strict=True))
+    times = {"loop_s": median(ours), "bare_s": median(bares)}
+    return {"network": name, "zero_stage": stage, **times, "percent": 100 * (ratio - 1)}
+
+
+def measure_rank(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Both networks at every stage, on one rank."""
+    rows = [compare(n, s, folder / f"{n}-{s}") for n in CASES for s in STAGES]
+    return {"rows": rows}
+
+
+def measure(quick: bool, folder: Path) -> dict[str, Any]:
+    """Rows of networks and stages; it has no quicker way."""
+    (found,) = run_ranks(measure_rank, 1, folder / "rank", folder)
+    return found
+
+
+def page(found: dict[str, Any]) -> str:
+    """The section in Markdown."""
+    table = [["network", "ZeRO stage", "loop, ms", "bare, ms", "slower", "bar"]]
+    for row in found["rows"]:
+        times = [f"{1e3 * row['loop_s']:.1f}", f"{1e3 * row['bare_s']:.1f}"]
+        percent, bar = f"{row['percent']:+.1f} %", f"{CASES[row['network']].bar} %"
+        table.append([row["network"], str(row["zero_stage"]), *times, percent, bar])
+    sizes = ", ".join(f"{name}: batch {case.batch}" for name, case in CASES.items())
+    return (
+        f"{markdown(table)}\n\nOne rank, one thread, reflow; {sizes}. Medians of the "
+        "ratios of a step of each."
+    )
