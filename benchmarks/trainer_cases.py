@@ -23,9 +23,11 @@ class Case(NamedTuple):
     bar: float
 
 
+LARGER = DiTConfig(patch_size=2, width=384, depth=9, num_heads=6)  # 24,735,364 weights
 CASES = {
     "digits": Case(NETWORK, BATCH, 60, 15),
-    "25 M": Case(DiTConfig(patch_size=2, width=384, depth=9, num_heads=6), 16, 20, 5),
+    "25 M": Case(LARGER, BATCH, 10, 5),
+    "25 M, few samples": Case(LARGER, 16, 20, 5),
 }
 WARM_UP = 3  # steps
 

@@ -13,6 +13,7 @@ from typing import Any
 from benchmarks.sections import markdown
 from benchmarks.train_step import random_batch
 from benchmarks.trainer_cases import CASES, WARM_UP, new_engine, seconds_of, settings
+from distill.allocator import keep_freed_memory
 from distill.checkpoint import load_latest
 from distill.config import TrainConfig
 from distill.engine import MASTER
@@ -30,7 +31,8 @@ LEAST_BYTES = 4 * (1 + 2 + 2)  # float32 of a weight: itself, Adam's two moments
 
 def measure_rank(rank: int, world_size: int, folder: Path, rounds: int) -> dict[str, Any]:
     """`rounds` saves of the larger network of both kinds, in turn, with steps after each."""
-    case, checkpoints = CASES["25 M"], RunDir(folder).checkpoints
+    keep_freed_memory()
+    case, checkpoints = CASES["25 M, few samples"], RunDir(folder).checkpoints
     engine = new_engine(case, settings(case, save_async=True))
     objective, batch, lr = build_objective(ReflowConfig(), 0), random_batch(case.batch), 1e-4
     saves: dict[str, list[dict[str, Any]]] = {"sync": [], "async": []}

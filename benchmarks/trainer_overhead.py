@@ -16,8 +16,9 @@ import torch
 from benchmarks.sections import markdown
 from benchmarks.train_step import IMAGE, random_batch
 from benchmarks.trainer_cases import CASES, WARM_UP, Case, new_engine, seconds_of, settings
+from distill.allocator import keep_freed_memory
 from distill.config import TrainConfig
-from distill.engine import frozen_copy, parameter_groups
+from distill.engine import frozen_copy, new_optimizer
 from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
@@ -38,8 +39,9 @@ def bare_step(case: Case, config: TrainConfig) -> Callable[[TrajectoryBatch], No
     )
     values = [[average.get_parameter(name) for name in names] for average in averages]
     decays = (config.ema_target, config.ema_evaluation)
-    groups = parameter_groups(network, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, config.lr, (config.betas[0], config.betas[1]))
+    optimizer = new_optimizer(network, config)
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr
     objective = build_objective(ReflowConfig(), 0)
 
     def step(batch: TrajectoryBatch) -> None:
@@ -92,7 +94,8 @@ def compare(name: str, stage: int, folder: Path) -> dict[str, Any]:
 
 
 def measure_rank(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
-    """Both networks at every stage, on one rank."""
+    """All cases at every stage, on one rank, which keeps freed memory as one of a run does."""
+    keep_freed_memory()
     rows = [compare(n, s, folder / f"{n}-{s}") for n in CASES for s in STAGES]
     return {"rows": rows}
 
@@ -105,13 +108,13 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
 
 def page(found: dict[str, Any]) -> str:
     """The section in Markdown."""
-    table = [["network", "ZeRO stage", "loop, ms", "bare, ms", "slower", "bar"]]
+    table = [["network", "batch", "ZeRO stage", "loop, ms", "bare, ms", "slower", "bar"]]
     for row in found["rows"]:
         times = [f"{1e3 * row['loop_s']:.1f}", f"{1e3 * row['bare_s']:.1f}"]
         percent, bar = f"{row['percent']:+.1f} %", f"{CASES[row['network']].bar} %"
-        table.append([row["network"], str(row["zero_stage"]), *times, percent, bar])
-    sizes = ", ".join(f"{name}: batch {case.batch}" for name, case in CASES.items())
+        sizes = [str(CASES[row["network"]].batch), str(row["zero_stage"])]
+        table.append([row["network"], *sizes, *times, percent, bar])
     return (
-        f"{markdown(table)}\n\nOne rank, one thread, reflow; {sizes}. Medians of the "
-        "ratios of a step of each."
+        f"{markdown(table)}\n\nOne rank, one thread, reflow. Medians of the ratios of a step of "
+        "each."
     )

@@ -20,6 +20,7 @@ from cluster.job import TrainJob, stream_order
 from cluster.netcost import network_cost
 from cluster.watchdog import ending_when_hung
 from cluster.zero import DeepSpeedEngine
+from distill.allocator import keep_freed_memory
 from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import Engine
@@ -44,6 +45,8 @@ LOCK_TIMEOUT_S = 60.0  # ranks of a killed supervisor are gone within seconds
 
 def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool]) -> int:
     """Steps done: `max_steps`, or fewer when asked to stop. The process group must be up."""
+    if device.type == "cpu":
+        keep_freed_memory()
     hang = job.run.hangs / f"rank_{dist.get_rank():05d}.txt"
     with ending_when_hung(hang, job.config.cluster.trainer.step_timeout_s) as beat:
         network, origin = initial_network(job)

@@ -43,10 +43,11 @@ from distill.engine import (
     FragmentReader,
     Peers,
     average_kind,
+    empty_adam_state,
     frozen_copy,
     is_gradient_finite,
     last_layer_gradients,
-    parameter_groups,
+    new_optimizer,
 )
 from distill.networks.layers import AbstractNetwork
 
@@ -131,7 +132,7 @@ class DeepSpeedEngine:
         self._engine, self._zero = self._initialize()
         self._partition, self._copies = self._lay_out(copy)
         masters = self._partition.masters
-        self._adam_state = [_empty_adam_state(master) for master in masters]
+        self._adam_state = [empty_adam_state(master) for master in masters]
         for master, state in zip(masters, self._adam_state, strict=True):
             self._zero.optimizer.state[master] = state
         for piece in self._partition.pieces:  # DeepSpeed made them from rounded weights
@@ -151,11 +152,7 @@ class DeepSpeedEngine:
         """DeepSpeed's engine and optimizer."""
         if self._config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
             raise ConfigError("train.precision=fp16 does not work on this device; set bf16 or fp32")
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self._network, self._config.weight_decay),
-            lr=0.0,
-            betas=(self._config.betas[0], self._config.betas[1]),
-        )
+        optimizer = new_optimizer(self._network, self._config)
         numel = sum(param.numel() for param in self._params.values())
         engine, zero, _, _ = deepspeed.initialize(
             model=_LossModule(self._network),
@@ -207,7 +204,7 @@ class DeepSpeedEngine:
     def backward(self, loss: Tensor, last: bool) -> None:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(self._engine(loss))
-        if self._stage == 0 and last:
+        if self._stage == 0 and self.world_size > 1 and last:
             self._average_gradients()
 
     def _average_gradients(self) -> None:
@@ -281,12 +278,3 @@ class DeepSpeedEngine:
                 vars(module)[PASSES_LEFT] = count
         if self._stage == 3:
             self._zero.parameter_offload.release_backward_leftovers()
-
-
-def _empty_adam_state(master: Tensor) -> dict[str, Tensor]:
-    """State before the first step, made here so that a checkpoint has somewhere to load to."""
-    return {
-        "step": torch.tensor(0.0),
-        EXP_AVG: torch.zeros_like(master),
-        EXP_AVG_SQ: torch.zeros_like(master),
-    }

@@ -135,6 +135,22 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [group for group in groups if group["params"]]
 
 
+def new_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, fused: one pass over the weights, where plain PyTorch makes a dozen."""
+    betas = (config.betas[0], config.betas[1])
+    groups = parameter_groups(network, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+
+
+def empty_adam_state(weight: Tensor) -> dict[str, Tensor]:
+    """State before the first step, made early so that a checkpoint has somewhere to load to."""
+    return {
+        "step": torch.tensor(0.0, device=weight.device),  # the fused step wants it there
+        EXP_AVG: torch.zeros_like(weight),
+        EXP_AVG_SQ: torch.zeros_like(weight),
+    }
+
+
 def last_layer_gradients(network: AbstractNetwork, losses: list[Tensor]) -> Tensor:
     """[len(losses), n] float32: gradient of each scalar by the n entries of `last_layer`."""
     rows = [torch.autograd.grad(loss, network.last_layer, retain_graph=True)[0] for loss in losses]
@@ -166,17 +182,9 @@ class TorchEngine:
         network.activation_checkpointing = config.activation_checkpointing
         self._network = network.to(device)
         self._params = {n: p for n, p in self._network.named_parameters() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            parameter_groups(self._network, config.weight_decay),
-            lr=0.0,
-            betas=(config.betas[0], config.betas[1]),
-        )
+        self._optimizer = new_optimizer(self._network, config)
         for param in self._params.values():
-            self._optimizer.state[param] = {
-                "step": torch.tensor(0.0),
-                EXP_AVG: torch.zeros_like(param),
-                EXP_AVG_SQ: torch.zeros_like(param),
-            }
+            self._optimizer.state[param] = empty_adam_state(param)
         masters = list(self._params.values())
         self._averages = {
             TARGET: Average(config.ema_target, masters),
