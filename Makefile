@@ -15,7 +15,6 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/bowstring run experiment=digits
-	@echo "report: $(CURDIR)/runs/digits/report.html"
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -170,14 +170,14 @@ def scale(args: list[str]) -> int:
         from cluster.submit import scale as scale_jobs
 
         scale_jobs(load_config(run), run, options.workers)
-        print(f"{run.root}: {options.workers} teacher workers wanted; see `bowstring status`")
+        print(f"{run.root}: teacher workers wanted: {options.workers}; see `bowstring status`")
         return 0
     check(
         is_live(run),
         f"{run.root} is not running; start it with cluster.teachers.num_workers={options.workers}",
     )
     write_target(run, options.workers)
-    print(f"{run.root}: {options.workers} teacher workers wanted; see `bowstring status`")
+    print(f"{run.root}: teacher workers wanted: {options.workers}; see `bowstring status`")
     return 0
 
 

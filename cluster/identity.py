@@ -195,7 +195,8 @@ def check_identity(config: RunConfig, run: RunDir) -> dict[str, Any] | None:
         raise ConfigError(
             f"{run.root} was started with other settings:\n  "
             + "\n  ".join(lines)
-            + "\nResume it with its own settings, or start a new run with --force-new NAME"
+            + "\nResume it with its own settings, or start a new run with --force-new NAME, "
+            "a name that is not taken"
         )
     return record
 

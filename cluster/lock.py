@@ -47,7 +47,7 @@ def held(run: RunDir) -> Iterator[None]:
         except BlockingIOError:
             raise ConfigError(
                 f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
-                "wait for it, or take another run with run.name=NAME"
+                "wait for it, or start a new run with --force-new NAME"
             ) from None
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))

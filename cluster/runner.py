@@ -55,6 +55,7 @@ Stage = Callable[[Session], Work]
 
 def run(config: RunConfig) -> int:
     """The main job: what is missing of teacher, trajectories, training, evaluation and report."""
+    stages.check_evaluation(config)  # of the last stage, but better said now
     return supervise(config, stages.pretrain, stages.distil, stages.evaluate_if_new)
 
 
@@ -80,6 +81,7 @@ def train(config: RunConfig) -> int:
 
 def evaluate(config: RunConfig) -> int:
     """Evaluates the last verified checkpoint, and writes the report."""
+    stages.check_evaluation(config)  # before its settings are kept
     return supervise(config, stages.evaluate_again)
 
 

@@ -22,6 +22,7 @@ from cluster.session import Session
 from distill.config import ImageSpec, TeacherConfig, check
 from distill.datasets import NO_IMAGES, check_files
 from distill.export import latest_student
+from distill.inception import check_inception
 from distill.ledger import ShardSpec, shard_spec
 from distill.manifest import latest_verified
 from distill.models import DESCRIPTION
@@ -90,7 +91,6 @@ def distil(session: Session) -> Work:
     config, plan = session.config, stream_plan(session.config)
     if is_distilled(config, session.run):
         return Work()
-    check_files(config.data)  # not needed before the evaluation, but better said now
     is_trained = steps_done(session.run) >= config.train.max_steps
     spec = run_spec(session)
     return Work(
@@ -112,6 +112,13 @@ def train(session: Session) -> Work:
     if steps_done(session.run) >= session.config.train.max_steps:
         return Work()
     return Work(job=TrainJob("train", session.config, run_spec(session), session.scratch))
+
+
+def check_evaluation(config: RunConfig) -> None:
+    """Raises ConfigError when a file that the evaluation needs is absent or another one."""
+    check_files(config.data)
+    if config.eval.extractor.name == "inception":
+        check_inception(config.eval.extractor.weights)
 
 
 def evaluate_if_new(session: Session) -> Work:

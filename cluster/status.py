@@ -14,6 +14,7 @@ from typing import Any
 from cluster.config import RunConfig
 from cluster.configfile import load_config
 from cluster.eviction import read_evicted
+from cluster.facts import own_teachers
 from cluster.jobs import SlurmError, read_ids, read_jobs
 from cluster.lock import is_live
 from cluster.plan import stream_plan
@@ -101,11 +102,12 @@ def pairs_per_s(
 
 
 def average_pairs_per_s(events: list[dict[str, Any]], samples_per_shard: int) -> float | None:
-    """Speed of production over all the time in which a teacher worker was at work."""
+    """Speed of production while a teacher worker was at work, up to the last commit."""
     history = worker_history(events)
     if not history.spans:
         return None
-    changes = [*history.changes, (history.spans[-1][1], 0, 0)]
+    end = history.spans[-1][1]
+    changes = [*(change for change in history.changes if change[0] < end), (end, 0, 0)]
     at_work_s = sum(max(0.0, b[0] - a[0]) for a, b in pairwise(changes) if a[2] > 0)
     made = len(history.spans) * samples_per_shard
     return round(made / at_work_s, 2) if at_work_s > 0 else None
@@ -246,7 +248,7 @@ def status(run: RunDir) -> dict[str, Any]:
     """Everything `bowstring status` says, ready for JSON. Raises ConfigError when it is no run."""
     config = load_config(run)
     events = list(read_lines(run.events))
-    pretrains, live = run.teacher.root.is_dir(), is_live(run)
+    live = is_live(run)
     found: dict[str, Any] = {
         "run": config.run.name,
         "dir": str(run.root),
@@ -255,7 +257,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "pretrain": None,
         "train": training(run, config.train.max_steps, live),
     }
-    if pretrains:
+    if own_teachers(config):
         found["pretrain"] = training(run.teacher, config.pretrain.train.max_steps, live)
     found["shards"] = shards(run, config, found["train"]["step"], events, live)
     found["teachers"] = teachers(events) if live else None

@@ -76,7 +76,7 @@ def _summary(found: dict[str, Any]) -> Table:
     head.add_row(
         "restarts", f"trainer {again['trainer']}, teacher workers lost {again['teacher_workers']}"
     )
-    head.add_row("disk free", f"{found['disk_free_bytes']:,} bytes")
+    head.add_row("disk free", f"{found['disk_free_bytes'] / 1e9:,.1f} GB")
     if found["slurm"] is not None and not found["slurm"]["jobs"]:
         head.add_row("Slurm jobs", found["slurm"].get("unknown", "none left"))
     return head

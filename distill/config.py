@@ -291,14 +291,16 @@ class TrainConfig:
         Raises:
             ConfigError: the batch cannot be divided so.
         """
-        unit = world_size * max(self.micro_batch, 1)
-        if self.batch_size % unit:
-            nearest = max(1, round(self.batch_size / unit)) * unit
+        part = max(self.micro_batch, 1)
+        fitting = [n for n in range(1, world_size + 1) if self.batch_size % (n * part) == 0]
+        if world_size not in fitting:
+            micro = f" in micro-batches of {part}" if self.micro_batch else ""
+            way = f"{fitting[-1]} can" if fitting else "set another train.micro_batch"
             raise ConfigError(
-                f"train.batch_size={self.batch_size} must be a multiple of "
-                f"world_size*micro_batch={unit}; try {nearest}"
+                f"{world_size} ranks (cluster.trainer.num_workers) cannot share "
+                f"train.batch_size={self.batch_size} evenly{micro}; {way}"
             )
-        return self.batch_size // unit if self.micro_batch else 1
+        return self.batch_size // (world_size * part) if self.micro_batch else 1
 
 
 @dataclass
@@ -315,6 +317,9 @@ class ExtractorConfig:
 
     name: str = "pixels"  # pixels | inception
     weights: str = ""  # file, for inception
+
+    def __post_init__(self) -> None:
+        check_choice("eval.extractor.name", self.name, ("pixels", "inception"))
 
 
 @dataclass

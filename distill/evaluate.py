@@ -5,6 +5,7 @@ Every number comes from the same samples: noise and label of id i are those of (
 describes results.json.
 """
 
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from hashlib import sha256
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from distill.config import DataConfig, EvalConfig, ImageSpec, TeacherConfig, check
@@ -45,6 +46,8 @@ from distill.teachers import build_field, build_teacher
 from distill.teachers.base import FrozenTeacher
 from distill.teachers.native import Jumps
 
+LINE_PERIOD_S = 30.0  # between lines of progress, where there is no terminal
+
 
 class Evaluator:
     """Measures samplers on one sample set. Holds what they share: the truth and the real images."""
@@ -53,6 +56,7 @@ class Evaluator:
         self, data: DataConfig, evaluation: EvalConfig, device: torch.device, progress: Progress
     ) -> None:
         self._evaluation, self._device, self._progress = evaluation, device, progress
+        self._next_line_s = time.monotonic() + LINE_PERIOD_S
         self.samples = evaluation_samples(evaluation, data.image)
         self.interrupt = Interrupt()
         self.features: FeatureDistance | None = None
@@ -78,10 +82,19 @@ class Evaluator:
             self._evaluation.batch_size,
             self._device,
             self.interrupt,
-            lambda num: self._progress.advance(task, num),
+            lambda num: self._advance(task, num),
         )
         self._progress.remove_task(task)
         return result
+
+    def _advance(self, task: TaskID, num: int) -> None:
+        """Moves the bar; where there is none, says a line now and then."""
+        self._progress.advance(task, num)
+        if self._progress.disable and time.monotonic() >= self._next_line_s:
+            self._next_line_s = time.monotonic() + LINE_PERIOD_S
+            (state,) = self._progress.tasks
+            line = f"evaluation, {state.description}: {state.completed:g}/{state.total:g} samples"
+            self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def set_reference(self, sampler: Sampler) -> None:
         """Takes the end points of `sampler` as the truth."""
@@ -235,6 +248,6 @@ def evaluate(
 
 
 def progress_bar() -> Progress:
-    """A bar on a terminal; silent elsewhere."""
+    """A bar on a terminal; elsewhere it is not drawn."""
     console = Console(stderr=True)
     return Progress(console=console, transient=True, disable=not console.is_terminal)

@@ -160,7 +160,7 @@ def worker_figure(history: WorkerHistory, samples_per_shard: int) -> Figure:
 def png_uri(image: np.ndarray) -> str:
     """A data: URI of one uint8 picture [C, H, W]; a small one is enlarged without smoothing."""
     buffer = io.BytesIO()
-    tile(image[None], columns=1, min_pixels=64).save(buffer, format="PNG", optimize=True)
+    tile(image[None], columns=1).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

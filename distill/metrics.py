@@ -12,8 +12,6 @@ features make a Fréchet distance a FID.
 """
 
 from hashlib import sha256
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -34,11 +32,10 @@ from torch_fidelity.metric_kid import (
 from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from distill.config import ConfigError, ExtractorConfig, check, check_choice
-from distill.manifest import sha256_file
+from distill.config import ExtractorConfig
+from distill.inception import check_inception
 
 INCEPTION = "inception-v3-compat"
-INCEPTION_SHA256 = "6726825d"  # start of the sha256 of weights-inception-2015-12-05-6726825d.pth
 PIXELS = "bowstring-pixels"
 PIXELS_DEFINITION = "uint8 pixels [C, H, W], flattened, divided by 255, float64"
 # Subsets of the kernel distance: the usual number for Inception, fewer and smaller where features
@@ -85,29 +82,6 @@ class PixelExtractor(FeatureExtractorBase):
 register_feature_extractor(PIXELS, PixelExtractor)
 
 
-def _check_inception(weights: str) -> str:
-    """sha256 of the Inception weights; raises ConfigError unless they are the published ones."""
-    wanted = f"weights-inception-2015-12-05-{INCEPTION_SHA256}.pth"
-    check(
-        weights != "",
-        "eval.extractor.name=inception needs eval.extractor.weights: the file "
-        f"{wanted} of torch-fidelity's release v0.2.0; or set eval.extractor.name=pixels",
-    )
-    path = Path(weights)
-    check(path.is_file(), f"eval.extractor.weights={path} is not there; it must be {wanted}")
-    digest = sha256_file(path)
-    check(
-        digest.startswith(INCEPTION_SHA256),
-        f"eval.extractor.weights={path} has sha256 {digest[:8]}.., not {INCEPTION_SHA256}..; "
-        f"only {wanted} gives comparable numbers",
-    )
-    try:  # torch-fidelity unpickles it freely; a file that torch opens safely holds tensors only
-        torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
-        raise ConfigError(f"eval.extractor.weights={path} holds more than tensors") from error
-    return digest
-
-
 class FeatureDistance:
     """Fréchet and kernel distance of image sets to one set of real images.
 
@@ -119,10 +93,9 @@ class FeatureDistance:
     def __init__(
         self, config: ExtractorConfig, real: UInt8[Tensor, "N C H W"], device: torch.device
     ) -> None:
-        check_choice("eval.extractor.name", config.name, tuple(KID_SUBSETS))
         self._device = device
         if config.name == "inception":
-            digest, registered = _check_inception(config.weights), INCEPTION
+            digest, registered = check_inception(config.weights), INCEPTION
         else:
             digest, registered = sha256(PIXELS_DEFINITION.encode()).hexdigest(), PIXELS
         layer = {INCEPTION: "2048", PIXELS: "pixels"}[registered]

@@ -9,17 +9,22 @@ from PIL import Image
 
 from distill.rundir import write_atomic
 
+MIN_PIXELS = 64  # height of a picture in a grid
+LINE, GREY = 2, 96  # pixels between pictures, and their value
 
-def tile(images: UInt8[np.ndarray, "N C H W"], columns: int, min_pixels: int = 32) -> Image.Image:
-    """A grid of pictures, row by row. Small ones are enlarged by whole factors, not smoothed."""
+
+def tile(images: UInt8[np.ndarray, "N C H W"], columns: int) -> Image.Image:
+    """A grid of pictures, row by row, with grey lines between them. Small ones are enlarged by
+    whole factors, not smoothed.
+    """
+    factor = max(1, -(-MIN_PIXELS // images.shape[2]))
+    images = images.repeat(factor, axis=2).repeat(factor, axis=3)
     num, channels, height, width = images.shape
-    rows = -(-num // columns)
-    grid = np.zeros((rows * columns, channels, height, width), dtype=np.uint8)
-    grid[:num] = images
+    rows, height, width = -(-num // columns), height + LINE, width + LINE
+    grid = np.full((rows * columns, channels, height, width), GREY, dtype=np.uint8)
+    grid[:num, :, :-LINE, :-LINE] = images
     grid = grid.reshape(rows, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
-    grid = grid.reshape(rows * height, columns * width, channels)
-    factor = max(1, -(-min_pixels // height))
-    grid = grid.repeat(factor, axis=0).repeat(factor, axis=1)
+    grid = grid.reshape(rows * height, columns * width, channels)[:-LINE, :-LINE]
     return Image.fromarray(grid[:, :, 0] if channels == 1 else grid)
 
 

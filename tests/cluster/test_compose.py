@@ -137,7 +137,10 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
         (["experiment=tiny", "train.max_steps=many"], "train.max_steps: Value 'many'"),
         (["experiment=tiny", "train.lr=-1"], "train.lr=-1.0 must be above 0"),
         (["experiment=tiny", "teacher.pretrained.steps=7"], "teacher.pretrained.steps=7 must be"),
-        (["experiment=tiny", "train.batch_size=15"], "train.batch_size=15 must be a multiple of"),
+        (
+            ["experiment=tiny", "train.batch_size=15"],
+            "cannot share train.batch_size=15 evenly; 1 can",
+        ),
         (
             ["experiment=tiny", "objective=meanflow", "train.precision=bf16"],
             "train.precision=bf16 is too coarse .* set objective.derivative=jvp",

@@ -11,6 +11,7 @@ import pytest
 
 from cluster import cli, runner
 from cluster.compose import compose
+from cluster.configfile import load_config, save_config
 from cluster.job import TrainJob
 from cluster.runner import RunFailed, Stopped, TrainerGroup
 from cluster.stages import Work
@@ -241,6 +242,18 @@ def test_absent_images_are_named_before_anything_starts(teacher, tmp_path, monke
     (config,) = compose(overrides)
     with pytest.raises(ConfigError, match="apt-get install dataset-fashion-mnist"):
         runner.run(config)
+
+
+def test_settings_of_a_refused_evaluation_are_not_kept(tmp_path):
+    (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}"])
+    run = RunDir(tmp_path / "run")
+    save_config(run, config)
+    before = run.config.read_bytes()
+    wrong = ["eval.extractor.name=inception", f"eval.extractor.weights={tmp_path / 'FILE'}"]
+    for verb in (runner.evaluate, runner.run):
+        with pytest.raises(ConfigError, match="FILE is not there; it must be weights-inception"):
+            verb(load_config(run, wrong))
+        assert run.config.read_bytes() == before
 
 
 def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys):

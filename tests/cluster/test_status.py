@@ -44,7 +44,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
 
 def test_a_fresh_run_has_done_nothing(run):
     found = status(run)
-    assert (found["stage"], found["live"], found["train"]["step"]) == ("generate", False, 0)
+    assert (found["stage"], found["live"], found["train"]["step"]) == ("pretrain", False, 0)
+    assert found["pretrain"]["step"] == 0  # its own teacher comes first
     assert (found["shards"]["committed"], found["shards"]["planned"]) == (0, 4)
     assert found["checkpoint"] is None
     assert found["shards"]["pairs_per_s"] is None
@@ -128,8 +129,10 @@ def test_average_speed_leaves_out_the_time_without_workers():
         ]
 
     events = [*session(0.0, "a"), *session(1000.0, "b")]
-    assert average_pairs_per_s(events, samples_per_shard=60) == 2 * 60 / (20 + 20)
-    assert average_pairs_per_s(events[:-1], samples_per_shard=60) == 2 * 60 / (20 + 10)
+    for end in (-1, None):  # what comes after the last commit has made nothing yet
+        assert average_pairs_per_s(events[:end], samples_per_shard=60) == 2 * 60 / (20 + 10)
+    late = {"kind": "scale", "workers": 5, "time": 1500.0}
+    assert average_pairs_per_s([*events[:-1], late], samples_per_shard=60) == 2 * 60 / (20 + 10)
     assert average_pairs_per_s(events[:3], samples_per_shard=60) is None
 
 

@@ -130,6 +130,16 @@ def test_evaluation_repeats_and_does_not_depend_on_the_batch(finished_run, data,
             assert row["frechet"] == pytest.approx(other["frechet"], rel=1e-3)
 
 
+def test_without_a_terminal_it_says_a_line_now_and_then(
+    finished_run, data, teachers, monkeypatch, capsys
+):
+    monkeypatch.setattr("distill.evaluate.LINE_PERIOD_S", 0.0)
+    evaluate(finished_run, data, teachers, settings(), "traflow", "cpu")
+    said = capsys.readouterr().err
+    num = settings().num_samples
+    assert f"evaluation, teacher, fine solution: {num}/{num} samples\n" in said
+
+
 def test_pictures_share_noise_and_label_down_the_columns(results, finished_run):
     with np.load(finished_run.samples / "grid.npz", allow_pickle=False) as grid:
         rows = grid["rows"].tolist()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from distill import metrics
+from distill import inception
 from distill.config import ConfigError, ExtractorConfig
 from distill.manifest import sha256_file
 from distill.metrics import (
@@ -85,7 +85,7 @@ def test_inception_opens_the_users_file(tmp_path, monkeypatch):
         torch.save({}, path)
         network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=path)
     torch.save(network.state_dict(), path)
-    monkeypatch.setattr(metrics, "INCEPTION_SHA256", sha256_file(path)[:8])
+    monkeypatch.setattr(inception, "INCEPTION_SHA256", sha256_file(path)[:8])
     grey = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     config = ExtractorConfig(name="inception", weights=str(path))
     description = FeatureDistance(config, grey, CPU).description

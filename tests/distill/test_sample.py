@@ -9,7 +9,7 @@ import torch
 from distill.config import ConfigError
 from distill.export import export_run
 from distill.noise import sample_noise
-from distill.pictures import tile
+from distill.pictures import GREY, tile
 from distill.sample import few_step, load_student, sample_run, to_uint8
 from distill.testing import GaussianFlow
 
@@ -85,6 +85,8 @@ def test_sample_run_writes_what_the_student_gives(finished_run, student, tmp_pat
 
 def test_tile_puts_pictures_row_by_row_and_enlarges_by_whole_factors():
     images = np.stack([np.full((3, 8, 8), value, dtype=np.uint8) for value in (10, 20, 30)])
-    grid = np.asarray(tile(images, columns=2, min_pixels=30))
-    assert grid.shape == (64, 64, 3)
-    assert [grid[0, 0, 0], grid[0, 63, 0], grid[63, 0, 0], grid[63, 63, 0]] == [10, 20, 30, 0]
+    grid = np.asarray(tile(images, columns=2))
+    assert grid.shape == (130, 130, 3)
+    assert [grid[0, 0, 0], grid[0, 129, 0], grid[129, 0, 0]] == [10, 20, 30]
+    assert (grid[64:66] == GREY).all() and (grid[:, 64:66] == GREY).all()
+    assert np.asarray(tile(images[:1], columns=1)).shape == (64, 64, 3)

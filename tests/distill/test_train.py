@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill.config import DiTConfig, ImageSpec, TrainConfig
+from distill.config import ConfigError, DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
 from distill.manifest import committed_steps
 from distill.networks import build_network
@@ -208,6 +208,23 @@ def test_the_record_of_what_was_read_is_never_behind_a_checkpoint(tmp_path):
         fit(tmp_path, config_of(log_every=5), Breaks())
     windows = [e for e in read_lines(RunDir(tmp_path).events) if e["kind"] == "steps"]
     assert [(w["first"], w["last"]) for w in windows] == [(0, 3), (4, 4), (5, 5)]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "micro", "words"),
+    [
+        (
+            3,
+            0,
+            r"3 ranks \(cluster.trainer.num_workers\) cannot share train.batch_size=16.*; 2 can",
+        ),
+        (4, 8, "evenly in micro-batches of 8; 2 can"),
+        (1, 5, "evenly in micro-batches of 5; set another train.micro_batch"),
+    ],
+)
+def test_a_batch_that_ranks_cannot_share_names_a_number_that_can(ranks, micro, words):
+    with pytest.raises(ConfigError, match=words):
+        TrainConfig(batch_size=16, micro_batch=micro).accumulation(ranks)
 
 
 def test_the_learning_rate_is_a_function_of_the_step():
