@@ -219,9 +219,13 @@ class TrainerGroup:
         """Gives the ranks time to save after the stop file was made.
 
         Ranks that wait for a shard have nothing new to save, and see the file only with the shard.
+        SIGTERM to the whole process group (timeout, systemd) ends Ray's daemons a little later, and
+        no rank is heard of again.
         """
         start = time.monotonic()
         while not self._future.done() and time.monotonic() < start + timeout_s:
+            if self._session.lost_daemon():
+                return
             starves = self._job.stage == "train" and read_cursor(self._job.run)[1] != ""
             if starves and time.monotonic() > start + STARVED_GRACE_S:
                 return

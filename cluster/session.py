@@ -76,6 +76,23 @@ class Session:
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         logging.getLogger("ray").setLevel(logging.ERROR)
+        try:
+            self._initialize_ray()
+        except SystemExit:  # Ray has a handler of its own from somewhere in there
+            self.stop_signal = signal.SIGTERM
+            return
+        finally:
+            self._take_signals()
+        missing = self._missing()
+        check(
+            not missing or self.stop_signal != 0,
+            "the cluster has too little for this run: "
+            + "; ".join(missing)
+            + "; ask for less with "
+            "cluster.teachers.* and cluster.trainer.*, or add nodes",
+        )
+
+    def _initialize_ray(self) -> None:
         address = self.config.cluster.address
         if address:
             check(
@@ -87,15 +104,6 @@ class Session:
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
             self._start_local_ray()
-        self._take_signals()  # Ray has set its own
-        missing = self._missing()
-        check(
-            not missing or self.stop_signal != 0,
-            "the cluster has too little for this run: "
-            + "; ".join(missing)
-            + "; ask for less with "
-            "cluster.teachers.* and cluster.trainer.*, or add nodes",
-        )
 
     def _missing(self) -> list[str]:
         """What the cluster lacks. Nodes of a Slurm job join one after the other: these wait."""

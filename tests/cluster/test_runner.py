@@ -170,6 +170,22 @@ def test_a_lost_daemon_of_ray_ends_the_run_and_nothing_is_asked_of_ray(session, 
     assert not pool.closed
 
 
+def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
+    """The supervisor takes SIGTERM to its process group long before a daemon has died of it."""
+    monkeypatch.setattr(runner, "fit", lambda job, name: threading.Event().wait())
+    monkeypatch.setattr(runner, "steps_done", lambda run: 0)
+
+    def signalled(*_):
+        session.stop_signal = signal.SIGTERM
+
+    monkeypatch.setattr(runner, "_show", signalled)
+    threading.Timer(0.3, setattr, (session, "lost", "raylet")).start()
+    started = time.monotonic()
+    with pytest.raises(Stopped):
+        runner._work(session, Work(None, job))
+    assert time.monotonic() - started < runner.STOP_GRACE_S / 2
+
+
 def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
     monkeypatch.setattr(runner, "fit", lambda job, name: 3)
     monkeypatch.setattr(runner, "steps_done", lambda run: 0)

@@ -1,6 +1,7 @@
 """The session of a run, the cursor and the progress shown."""
 
 import os
+import signal
 import sys
 
 import psutil
@@ -38,11 +39,18 @@ def test_a_child_that_was_killed_is_dead_before_and_after_it_is_waited_for():
     assert not is_alive(child)
 
 
-def test_a_folder_that_cannot_be_made_is_named(config, tmp_path):
-    (tmp_path / "file").touch()
-    refused = pytest.raises(ConfigError, match=r"choose another place with run\.dir")
-    with refused, open_session(config, RunDir(tmp_path / "file" / "run")):
-        pass
+def test_sigterm_while_ray_starts_is_a_stop(config, tmp_path, monkeypatch):
+    """Ray takes the signal then, and leaves by SystemExit."""
+
+    def init(**_):
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(number))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("ray.init", init)
+    with open_session(config, RunDir(tmp_path / "run")) as session:
+        session.start_ray()
+        assert session.stop_signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == session._on_signal
 
 
 def test_what_a_cluster_lacks_is_said_in_numbers(config):
