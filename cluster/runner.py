@@ -60,7 +60,8 @@ def run(config: RunConfig) -> int:
 
 
 def distil(config: RunConfig) -> int:
-    """The main job without evaluation and report."""
+    """The main job without evaluation and report: a Slurm job of their own makes these."""
+    stages.check_evaluation(config)
     return supervise(config, stages.pretrain, stages.distil)
 
 

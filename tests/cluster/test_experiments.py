@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster import runner
 from cluster.compose import compose
 from cluster.eviction import check_room
 from cluster.facts import with_absolute_paths
@@ -19,7 +20,7 @@ from cluster.job import TrainJob
 from cluster.plan import show, stream_plan
 from cluster.rank import initial_network, open_source, train_with_exports
 from cluster.session import open_session
-from cluster.stages import distil, pretrain, run_spec
+from cluster.stages import pretrain, run_spec
 from cluster.verify import audit
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError, DiTConfig, UNetConfig
@@ -219,8 +220,7 @@ def test_latents_train_no_teacher(tmp_path):
 
 def test_an_absent_npz_is_named_before_anything_starts(tmp_path):
     config = one("experiment=imagenet64", "data.path=/nowhere.npz", f"run.dir={tmp_path}")
-    with (
-        open_session(config, config.files) as session,
-        pytest.raises(ConfigError, match=r"data.path=/nowhere.npz is no file; set it to an .npz"),
-    ):
-        distil(session)
+    for verb in (runner.run, runner.distil):
+        with pytest.raises(ConfigError, match=r"data.path=/nowhere.npz is no file; set it to an"):
+            verb(config)
+    assert not config.files.config.exists()
