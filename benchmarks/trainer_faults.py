@@ -23,11 +23,17 @@ import psutil
 from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, mixture
 from cluster.progress import last_step
+from cluster.session import is_alive
 from distill.cost import goodput
 from distill.rundir import read_lines
 
 KILLS, PERIOD_S = 10, 60.0
-SETTINGS = ["cluster.teachers.num_workers=1", "cluster.trainer.num_workers=1"]
+# A start that takes longer than the period is killed too, and that is no reason to give up here.
+SETTINGS = [
+    "cluster.teachers.num_workers=1",
+    "cluster.trainer.num_workers=1",
+    "cluster.trainer.max_restarts=100",
+]
 # No run comes that far; saves and logs often enough to see what is lost.
 STEPS = ["train.max_steps=100000", "train.save_every=20", "train.log_every=1"]
 PARTS = ("restart", "init", "resume")  # kinds of events, in the order of a recovery
@@ -43,7 +49,7 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
     try:
         while last_step(run.files.metrics) == 0:
             time.sleep(0.1)
-            if not supervisor.is_running() or supervisor.status() == psutil.STATUS_ZOMBIE:
+            if not is_alive(supervisor):
                 raise RuntimeError((run.files.root / "log.txt").read_text())
         for _ in range(kills):
             time.sleep(PERIOD_S)
@@ -51,6 +57,8 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
                 rank.kill()
                 killed.append(time.time())
         time.sleep(PERIOD_S)
+        if not killed or not is_alive(supervisor):
+            raise RuntimeError((run.files.root / "log.txt").read_text())
     finally:
         supervisor.terminate()
         supervisor.wait(DEADLINE_S)
