@@ -12,8 +12,8 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -22,17 +22,20 @@ OUT = Path(__file__).resolve().parents[1] / "docs" / "benchmarks"
 
 
 class Section(NamedTuple):
-    """measure: of whether to be quick, and a folder of its own. page: Markdown of what it found."""
+    """A module with two functions.
+
+    measure(quick, folder): what it finds, ready for JSON, in a folder of its own.
+    page(found): Markdown of that.
+    """
 
     title: str
-    measure: Callable[[bool, Path], dict[str, Any]]
-    page: Callable[[dict[str, Any]], str]
+    module: ModuleType
 
     def record(self, quick: bool) -> dict[str, Any]:
         """What it finds, with when and where."""
         load, began = os.getloadavg()[0], time.monotonic()
         with tempfile.TemporaryDirectory(prefix="bowstring-") as folder:
-            found = self.measure(quick, Path(folder))
+            found = self.module.measure(quick, Path(folder))
         return {
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} cores, {platform.machine()}, no GPU used",
@@ -45,8 +48,9 @@ class Section(NamedTuple):
     def text(self, found: dict[str, Any]) -> str:
         """A section in Markdown."""
         return (
-            f"## {self.title}\n\n{self.page(found)}\n\n{found['date']}; {found['machine']}; torch "
-            f"{found['torch']}; load before {found['load_before']}, {found['minutes']} minutes.\n"
+            f"## {self.title}\n\n{self.module.page(found)}\n\n{found['date']}; {found['machine']}; "
+            f"torch {found['torch']}; load before {found['load_before']}, {found['minutes']} "
+            "minutes.\n"
         )
 
 

@@ -31,15 +31,12 @@ from benchmarks import (
 from benchmarks.sections import Section, main
 
 SECTIONS = {
-    name: Section(title, module.measure, module.page)
-    for name, title, module in [
-        ("shards", "Shards against plain webdataset", stream_shards),
-        ("waiting", "What a trainer waits for", stream_waiting),
-        ("teachers", "Teacher loop against bare solver loops", stream_teachers),
-        ("coordinator", "Coordinator", stream_coordinator),
-        ("overlap", "Overlap", stream_overlap),
-        ("elasticity", "Elasticity", stream_elastic),
-    ]
+    "shards": Section("Shards against plain webdataset", stream_shards),
+    "waiting": Section("What a trainer waits for", stream_waiting),
+    "teachers": Section("Teacher loop against bare solver loops", stream_teachers),
+    "coordinator": Section("Coordinator", stream_coordinator),
+    "overlap": Section("Overlap", stream_overlap),
+    "elasticity": Section("Elasticity", stream_elastic),
 }
 
 if __name__ == "__main__":

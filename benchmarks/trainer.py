@@ -21,12 +21,9 @@ from benchmarks import trainer_checkpoint, trainer_faults, trainer_overhead
 from benchmarks.sections import Section, main
 
 SECTIONS = {
-    name: Section(title, module.measure, module.page)
-    for name, title, module in [
-        ("overhead", "A step against a bare loop", trainer_overhead),
-        ("checkpoint", "A checkpoint", trainer_checkpoint),
-        ("faults", "A kill every minute", trainer_faults),
-    ]
+    "overhead": Section("A step against a bare loop", trainer_overhead),
+    "checkpoint": Section("A checkpoint", trainer_checkpoint),
+    "faults": Section("A kill every minute", trainer_faults),
 }
 
 if __name__ == "__main__":

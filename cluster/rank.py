@@ -45,7 +45,7 @@ LOCK_TIMEOUT_S = 60.0  # ranks of a killed supervisor are gone within seconds
 
 def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool]) -> int:
     """Steps done: `max_steps`, or fewer when asked to stop. The process group must be up."""
-    if device.type == "cpu":
+    if device.type == "cpu":  # on a GPU the host's memory is for others between two saves
         keep_freed_memory()
     hang = job.run.hangs / f"rank_{dist.get_rank():05d}.txt"
     with ending_when_hung(hang, job.config.cluster.trainer.step_timeout_s) as beat:

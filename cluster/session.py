@@ -93,6 +93,7 @@ class Session:
         )
 
     def _initialize_ray(self) -> None:
+        """Joins the cluster that is named, or starts one here."""
         address = self.config.cluster.address
         if address:
             check(
