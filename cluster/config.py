@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -25,29 +26,28 @@ from distill.rundir import RunDir
 
 @dataclass
 class WorkersConfig:
-    """A group of Ray workers: how many, and what each asks of the cluster."""
+    """A group of Ray workers: what each asks of the cluster."""
 
-    num_workers: int = 2
     cpus_per_worker: float = 1.0
     gpus_per_worker: float = 0.0
     threads_per_worker: int = 1  # intra-op threads of torch on a CPU worker
 
     def __post_init__(self) -> None:
-        check_positive(
-            "cluster", num_workers=self.num_workers, threads_per_worker=self.threads_per_worker
-        )
+        check_positive("cluster", threads_per_worker=self.threads_per_worker)
 
 
 @dataclass
 class TeacherPoolConfig(WorkersConfig):
     """The teacher pool. On a cluster it has as many workers as fit, at least `num_workers`."""
 
+    num_workers: int = 2
     max_workers: int = 0  # and at most these; 0: as many as fit. Without a cluster not used
     lease_timeout_s: float = 120.0  # for one evaluation, a shard's upload, loading teachers
     max_attempts: int = 3  # a shard that failed this often is given up, with its traceback
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_positive("cluster.teachers", num_workers=self.num_workers)
         check(
             self.max_workers == 0 or self.max_workers >= self.num_workers,
             f"cluster.teachers.max_workers={self.max_workers} is less than "
@@ -59,6 +59,8 @@ class TeacherPoolConfig(WorkersConfig):
 class TrainerConfig(WorkersConfig):
     """The trainer group."""
 
+    # Ranks; or [min, max]: as many as the nodes take, and another number when they come and go.
+    num_workers: Any = 2
     max_restarts: int = 3  # restarts without a new verified checkpoint before the run stops
     # A start, or a step with its save, that takes longer hangs: the group starts again. To wait for
     # data is no part of it.
@@ -67,6 +69,34 @@ class TrainerConfig(WorkersConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive("cluster.trainer", step_timeout_s=self.step_timeout_s)
+        given = self.num_workers if isinstance(self.num_workers, list) else [self.num_workers] * 2
+        check(
+            len(given) == 2 and all(type(n) is int for n in given) and 0 < given[0] <= given[1],
+            f"cluster.trainer.num_workers={self.num_workers} must be a number above 0, or two, "
+            "[min, max], with min at most max",
+        )
+
+    @property
+    def min_workers(self) -> int:
+        """Ranks at least."""
+        return self.num_workers[0] if isinstance(self.num_workers, list) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """Ranks at most."""
+        return self.num_workers[1] if isinstance(self.num_workers, list) else self.num_workers
+
+    def sizes(self, train: TrainConfig) -> list[int]:
+        """Numbers of ranks that may train together, ascending.
+
+        Raises:
+            ConfigError: none of those asked for shares the batch.
+        """
+        asked = range(self.min_workers, self.max_workers + 1)
+        found = [ranks for ranks in asked if train.is_shared_by(ranks)]
+        if not found:
+            train.accumulation(self.max_workers)  # says why, and what can be had
+        return found
 
 
 def _check_option(key: str, option: str) -> None:
@@ -163,8 +193,8 @@ class ClusterConfig:
     def __post_init__(self) -> None:
         nodes = self.slurm.train.nodes if self.slurm else 1
         check(
-            self.trainer.num_workers % nodes == 0,
-            f"cluster.trainer.num_workers={self.trainer.num_workers} must be a multiple of "
+            self.trainer.max_workers % nodes == 0,
+            f"cluster.trainer.num_workers={self.trainer.max_workers} must be a multiple of "
             f"cluster.slurm.train.nodes={nodes}",
         )
 
@@ -214,7 +244,7 @@ class RunConfig:
             )
         trajectory = self.trajectory
         self.objective.check_stored(trajectory.grid, trajectory.points)
-        self.train.accumulation(self.cluster.trainer.num_workers)
+        self.cluster.trainer.sizes(self.train)
         _check_derivative(self.objective, self.train)
         stream = self.trajectory
         reads = stream.block_samples * stream.passes

@@ -124,7 +124,7 @@ def stages(config: RunConfig, speed: float) -> dict[str, Stage]:
     """The stages of a run. Foreign teachers are taken to be as large as the student."""
     network = network_cost(config.student, config.data.image)
     plan = stream_plan(config)
-    teachers, ranks = config.cluster.teachers.num_workers, config.cluster.trainer.num_workers
+    teachers, ranks = config.cluster.teachers.num_workers, config.cluster.trainer.max_workers
     found = {}
     if any(is_own(teacher.path, config.run.dir) for teacher in config.teacher.values()):
         seen = config.pretrain.train.max_steps * config.pretrain.train.batch_size
@@ -164,7 +164,7 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
                 network.parameters,
                 config.train.zero_stage,
                 config.train.precision,
-                config.cluster.trainer.num_workers,
+                config.cluster.trainer.max_workers,
             ),
             "flops_per_forward": network.flops,
             "flops": {name: stage.flops for name, stage in work.items()},

@@ -11,40 +11,30 @@ from __future__ import annotations
 
 import logging
 import signal
-import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
 from contextlib import suppress
-from pathlib import Path
 
 from cluster import stages
 from cluster.config import RunConfig
 from cluster.configfile import save_config
 from cluster.cursor import read_cursor
-from cluster.facts import steps_done, with_absolute_paths
+from cluster.facts import with_absolute_paths
+from cluster.group import RunFailed, TrainerGroup
 from cluster.identity import check_or_write
-from cluster.job import TrainJob, stop_file
+from cluster.job import stop_file
 from cluster.pool import TeacherPool
 from cluster.progress import last_step
 from cluster.session import Session, Stopped, open_session
 from cluster.stages import Work
-from cluster.trainer import final_error, fit
-from cluster.watchdog import has_hung
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
-from distill.rundir import append_line, write_atomic
+from distill.rundir import append_line
 
 logger = logging.getLogger(__name__)
 
 POLL_PERIOD_S = 0.1
 STOP_GRACE_S = 120.0  # for the last checkpoint after a stop signal
-STARVED_GRACE_S = 3.0
-PROBE_BYTES = 2**16  # written before a training starts again
-
-
-class RunFailed(RuntimeError):
-    """A stage ended for good. The message says why."""
 
 
 Stage = Callable[[Session], Work]
@@ -142,7 +132,7 @@ def _work(session: Session, work: Work) -> None:
             while not (produced and trained):
                 produced = pool is None or pool.poll()
                 trained = group is None or group.poll()
-                _show(session, pool, job, before)
+                _show(session, pool, group, before)
                 if session.stop_signal:
                     raise Stopped
                 if lost := session.lost_daemon():
@@ -154,7 +144,7 @@ def _work(session: Session, work: Work) -> None:
                     time.sleep(POLL_PERIOD_S)
                 else:
                     pool.rest(POLL_PERIOD_S)
-            _show(session, pool, job, before)
+            _show(session, pool, group, before)
     finally:
         stop_file(session.scratch).touch()
         answers = not session.lost_daemon()
@@ -165,119 +155,20 @@ def _work(session: Session, work: Work) -> None:
         stop_file(session.scratch).unlink()
 
 
-def _show(session: Session, pool: TeacherPool | None, job: TrainJob | None, before: int) -> None:
+def _show(
+    session: Session, pool: TeacherPool | None, group: TrainerGroup | None, before: int
+) -> None:
     """Sets the bars. `before` is where the training stood when this process came."""
     if pool is not None:
         state = pool.coordinator
         note = "waits for the trainer" if state.is_blocked else ""
         session.bars.show("trajectory shards", state.num_made, state.limits.num_shards, note)
-    if job is not None:
+    if group is not None:
+        job = group.job
         title = "teacher, steps" if job.stage == "pretrain" else "student, steps"
         done, note = last_step(job.run.metrics), ""
         if done == before < job.train.max_steps:
             note = "starting"
         if job.stage == "train":
-            note = read_cursor(job.run)[1] or note
+            note = group.note or read_cursor(job.run)[1] or note
         session.bars.show(title, done, job.train.max_steps, note)
-
-
-def check_disk(folder: Path) -> None:
-    """Raises RunFailed when nothing can be written there: a training would only fail again."""
-    try:
-        write_atomic(folder / "probe", bytes(PROBE_BYTES))
-    except OSError as error:
-        raise RunFailed(
-            f"training failed, and {folder} takes no files ({error.strerror}); the same command "
-            "goes on once it does"
-        ) from error
-
-
-class TrainerGroup:
-    """The trainer group, started again as long as it gets further."""
-
-    def __init__(self, session: Session, job: TrainJob) -> None:
-        self._session, self._job = session, job
-        self._starts = self._failures = 0
-        self._verified = steps_done(job.run)
-        self._future = self._start()
-
-    def poll(self) -> bool:
-        """Whether training is done; starts the group again when it failed.
-
-        Raises:
-            ConfigError, CheckpointError, TrainingError: what a restart would only repeat.
-            RunFailed: it failed too often without a new verified checkpoint.
-        """
-        if not self._future.done():
-            return False
-        error = self._future.exception()
-        if error is None:
-            return self._future.result() >= self._job.train.max_steps or self._is_stopped()
-        self._restart(error)
-        return False
-
-    def wait(self, timeout_s: float) -> None:
-        """Gives the ranks time to save after the stop file was made.
-
-        Ranks that wait for a shard have nothing new to save, and see the file only with the shard.
-        SIGTERM to the whole process group (timeout, systemd) ends Ray's daemons a little later, and
-        no rank is heard of again.
-        """
-        start = time.monotonic()
-        while not self._future.done() and time.monotonic() < start + timeout_s:
-            if self._session.lost_daemon():
-                return
-            starves = self._job.stage == "train" and read_cursor(self._job.run)[1] != ""
-            if starves and time.monotonic() > start + STARVED_GRACE_S:
-                return
-            time.sleep(POLL_PERIOD_S)
-
-    def _is_stopped(self) -> bool:
-        """A rank took a signal of its own (Slurm sends it to all) and saved."""
-        self._session.stop_signal = self._session.stop_signal or signal.SIGTERM
-        return False
-
-    def _restart(self, error: BaseException) -> None:
-        final = final_error(self._job)
-        if final is not None:
-            raise final
-        if self._session.stop_signal:
-            return
-        check_disk(self._session.scratch)
-        verified, said = steps_done(self._job.run), self._said(error)
-        self._failures = 1 if verified > self._verified else self._failures + 1
-        self._verified = max(verified, self._verified)
-        limit = self._job.config.cluster.trainer.max_restarts
-        if self._failures > limit:
-            raise RunFailed(
-                f"training failed {self._failures} times without a new verified checkpoint "
-                f"(step {verified}); the last failure:\n{said}"
-            )
-        last_line = said.splitlines()[-1].split(". ")[0]
-        append_line(self._job.run.events, {"kind": "restart", "step": verified, "error": last_line})
-        self._session.bars.say(f"training failed and goes on from step {verified}: {last_line}")
-        self._future = self._start()
-
-    def _said(self, error: BaseException) -> str:
-        """Why the group failed."""
-        hangs = self._job.run.hangs
-        if has_hung(hangs, self._since):
-            timeout_s = self._job.config.cluster.trainer.step_timeout_s
-            return f"no step for more than {timeout_s:g} s; {hangs} says where the ranks stood"
-        return str(error).strip()
-
-    def _start(self) -> Future[int]:
-        """Runs `fit` in a thread that does not outlive the process."""
-        future: Future[int] = Future()
-        self._starts += 1
-        self._since = time.time()
-        name = f"{self._job.stage}-{self._starts}"
-
-        def target() -> None:
-            try:
-                future.set_result(fit(self._job, name))
-            except BaseException as error:  # handed to the main thread
-                future.set_exception(error)
-
-        threading.Thread(target=target, name=name, daemon=True).start()
-        return future

@@ -108,7 +108,7 @@ def wanted_workers(
 def _fitting(cluster: ClusterConfig, resources: dict[str, float], device: Device) -> int:
     """Teacher workers that fit on a node next to the trainer ranks that it may have to take."""
     pool, trainer = cluster.teachers, cluster.trainer
-    ranks = min(int(resources.get("trainer", 0.0)), trainer.num_workers)
+    ranks = min(int(resources.get("trainer", 0.0)), trainer.max_workers)
     fit = int(resources.get("teacher", 0.0))
     for name, each, of_rank in (
         ("CPU", pool.cpus_per_worker, trainer.cpus_per_worker),

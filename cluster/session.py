@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import psutil
 import ray
@@ -118,7 +119,7 @@ class Session:
 
     def _start_local_ray(self) -> None:
         cluster = self.config.cluster
-        teachers, trainer = most_workers(cluster) or 0, cluster.trainer.num_workers
+        teachers, trainer = most_workers(cluster) or 0, cluster.trainer.max_workers
         # No node of this machine alone is taken away with notice; saves a process.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Room for what `bowstring scale` may ask for; the system shares out the cores.
@@ -142,6 +143,10 @@ class Session:
         )
         children = psutil.Process().children()
         self._daemons = {c.name(): c for c in children if c.name() in DAEMONS}
+
+    def nodes(self) -> list[dict[str, Any]]:
+        """What Ray says of each node, dead ones too."""
+        return list(ray.nodes())
 
     def lost_daemon(self) -> str:
         """Name of a daemon of the Ray started here that has died; "" as long as all live."""
@@ -218,9 +223,9 @@ def missing_resources(config: RunConfig, available: dict[str, float]) -> list[st
     # Teachers may come later; one of them must fit now, unless they have Slurm jobs of their own.
     one = 0 if config.cluster.slurm else 1
     needed = {
-        "trainer": float(trainer.num_workers),
-        "CPU": trainer.num_workers * trainer.cpus_per_worker + one * teachers.cpus_per_worker,
-        "GPU": trainer.num_workers * trainer.gpus_per_worker + one * teachers.gpus_per_worker,
+        "trainer": float(trainer.min_workers),
+        "CPU": trainer.min_workers * trainer.cpus_per_worker + one * teachers.cpus_per_worker,
+        "GPU": trainer.min_workers * trainer.gpus_per_worker + one * teachers.gpus_per_worker,
     }
     return [
         f"{name}: {amount:g} asked for, {available.get(name, 0.0):g} there"

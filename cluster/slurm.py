@@ -110,7 +110,10 @@ def sbatch_options(config: RunConfig, slurm: SlurmConfig, kind: str, root: Path)
         if value:
             options.append(f"--{name}={value}")
     if kind == "train":
-        options += [f"--nodes={job.nodes}", f"--signal=B:USR1@{slurm.save_s}"]
+        ranks = config.cluster.trainer
+        least = math.ceil(ranks.min_workers / (ranks.max_workers // job.nodes))
+        nodes = f"{least}-{job.nodes}" if least < job.nodes else f"{job.nodes}"
+        options += [f"--nodes={nodes}", f"--signal=B:USR1@{slurm.save_s}"]
         options.append("--dependency=singleton")  # one at a time, however often it is submitted
     if kind == "teachers":
         options.append(f"--array=0-{slurm.teachers.max_nodes - 1}%{job.nodes}")
@@ -124,7 +127,7 @@ def node_resources(config: RunConfig, slurm: SlurmConfig, kind: str) -> tuple[in
         count = slurm.teachers.workers_per_node
         cores, gpus = count * teachers.cpus_per_worker, count * teachers.gpus_per_worker
     else:  # an evaluation is one process, on the device of a rank
-        count = trainer.num_workers // slurm.train.nodes if kind == "train" else 1
+        count = trainer.max_workers // slurm.train.nodes if kind == "train" else 1
         spare = 1 if kind == "train" else 0  # for the supervisor and the head
         cores, gpus = count * trainer.cpus_per_worker + spare, count * trainer.gpus_per_worker
     return max(1, math.ceil(cores)), math.ceil(gpus)
@@ -138,7 +141,7 @@ def variables(config: RunConfig, slurm: SlurmConfig, kind: str) -> dict[str, str
         found["BOWSTRING_PATIENCE_S"] = str(slurm.patience_s)
         found["BOWSTRING_SCRATCH"] = slurm.scratch
     if kind == "train":
-        found["BOWSTRING_RANKS"] = str(config.cluster.trainer.num_workers // slurm.train.nodes)
+        found["BOWSTRING_RANKS"] = str(config.cluster.trainer.max_workers // slurm.train.nodes)
     if kind == "teachers":
         found["BOWSTRING_WORKERS"] = str(slurm.teachers.workers_per_node)
     return {name: value for name, value in found.items() if value}

@@ -29,11 +29,11 @@ FINAL = (
 )  # a restart would only repeat these
 
 
-def fit(job: TrainJob, name: str) -> int:
-    """Steps done by one group of ranks from its start to its end; blocks.
+def fit(job: TrainJob, ranks: int, name: str) -> int:
+    """Steps done by one group of `ranks` ranks from its start to its end; blocks.
 
-    Ray does not start the group again by itself: the supervisor counts restarts by verified
-    checkpoints, not by failures.
+    Ray neither starts the group again nor gives it another size: the supervisor counts restarts by
+    verified checkpoints, and knows which sizes share the batch (`cluster.group`).
 
     Raises:
         ray.train.TrainingFailedError: a rank raised or died.
@@ -48,7 +48,7 @@ def fit(job: TrainJob, name: str) -> int:
         train_loop_config={"job": job},
         torch_config=SignalConfig(backend="nccl" if on_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=workers.num_workers, use_gpu=on_gpu, resources_per_worker=resources
+            num_workers=ranks, use_gpu=on_gpu, resources_per_worker=resources
         ),
         run_config=RunConfig(
             name=name, storage_path=str(job.scratch), failure_config=FailureConfig(max_failures=0)

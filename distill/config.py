@@ -285,6 +285,10 @@ class TrainConfig:
             value = getattr(self, name)
             check(0 <= value < 1, f"train.{name}={value} must be at least 0 and below 1")
 
+    def is_shared_by(self, world_size: int) -> bool:
+        """Whether `world_size` ranks have the same number of whole micro-batches."""
+        return self.batch_size % (world_size * max(self.micro_batch, 1)) == 0
+
     def accumulation(self, world_size: int) -> int:
         """Micro-batches of one step on each of `world_size` ranks.
 
@@ -292,9 +296,9 @@ class TrainConfig:
             ConfigError: the batch cannot be divided so.
         """
         part = max(self.micro_batch, 1)
-        fitting = [n for n in range(1, world_size + 1) if self.batch_size % (n * part) == 0]
-        if world_size not in fitting:
+        if not self.is_shared_by(world_size):
             micro = f" in micro-batches of {part}" if self.micro_batch else ""
+            fitting = [n for n in range(1, world_size) if self.is_shared_by(n)]
             way = f"{fitting[-1]} can" if fitting else "set another train.micro_batch"
             raise ConfigError(
                 f"{world_size} ranks (cluster.trainer.num_workers) cannot share "

@@ -1,87 +1,17 @@
 """Nodes that come and go, as real raylets under token authentication: the pool follows them."""
 
-import json
-import os
 import secrets
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
-import psutil
 import pytest
 
 from cluster.scale import PLANNED
 from cluster.status import status
 from cluster.verify import audit
 
-RAY = [str(Path(sys.executable).with_name("ray"))]
 JOIN_S = 60.0  # 15 s on a machine that has cores left for the new workers
-
-
-class Node:
-    """One `ray start --block`, in a session of its own."""
-
-    def __init__(self, folder, name, env, *arguments, gpus=0, **resources):
-        self.log = folder / f"{name}.txt"
-        command = [*RAY, "start", "--block", "--object-store-memory=100000000"]
-        command += [f"--num-cpus={sum(resources.values())}", f"--num-gpus={gpus}"]
-        command += [f"--resources={json.dumps(resources)}"]
-        with self.log.open("w") as log:
-            self.process = psutil.Popen(
-                [*command, *arguments], stdout=log, stderr=log, env=env, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
-
-    @property
-    def address(self):
-        """Where other nodes join the head."""
-        return self.log.read_text().split("ray start --address='")[1].split("'")[0]
-
-    def kill(self):
-        """kill -9 of all its processes at once, as when a machine is gone."""
-        everyone = [*self.process.children(recursive=True), self.process]
-        for process in everyone:
-            process.suspend()
-        for process in everyone:
-            process.kill()
-        self.process.wait()
-
-
-@pytest.fixture
-def nodes(tmp_path, tmp_path_factory):
-    """Starts nodes of one cluster; the first is its head."""
-    token = tmp_path / "token"
-    token.touch(mode=0o600)
-    token.write_text(secrets.token_hex(32))
-    env = os.environ | {
-        "RAY_worker_niceness": "0",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    started = []
-
-    def start(**resources):
-        if started:
-            arguments = [f"--address={started[0].address}"]
-        else:
-            short = tmp_path_factory.mktemp("r", numbered=True)  # socket paths have a limit
-            arguments = ["--head", "--port=0", "--include-dashboard=false", f"--temp-dir={short}"]
-        node = Node(tmp_path, f"node{len(started)}", env, *arguments, **resources)
-        started.append(node)
-        return node
-
-    start.env = env
-    yield start
-    for node in reversed(started):
-        if node.process.poll() is None:
-            node.kill()
 
 
 @pytest.mark.timeout(600)
@@ -104,7 +34,10 @@ def test_workers_come_and_go_with_their_nodes(chaos, nodes, measured):
 
     stranger = nodes.env | {"RAY_AUTH_TOKEN_PATH": "", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     refused = subprocess.run(
-        [*RAY, "status", f"--address={head.address}"], env=stranger, capture_output=True, text=True
+        [nodes.ray, "status", f"--address={head.address}"],
+        env=stranger,
+        capture_output=True,
+        text=True,
     )
     assert refused.returncode != 0 and "uthenticat" in refused.stdout + refused.stderr
 

@@ -1,138 +1,20 @@
-"""The supervisor's decisions: when a training starts again, when it is given up, how it stops."""
+"""The supervisor's loop: what ends a run, and how it stops."""
 
 import os
 import signal
 import threading
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 
-from cluster import cli, runner
+from cluster import cli, group, runner
 from cluster.compose import compose
 from cluster.configfile import load_config, save_config
-from cluster.job import TrainJob
-from cluster.runner import RunFailed, Stopped, TrainerGroup
+from cluster.group import RunFailed
+from cluster.runner import Stopped
 from cluster.stages import Work
 from distill.config import ConfigError
-from distill.rundir import RunDir, append_line, read_lines
-
-
-@dataclass
-class Bars:
-    lines: list = field(default_factory=list)
-
-    def say(self, text):
-        self.lines.append(text)
-
-    def show(self, *_):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-
-class Session:
-    def __init__(self, config, folder):
-        self.config, self.run, self.scratch = config, RunDir(folder), folder
-        self.bars, self.stop_signal, self.lost = Bars(), 0, ""
-
-    def start_ray(self):
-        pass
-
-    def lost_daemon(self):
-        return self.lost
-
-
-@pytest.fixture
-def session(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "POLL_PERIOD_S", 0.001)
-    (config,) = compose(
-        ["experiment=tiny", f"run.dir={tmp_path}", "cluster.trainer.max_restarts=2"]
-    )
-    return Session(config, tmp_path)
-
-
-@pytest.fixture
-def job(session):
-    return TrainJob("train", session.config, None, session.scratch)
-
-
-class Trainings:
-    """Stands in for `fit` and the checkpoints: every start reaches the next step of a list."""
-
-    def __init__(self, monkeypatch, verified, error="boom"):
-        self.verified, self.starts, self.error = list(verified), 0, error
-        monkeypatch.setattr(runner, "fit", self.fit)
-        monkeypatch.setattr(runner, "steps_done", lambda run: self.step)
-        self.step = 0
-
-    def fit(self, job, name):
-        self.step = self.verified[self.starts]
-        self.starts += 1
-        if self.step == job.train.max_steps:
-            return self.step
-        raise RuntimeError(self.error)
-
-
-def run_to_end(group):
-    while not group.poll():
-        pass
-
-
-def test_restarts_without_progress_are_bounded(session, job, monkeypatch):
-    trainings = Trainings(monkeypatch, [0, 0, 0, 0])
-    with pytest.raises(RunFailed, match="failed 3 times without a new verified checkpoint"):
-        run_to_end(TrainerGroup(session, job))
-    assert trainings.starts == 3  # the first one and max_restarts
-
-
-def test_a_new_verified_checkpoint_starts_the_count_again(session, job, monkeypatch):
-    trainings = Trainings(monkeypatch, [0, 0, 2, 2, 4, 4, 6])
-    run_to_end(TrainerGroup(session, job))
-    assert trainings.starts == 7
-    assert [e["kind"] for e in read_lines(session.run.events)] == ["restart"] * 6
-
-
-def test_a_group_that_hung_says_where(session, job, monkeypatch):
-    """Stacks of an earlier hang are not those of this one."""
-    trainings = Trainings(monkeypatch, [0, 2, 6])
-    hangs = session.run.hangs
-    hangs.mkdir()
-    (hangs / "rank_00000.txt").touch()
-    os.utime(hangs / "rank_00000.txt", (1, 1))
-    once = trainings.fit
-
-    def fit(job, name):
-        if trainings.starts == 1:
-            (hangs / "rank_00001.txt").touch()
-            os.utime(hangs / "rank_00001.txt", (time.time() + 1,) * 2)
-        return once(job, name)
-
-    monkeypatch.setattr(runner, "fit", fit)
-    run_to_end(TrainerGroup(session, job))
-    errors = [event["error"] for event in read_lines(session.run.events)]
-    assert errors == ["boom", f"no step for more than 1200 s; {hangs} says where the ranks stood"]
-
-
-def test_an_error_that_would_only_repeat_ends_the_run_at_once(session, job, monkeypatch):
-    trainings = Trainings(monkeypatch, [0])
-    job.final.write_text('{"kind": "ConfigError", "message": "train.batch_size=7 ..."}')
-    with pytest.raises(ConfigError, match=r"train\.batch_size=7"):
-        run_to_end(TrainerGroup(session, job))
-    assert trainings.starts == 1
-
-
-def test_a_training_is_not_started_again_on_a_disk_that_takes_no_files(session, job, monkeypatch):
-    trainings = Trainings(monkeypatch, [0])
-    session.scratch = Path(__file__)  # no folder
-    with pytest.raises(RunFailed, match=r"takes no files \(File exists\)"):
-        run_to_end(TrainerGroup(session, job))
-    assert trainings.starts == 1
+from distill.rundir import RunDir, append_line
 
 
 class EndlessPool:
@@ -151,8 +33,8 @@ class EndlessPool:
         self.closed = True
 
 
-def test_a_failed_training_is_seen_while_the_pool_is_busy(session, job, monkeypatch):
-    Trainings(monkeypatch, [0, 0, 0])
+def test_a_failed_training_is_seen_while_the_pool_is_busy(session, job, trainings, monkeypatch):
+    trainings([0, 0, 0])
     monkeypatch.setattr(runner, "_show", lambda *_: None)
     pool = EndlessPool()
     with pytest.raises(RunFailed):
@@ -161,8 +43,8 @@ def test_a_failed_training_is_seen_while_the_pool_is_busy(session, job, monkeypa
 
 
 def test_a_lost_daemon_of_ray_ends_the_run_and_nothing_is_asked_of_ray(session, job, monkeypatch):
-    monkeypatch.setattr(runner, "fit", lambda job, name: threading.Event().wait())
-    monkeypatch.setattr(runner, "steps_done", lambda run: 0)
+    monkeypatch.setattr(group, "fit", lambda job, ranks, name: threading.Event().wait())
+    monkeypatch.setattr(group, "steps_done", lambda run: 0)
     monkeypatch.setattr(runner, "_show", lambda *_: None)
     pool, session.lost = EndlessPool(), "raylet"
     with pytest.raises(RunFailed, match="Ray's raylet has died"):
@@ -172,8 +54,8 @@ def test_a_lost_daemon_of_ray_ends_the_run_and_nothing_is_asked_of_ray(session, 
 
 def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     """The supervisor takes SIGTERM to its process group long before a daemon has died of it."""
-    monkeypatch.setattr(runner, "fit", lambda job, name: threading.Event().wait())
-    monkeypatch.setattr(runner, "steps_done", lambda run: 0)
+    monkeypatch.setattr(group, "fit", lambda job, ranks, name: threading.Event().wait())
+    monkeypatch.setattr(group, "steps_done", lambda run: 0)
 
     def signalled(*_):
         session.stop_signal = signal.SIGTERM
@@ -187,8 +69,8 @@ def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
 
 
 def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
-    monkeypatch.setattr(runner, "fit", lambda job, name: 3)
-    monkeypatch.setattr(runner, "steps_done", lambda run: 0)
+    monkeypatch.setattr(group, "fit", lambda job, ranks, name: 3)
+    monkeypatch.setattr(group, "steps_done", lambda run: 0)
     monkeypatch.setattr(runner, "_show", lambda *_: None)
     with pytest.raises(Stopped):
         runner._work(session, Work(None, job))

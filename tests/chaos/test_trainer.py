@@ -1,0 +1,72 @@
+"""The trainer under faults: its nodes come and go, and a rank stands still."""
+
+import time
+
+import pytest
+
+from distill.checkpoint import read_average
+from distill.manifest import step_name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # 4 minutes on two idle cores, one of them waiting
+def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measured):
+    """Two ranks on two machines; kill -9 of one, and one rank goes on; a new one, and there are two
+    again. The new ones begin where the one rank stopped.
+    """
+    head = nodes(trainer=1, teacher=1)
+    node = nodes(trainer=1)
+    case = chaos(
+        f"cluster.address={head.address}",
+        "cluster.trainer.num_workers=[1,2]",
+        "cluster.teachers.num_workers=1",
+        "train.max_steps=6000",
+        "train.save_every=100",
+        "train.log_every=20",
+    )
+    case.env = nodes.env
+    case.start()
+    case.until_step(40)
+    killed = time.time()
+    node.kill()
+    case.until(lambda: len(case.events("resume")) == 2)
+    measured(f"on one rank: the next steps after {case.next_event_s(killed, 'steps'):.1f} s")
+    nodes(trainer=1)
+    case.until(lambda: len(case.events("resume")) == 3)
+    grown = time.time()
+    case.finish()
+
+    assert [event["ranks"] for event in case.events("group")] == [2, 1, 2]
+    resumed = case.events("resume")
+    assert [event["world_size"] for event in resumed] == [2, 1, 2]
+    taken = [event for event in case.events("steps") if event["time"] < grown]
+    assert resumed[2]["step"] == taken[-1]["last"] + 1  # it saved before it made way
+    case.check_data()
+    folders = (run.checkpoints / step_name(6000) for run in (case.run, case.alone))
+    ours, theirs = (read_average(folder, "evaluation") for folder in folders)
+    for name, weights in theirs.items():
+        assert (ours[name] - weights).abs().max() < 1e-2 * weights.abs().max().clip(1e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_rank_that_stands_still_is_found_and_the_group_goes_on(chaos, measured):
+    """One of two ranks is stopped in its tracks; the other one waits for it in a collective."""
+    case = chaos(
+        "cluster.trainer.num_workers=2",
+        "cluster.trainer.step_timeout_s=90",
+        "train.max_steps=240",
+    )
+    case.start()
+    case.until_step(20)
+    struck = time.time()
+    case.processes("RayTrainWorker")[0].suspend()
+    case.until(lambda: len(case.events("restart")) == 1)
+    measured(f"found after {time.time() - struck:.1f} s")
+    case.finish()
+    (restart,) = case.events("restart")
+    assert restart["error"].startswith("no step for more than 90 s")
+    stacks = [path.read_text() for path in case.run.hangs.iterdir()]
+    assert any("all_reduce" in text or "gather" in text for text in stacks), stacks
+    measured(f"the next steps after {case.next_event_s(struck, 'steps'):.1f} s")
+    case.check_data()
