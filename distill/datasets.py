@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -99,6 +98,10 @@ def _npz(path: Path) -> tuple[Tensor, Tensor]:
 
 def _digits() -> tuple[Tensor, Tensor]:
     """1,797 scans of handwritten digits, 8x8, values 0 .. 16."""
+    from sklearn.datasets import (
+        load_digits,
+    )  # as long to import as torch; ranks of a student do not
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
     return images, torch.from_numpy(digits.target).long()

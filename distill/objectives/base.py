@@ -18,7 +18,6 @@ from torch.overrides import TorchFunctionMode
 from distill.noise import uniform
 from distill.objective_config import ObjectiveConfig
 from distill.paths import MeanVelocity, expand_as
-from distill.perceptual import load_lpips
 from distill.trajectory import TrajectoryBatch
 
 # Step of the finite difference of u along a path. Float32 rounding grows as 1/h, the error as h.
@@ -151,6 +150,9 @@ def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
         case "l2":
             return Distances(l2, l2)
         case "lpips":
+            # With torchvision, as long to import as torch itself, at every start of a rank.
+            from distill.perceptual import load_lpips
+
             return Distances(load_lpips(config.lpips_backbone, device), pseudo_huber)
         case _:
             return Distances(pseudo_huber, pseudo_huber)
