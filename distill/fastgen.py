@@ -58,6 +58,13 @@ def export_fastgen(run: RunDir, out: Path) -> Path:
     clean_temporaries(out)
     missing = [shard for shard in shards if not _place(out, shard).exists()]
     console = Console(stderr=True)
+    if absent := shards[-1] + 1 - len(shards):
+        console.print(
+            f"{absent} of the shards up to {shards[-1]:08d} are not there: deleted for room, set "
+            "aside, or not made yet; they are left out",
+            highlight=False,
+            soft_wrap=True,
+        )
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for shard in progress.track(missing, description="export"):
             _export_shard(run, spec, shard, classes, _place(out, shard))

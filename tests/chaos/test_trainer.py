@@ -20,7 +20,7 @@ def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measu
         f"cluster.address={head.address}",
         "cluster.trainer.num_workers=[1,2]",
         "cluster.teachers.num_workers=1",
-        "train.max_steps=6000",
+        "train.max_steps=3000",  # one worker feeds some 20 a second
         "train.save_every=100",
         "train.log_every=20",
     )
@@ -29,7 +29,7 @@ def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measu
     case.until_step(40)
     killed = time.time()
     node.kill()
-    case.until(lambda: len(case.events("resume")) == 2)
+    case.until(lambda: case.next_event_s(killed, "steps") > 0)
     measured(f"on one rank: the next steps after {case.next_event_s(killed, 'steps'):.1f} s")
     nodes(trainer=1)
     case.until(lambda: len(case.events("resume")) == 3)
@@ -42,7 +42,7 @@ def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measu
     taken = [event for event in case.events("steps") if event["time"] < grown]
     assert resumed[2]["step"] == taken[-1]["last"] + 1  # it saved before it made way
     case.check_data()
-    folders = (run.checkpoints / step_name(6000) for run in (case.run, case.alone))
+    folders = (run.checkpoints / step_name(3000) for run in (case.run, case.alone))
     ours, theirs = (read_average(folder, "evaluation") for folder in folders)
     for name, weights in theirs.items():
         assert (ours[name] - weights).abs().max() < 1e-2 * weights.abs().max().clip(1e-3), name

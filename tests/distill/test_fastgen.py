@@ -83,6 +83,12 @@ def test_an_unconditional_teacher_has_no_label(run):
     assert "label.pth" not in read(export_fastgen(run, run.root / "out"))[0]
 
 
+def test_shards_that_are_gone_are_left_out_and_that_is_said(run, capsys):
+    write_tiny_shards(run, tiny_spec(), [1, 3])
+    assert len(read(export_fastgen(run, run.root / "out"))) == 8
+    assert "2 of the shards up to 00000003 are not there" in capsys.readouterr().err
+
+
 def test_an_export_that_was_cut_off_goes_on(run, monkeypatch):
     write_tiny_shards(run, tiny_spec(), [0, 1, 2])
     out = run.root / "out"
