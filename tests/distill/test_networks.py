@@ -170,6 +170,20 @@ def test_unet_takes_both_image_sizes(size):
     assert network(x, torch.zeros(1), torch.ones(1), torch.tensor([-1])).shape == x.shape
 
 
+def test_every_convolution_of_the_unet_gets_channels_last():
+    """A layer that lays its output out anew would have cuDNN copy it back at every convolution."""
+    network, seen = build_network(UNET, IMAGE, seed=0), []
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d) and module.kernel_size != (1, 1):
+            module.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
+    t = torch.rand(2)
+    u = network(torch.randn(2, *IMAGE.shape), t, t, torch.zeros(2, dtype=torch.long))
+    assert len(seen) > 10 and u.is_contiguous()
+    for given, made in seen:
+        assert given.is_contiguous(memory_format=torch.channels_last)
+        assert made.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize(
     ("config", "match"),
     [
