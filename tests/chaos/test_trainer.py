@@ -4,8 +4,7 @@ import time
 
 import pytest
 
-from distill.checkpoint import read_average
-from distill.manifest import step_name
+from distill.rundir import read_lines
 
 
 @pytest.mark.slow
@@ -22,7 +21,6 @@ def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measu
         "cluster.teachers.num_workers=1",
         "train.max_steps=3000",  # one worker feeds some 20 a second
         "train.save_every=100",
-        "train.log_every=20",
     )
     case.env = nodes.env
     case.start()
@@ -42,10 +40,14 @@ def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measu
     taken = [event for event in case.events("steps") if event["time"] < grown]
     assert resumed[2]["step"] == taken[-1]["last"] + 1  # it saved before it made way
     case.check_data()
-    folders = (run.checkpoints / step_name(3000) for run in (case.run, case.alone))
-    ours, theirs = (read_average(folder, "evaluation") for folder in folders)
-    for name, weights in theirs.items():
-        assert (ours[name] - weights).abs().max() < 1e-2 * weights.abs().max().clip(1e-3), name
+    ours, theirs = losses(case.run), losses(case.alone)
+    for step in range(1, resumed[2]["step"] + 100):  # later, rounding has grown
+        assert ours[step] == pytest.approx(theirs[step], rel=0.01), step
+
+
+def losses(run):
+    """Loss by step; of steps that were done again the last."""
+    return {record["step"]: record["loss"] for record in read_lines(run.metrics)}
 
 
 @pytest.mark.slow

@@ -64,6 +64,14 @@ def test_a_site_is_in_the_settings_and_each_job_asks_for_its_own():
     assert "export BOWSTRING_WORKERS=2\n" in made["teachers"]
 
 
+@pytest.mark.parametrize(("ranks", "nodes"), [("[2,8]", "1-2"), ("[5,8]", "2"), ("8", "2")])
+def test_a_trainer_of_fewer_ranks_asks_for_fewer_nodes(ranks, nodes):
+    """Four ranks on each of two nodes."""
+    train = scripts(*SITE, f"cluster.trainer.num_workers={ranks}")["train"]
+    assert f"--nodes={nodes}" in options(train)
+    assert "export BOWSTRING_RANKS=4\n" in train and "--cpus-per-task=33" in options(train)
+
+
 def test_without_settings_a_script_is_as_installed_but_for_names_and_cores():
     for kind, text in scripts("cluster=slurm").items():
         installed = (SCRIPTS / f"{kind}.sbatch").read_text().splitlines()
