@@ -1,5 +1,8 @@
 """Bytes per rank of weights, optimizer and averages at every ZeRO stage, against the formula.
 
+With `train.offload` the formula's two parts, device and host, are added: on a CPU rank both are the
+same memory.
+
     python benchmarks/memory.py
 
 Each rank takes one optimizer step and calls both averages, then adds up every tensor alive that was
@@ -24,13 +27,14 @@ import torch  # noqa: E402
 
 from cluster.netcost import state_bytes  # noqa: E402
 from cluster.zero import DeepSpeedEngine  # noqa: E402
-from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
+from distill.config import OFFLOAD_STAGES, DiTConfig, ImageSpec, TrainConfig  # noqa: E402
 from distill.networks import build_network  # noqa: E402
 from distill.testing import run_ranks  # noqa: E402
 
 IMAGE = ImageSpec(1, 8, 10)
 NETWORK = DiTConfig(patch_size=2, width=256, depth=4, num_heads=4)
-WORLDS, STAGES, PRECISIONS = (1, 2, 4), (0, 1, 2, 3), ("fp32", "bf16")
+WORLDS, PRECISIONS = (1, 2, 4), ("fp32", "bf16")
+PLACES = [(stage, offload) for offload, stages in OFFLOAD_STAGES.items() for stage in stages]
 BATCH = 4
 
 
@@ -47,10 +51,14 @@ def trained_weights() -> int:
     return sum(p.numel() for p in build_network(NETWORK, IMAGE).parameters() if p.requires_grad)
 
 
-def engine_bytes(stage: int, precision: str, world_size: int) -> int:
+def config_of(stage: int, offload: str, precision: str) -> TrainConfig:
+    """The settings of a case."""
+    return TrainConfig(batch_size=BATCH, zero_stage=stage, offload=offload, precision=precision)
+
+
+def engine_bytes(config: TrainConfig, world_size: int) -> int:
     """Bytes that an engine holds after a step."""
     before = live_bytes()
-    config = TrainConfig(batch_size=BATCH, zero_stage=stage, precision=precision)
     engine = DeepSpeedEngine(build_network(NETWORK, IMAGE), config, torch.device("cpu"))
     share = BATCH // world_size
     x, t, label = torch.randn(share, *IMAGE.shape), torch.rand(share), torch.zeros(share).long()
@@ -64,27 +72,28 @@ def engine_bytes(stage: int, precision: str, world_size: int) -> int:
 
 
 def measure_rank(rank: int, world_size: int) -> list[list[int]]:
-    """Bytes by stage and precision, on this rank."""
-    return [[engine_bytes(s, p, world_size) for p in PRECISIONS] for s in STAGES]
+    """Bytes by place and precision, on this rank."""
+    return [[engine_bytes(config_of(*at, p), world_size) for p in PRECISIONS] for at in PLACES]
 
 
 def main() -> None:
     weights, rows = trained_weights(), []
     print(f"bytes per trained weight ({weights:,} of them), largest rank: measured (formula)\n")
-    print("| precision | stage |" + "".join(f" {w} rank(s) |" for w in WORLDS))
-    print("|---|---|" + "---|" * len(WORLDS))
+    print("| precision | stage | offload |" + "".join(f" {w} rank(s) |" for w in WORLDS))
+    print("|---|---|---|" + "---|" * len(WORLDS))
     with tempfile.TemporaryDirectory() as folder:
         found = {w: run_ranks(measure_rank, w, Path(folder) / f"{w}") for w in WORLDS}
     for column, precision in enumerate(PRECISIONS):
-        for stage in STAGES:
+        for index, (stage, offload) in enumerate(PLACES):
             cells = ""
             for world_size, ranks in found.items():
-                measured = max(rank[stage][column] for rank in ranks)
-                formula = state_bytes(weights, stage, precision, world_size)
-                row = {"precision": precision, "stage": stage, "ranks": world_size}
-                rows.append(row | {"bytes": measured, "formula": formula})
+                measured = max(rank[index][column] for rank in ranks)
+                place = config_of(stage, offload, precision)
+                formula = sum(state_bytes(weights, place, world_size))
+                row = {"precision": precision, "stage": stage, "offload": offload}
+                rows.append(row | {"ranks": world_size, "bytes": measured, "formula": formula})
                 cells += f" {measured / weights:.2f} ({formula / weights:.2f}) |"
-            print(f"| {precision} | {stage} |{cells}")
+            print(f"| {precision} | {stage} | {offload} |{cells}")
     record = {"trained_weights": weights, "torch": torch.__version__, "rows": rows}
     path = ROOT / "docs" / "benchmarks" / "memory.json"
     path.write_text(json.dumps(record, indent=1) + "\n")

@@ -40,6 +40,7 @@ TRAIN_LEFT_OUT = (
     "keep_last",
     "keep_every",
     "zero_stage",
+    "offload",
     "micro_batch",
     "activation_checkpointing",
     "save_async",

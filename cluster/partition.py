@@ -3,6 +3,9 @@
 Stages 0, 1 and 2 keep each parameter group as one flat float32 vector, cut into equal pieces over
 the ranks (stage 0: over this rank alone). Stage 3 cuts every parameter by itself and lays a rank's
 pieces one behind the other. The places are read from DeepSpeed's private fields, here alone.
+
+With `train.offload` the vectors lie in host memory, and so does all that is laid out like them:
+moments and averages. What other ranks or a network need of them goes through the device.
 """
 
 from __future__ import annotations
@@ -82,9 +85,11 @@ class OneRank:
 class FlatPartition:
     """Stages 0 to 2: a vector per parameter group, a group's ranks each hold an equal part."""
 
-    def __init__(self, zero: Any, params: dict[str, nn.Parameter], num_parts: int) -> None:
+    def __init__(
+        self, zero: Any, params: dict[str, nn.Parameter], num_parts: int, device: torch.device
+    ) -> None:
         """`zero` is DeepSpeed's optimizer; `num_parts` the ranks that share a vector."""
-        self._zero, self._num_parts = zero, num_parts
+        self._zero, self._num_parts, self._device = zero, num_parts, device
         self.masters: list[Tensor] = zero.single_partition_of_fp32_groups
         self.pieces = list(self._pieces(params))
         self._names = {id(param): name for name, param in params.items()}
@@ -103,7 +108,7 @@ class FlatPartition:
     def whole(self, vectors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
         """(name, flattened values) of every parameter. Collective."""
         for index, vector in enumerate(vectors):
-            flat = vector.detach()
+            flat = vector.detach().to(self._device)
             if self._num_parts > 1:
                 parts = [torch.empty_like(flat) for _ in range(self._num_parts)]
                 dist.all_gather(parts, flat)
@@ -117,8 +122,8 @@ class FlatPartition:
 class ParameterPartition:
     """Stage 3: every parameter in equal parts over all ranks, the last one padded."""
 
-    def __init__(self, zero: Any, params: dict[str, nn.Parameter]) -> None:
-        self._zero = zero
+    def __init__(self, zero: Any, params: dict[str, nn.Parameter], device: torch.device) -> None:
+        self._zero, self.device = zero, device
         self.masters: list[Tensor] = zero.fp32_partitioned_groups_flat
         # By name: vector, offset, elements of a part with its padding.
         self._places: dict[str, tuple[int, int, int]] = {}
@@ -144,7 +149,7 @@ class ParameterPartition:
         """Flattened values of some parameters, with padding, in `dtype`. Collective."""
         places = [self._places[name] for name in names]
         mine = [vectors[v].detach().narrow(0, start, part) for v, start, part in places]
-        flat = torch.cat(mine).to(dtype)
+        flat = torch.cat(mine).to(self.device, dtype)
         rows = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
         dist.all_gather(rows, flat)
         columns = zip(*(row.split([part for *_, part in places]) for row in rows), strict=True)
@@ -192,23 +197,21 @@ class PassingCopy:
     and all others end with the layer's call.
     """
 
-    def __init__(
-        self, network: nn.Module, partition: ParameterPartition, device: torch.device
-    ) -> None:
+    def __init__(self, network: nn.Module, partition: ParameterPartition) -> None:
         self._partition = partition
         self._vectors: list[Tensor] = []
         for prefix, module in network.named_modules():
             if dict(module.named_parameters(recurse=False)):
-                self._pass_through(prefix, module, device)
-        self._network = network.to(device)
+                self._pass_through(prefix, module)
+        self._network = network.to(partition.device)
 
-    def _pass_through(self, prefix: str, module: nn.Module, device: torch.device) -> None:
+    def _pass_through(self, prefix: str, module: nn.Module) -> None:
         shapes = {name: p.shape for name, p in module.named_parameters(recurse=False)}
         dtype = next(module.parameters(recurse=False)).dtype
 
         def empty(*_: Any) -> None:
             for name in shapes:
-                nothing = torch.empty(0, dtype=dtype, device=device)
+                nothing = torch.empty(0, dtype=dtype, device=self._partition.device)
                 setattr(module, name, nn.Parameter(nothing, requires_grad=False))
 
         def fill(*_: Any) -> None:

@@ -149,6 +149,8 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
     work = stages(config, speed)
     device_hours = sum(stage.device_hours for stage in work.values())
     price = config.cluster.device_cost_per_hour
+    ranks = config.cluster.trainer.max_workers
+    on_device, on_host = state_bytes(network.parameters, config.train, ranks)
     return {
         "run": config.run.name,
         "exact": {
@@ -160,12 +162,8 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
             "forwards": {name: stage.forwards for name, stage in work.items()},
         },
         "formula": {
-            "state_bytes_per_rank": state_bytes(
-                network.parameters,
-                config.train.zero_stage,
-                config.train.precision,
-                config.cluster.trainer.max_workers,
-            ),
+            "state_bytes_per_rank": on_device,
+            "offloaded_bytes_per_rank": on_host,
             "flops_per_forward": network.flops,
             "flops": {name: stage.flops for name, stage in work.items()},
         },
@@ -205,9 +203,14 @@ def show(config: RunConfig, speed: float | None, as_json: bool) -> None:
             "bytes of a trainer rank at rest (formula)",
             f"{found['formula']['state_bytes_per_rank']:,}",
         ),
+        (
+            "... and in host memory, offloaded (formula)",
+            f"{found['formula']['offloaded_bytes_per_rank']:,}",
+        ),
         ("FLOP of one forward (formula)", f"{found['formula']['flops_per_forward']:,}"),
     ):
-        counts.add_row(label, value)
+        if value != "0":
+            counts.add_row(label, value)
     console.print(counts)
     work = Table(
         title=f"at an assumed {assumed['device_flops_per_s']:.3g} FLOP/s per device",

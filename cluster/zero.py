@@ -64,9 +64,18 @@ PLAIN_LINEAR = F.linear
 PASSES_LEFT = "applied_pre_backward_ref_cnt"  # DeepSpeed hangs it on every layer at stage 3
 
 
+# DeepSpeed's names of what is offloaded, by `train.offload`.
+OFFLOADED = {
+    "none": (),
+    "optimizer": ("offload_optimizer",),
+    "optimizer_and_parameters": ("offload_optimizer", "offload_param"),
+}
+
+
 def deepspeed_config(config: TrainConfig, world_size: int, numel: int) -> dict[str, object]:
     """The DeepSpeed settings of a run whose network has `numel` trained weights."""
     accumulation = config.accumulation(world_size)
+    host = {"device": "cpu", "pin_memory": True}
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // (world_size * accumulation),
         "gradient_accumulation_steps": accumulation,
@@ -75,7 +84,9 @@ def deepspeed_config(config: TrainConfig, world_size: int, numel: int) -> dict[s
             "stage": max(config.zero_stage, 1),  # stage 0 is stage 1 over one rank
             "stage3_param_persistence_threshold": 0,  # no parameter stays whole
             "reduce_bucket_size": min(REDUCE_BUCKET, numel),  # it is allocated whole
+            **dict.fromkeys(OFFLOADED[config.offload], host),
         },
+        "zero_force_ds_cpu_optimizer": False,  # torch's own AdamW steps in host memory
         "zero_allow_untested_optimizer": True,
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {
@@ -168,9 +179,10 @@ class DeepSpeedEngine:
         """Where the state lies, and a network for every kind of it that may be called."""
         kinds = (MASTER, average_kind(TARGET), average_kind(EVALUATION))
         if self._stage == 3:
-            parts = ParameterPartition(self._zero, self._params)
-            return parts, {kind: PassingCopy(deepcopy(copy), parts, self.device) for kind in kinds}
-        flat = FlatPartition(self._zero, self._params, self.world_size if self._stage else 1)
+            parts = ParameterPartition(self._zero, self._params, self.device)
+            return parts, {kind: PassingCopy(deepcopy(copy), parts) for kind in kinds}
+        num_parts = self.world_size if self._stage else 1
+        flat = FlatPartition(self._zero, self._params, num_parts, self.device)
         whole = WholeCopy(copy.to(self.device), flat)
         return flat, {kind: whole for kind in kinds}
 

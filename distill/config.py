@@ -236,6 +236,15 @@ class TrajectoryConfig:
 # Training and evaluation
 
 
+# The ZeRO stages at which each can be had. Parameters leave the device at stage 3 alone, which does
+# without them between two uses; stage 0 shares nothing, and the masters are nobody's to move.
+OFFLOAD_STAGES = {
+    "none": (0, 1, 2, 3),
+    "optimizer": (1, 2, 3),
+    "optimizer_and_parameters": (3,),
+}
+
+
 @dataclass
 class TrainConfig:
     """One optimisation: of a student on trajectories, or of a teacher on real images."""
@@ -250,6 +259,8 @@ class TrainConfig:
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     grad_clip: float = 1.0  # largest global gradient norm; 0 is off
     zero_stage: int = 1  # what ranks share: 0 nothing, 1 moments, 2 gradients too, 3 weights too
+    # What lies in host memory between its uses: none | optimizer | optimizer_and_parameters
+    offload: str = "none"
     precision: str = "fp32"  # fp32 | bf16 | fp16
     activation_checkpointing: bool = False  # less memory: a pass back computes blocks again
     ema_target: float = 0.95  # decay of the average the objectives use as target
@@ -275,6 +286,13 @@ class TrainConfig:
         check_choice("train.decay", self.decay, ("constant", "cosine"))
         check_choice("train.precision", self.precision, ("fp32", "bf16", "fp16"))
         check(0 <= self.zero_stage <= 3, f"train.zero_stage={self.zero_stage} must be 0, 1, 2 or 3")
+        check_choice("train.offload", self.offload, tuple(OFFLOAD_STAGES))
+        stages = OFFLOAD_STAGES[self.offload]
+        check(
+            self.zero_stage in stages,
+            f"train.offload={self.offload} does not work with train.zero_stage={self.zero_stage}; "
+            f"set train.zero_stage={' or '.join(map(str, stages))}, or train.offload=none",
+        )
         check(
             self.keep_every >= 0 and self.keep_every % self.save_every == 0,
             f"train.keep_every={self.keep_every} must be a multiple of train.save_every="

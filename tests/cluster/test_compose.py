@@ -151,6 +151,19 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
         ),
         (["experiment=tiny", "train.zero_stage=4"], "train.zero_stage=4 must be 0, 1, 2 or 3"),
         (
+            ["experiment=tiny", "train.offload=cpu"],
+            "train.offload=cpu is not known; choose one of: none, optimizer, ",
+        ),
+        (
+            ["experiment=tiny", "train.zero_stage=0", "train.offload=optimizer"],
+            "train.offload=optimizer does not work with train.zero_stage=0; set "
+            "train.zero_stage=1 or 2 or 3, or train.offload=none",
+        ),
+        (
+            ["experiment=tiny", "train.zero_stage=2", "train.offload=optimizer_and_parameters"],
+            "train.offload=optimizer_and_parameters does not .*; set train.zero_stage=3, or",
+        ),
+        (
             ["experiment=tiny", "train.zero_stage=3", "objective.derivative=double_backward"],
             "train.zero_stage=3 does not work with objective.derivative=double_backward; set ",
         ),

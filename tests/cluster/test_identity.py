@@ -30,6 +30,7 @@ def tiny(*args: str):
         "train.save_async=true",
         "train.profile=true",
         "train.zero_stage=0",
+        "train.offload=optimizer",
         "train.micro_batch=4",
         "train.activation_checkpointing=true",
         "cluster.teachers.num_workers=5",

@@ -31,6 +31,14 @@ from distill.trajectory import TrajectoryBatch
 IMAGE = ImageSpec(1, 4, 3)
 NETWORK = DiTConfig(patch_size=2, width=16, depth=2, num_heads=2)
 CPU = torch.device("cpu")
+OFFLOADED = [  # (stage, what lies in host memory)
+    (1, "optimizer"),
+    (2, "optimizer"),
+    (3, "optimizer"),
+    (3, "optimizer_and_parameters"),
+]
+PLACES = [(stage, "none") for stage in range(4)] + OFFLOADED
+FEWER = [place for place in PLACES if place not in ((1, "optimizer"), (3, "optimizer"))]
 # Every term, whatever the defaults are; a grid of four holds the times of two and four steps.
 EVERY_TERM = TraFlowConfig(
     weight_output=1.0,
@@ -210,6 +218,8 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_
         "bf16": {"save_every": 3, "precision": "bf16"},
         "fp16": {"save_every": 3, "precision": "fp16"},
         "async": {"save_every": 3, "save_async": True},
+        "2 off": {"save_every": 3, "offload": "optimizer", "zero_stage": 2, "micro_batch": 2},
+        "3 off": {"save_every": 3, "offload": "optimizer_and_parameters", "zero_stage": 3},
     }
     said = run_ranks(steep_rank, 2, tmp_path / "ranks", str(tmp_path), settings)
     assert set(said[0] + said[1]) == {
@@ -217,7 +227,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_
         "sample ids [17, 19, 21, 23]"
     }
     assert len(said[0]) == len(said[1]) == len(settings)
-    for name in ("0", "1", "2", "3"):
+    for name in ("0", "1", "2", "3", "2 off", "3 off"):
         assert_same_state(tmp_path / name, single)
     for step in (3, 4):  # saved in the background: the same bytes
         found, expected = (manifest(tmp_path / name, step) for name in ("async", "1"))
@@ -304,22 +314,28 @@ def test_so_are_three_steps_on_four_ranks(tmp_path, one_process):
 
 STEPS, DECAY = 10, 5.0
 WORLDS = (1, 2, 4, 3, 1)  # two steps on each
-CHAINS = {f"stage {stage}": (stage,) * 5 for stage in range(4)}
-CHAINS |= {"up and down": (0, 3, 1, 2, 0), "back and forth": (3, 0, 2, 3, 1)}
+CHAINS = {f"{stage} {offload}": [(stage, offload)] * 5 for stage, offload in PLACES}
+CHAINS |= {
+    "up and down": [(stage, "none") for stage in (0, 3, 1, 2, 0)],
+    "back and forth": [(stage, "none") for stage in (3, 0, 2, 3, 1)],
+    "to the host and back": [PLACES[index] for index in (1, 7, 0, 4, 3)],
+}
 
 
-def chain_config(stage: int) -> TrainConfig:
+def chain_config(stage: int, offload: str = "none") -> TrainConfig:
     """Twelve divides by every world size; the learning rate differs from step to step."""
     settings = {"max_steps": STEPS, "batch_size": 12, "save_every": 100, "log_every": 1}
-    return config_of(zero_stage=stage, warmup_steps=2, weight_decay=DECAY, **settings)
+    settings |= {"zero_stage": stage, "offload": offload}
+    return config_of(warmup_steps=2, weight_decay=DECAY, **settings)
 
 
-def chain_rank(rank: int, world_size: int, root: str, stages: dict[str, int], until: int) -> list:
+def chain_rank(rank: int, world_size: int, root: str, places: dict, until: int) -> list:
     """Goes on with every chain to step `until`; hyper-parameters of every group afterwards."""
     found = []
-    for name, stage in stages.items():
-        engine = zero_engine(chain_config(stage))
-        assert fit(engine, Path(root) / name, chain_config(stage), until=until) == until
+    for name, place in places.items():
+        config = chain_config(*place)
+        engine = zero_engine(config)
+        assert fit(engine, Path(root) / name, config, until=until) == until
         found.append([(g["weight_decay"], g["lr"]) for g in engine._zero.param_groups])
     return found
 
@@ -338,9 +354,9 @@ def one_group(config: TrainConfig) -> TorchEngine:
 
 def run_chains(root: Path, worlds: tuple[int, ...], chains: dict) -> None:
     for index, world_size in enumerate(worlds):
-        stages = {name: chain[index] for name, chain in chains.items()}
+        places = {name: chain[index] for name, chain in chains.items()}
         until = 2 * index + 2
-        found = run_ranks(chain_rank, world_size, root / f"{index}", str(root), stages, until)
+        found = run_ranks(chain_rank, world_size, root / f"{index}", str(root), places, until)
         lr = learning_rate(until - 1, chain_config(0))
         assert found == [[[(DECAY, lr), (0.0, lr)]] * len(chains)] * world_size
 
@@ -354,12 +370,20 @@ def assert_chain_is(found: Path, expected: Path, steps: int) -> None:
         assert lr == losses(expected)[step][1]
 
 
-def test_a_run_goes_on_at_another_world_size_and_stage(tmp_path):
-    """From two ranks to one, with a stage changed on the way."""
-    run_chains(tmp_path, (2, 1), {"a": (3, 1), "b": (0, 3), "c": (1, 0), "d": (2, 2)})
+def test_a_run_goes_on_at_another_world_size_stage_and_offload(tmp_path):
+    """From two ranks to one, with a stage changed on the way, to host memory or from it."""
+    stages = {"3 to 1": (3, 1), "0 to 3": (0, 3), "1 to 0": (1, 0), "2 to 2": (2, 2)}
+    chains = {name: [(stage, "none") for stage in pair] for name, pair in stages.items()}
+    chains |= {
+        "1 off to 3": [(1, "optimizer"), (3, "none")],
+        "3 off to 0": [(3, "optimizer_and_parameters"), (0, "none")],
+        "0 to 2 off": [(0, "none"), (2, "optimizer")],
+        "2 to 3 off": [(2, "none"), (3, "optimizer_and_parameters")],
+    }
+    run_chains(tmp_path, (2, 1), chains)
     config = chain_config(0)
     fit(single_engine(config), tmp_path / "whole", config, until=4)
-    for name in "abcd":
+    for name in chains:
         assert_chain_is(tmp_path / name, tmp_path / "whole", 4)
 
 
@@ -383,6 +407,55 @@ def test_a_decay_copied_to_norms_and_biases_would_be_seen(tmp_path):
 
 
 # -----------------------------------------------------------------------------------------------
+# Offload to host memory. A CPU rank's device is the host: these are DeepSpeed's own code paths for
+# it, with copies that stay in one memory.
+
+
+def offloaded_rank(rank: int, world_size: int, root: str, cases: dict) -> list[list[bool]]:
+    """Trains every case; what DeepSpeed says that it has offloaded."""
+    said = []
+    for name, settings in cases.items():
+        config = config_of(**settings)
+        engine = zero_engine(config)
+        assert fit(engine, f"{root}/{name}", config) == 4
+        zero = engine._zero
+        parts = [zero.offload_optimizer, zero.offload_param] if config.zero_stage == 3 else []
+        said.append(parts or [zero.cpu_offload])
+    return said
+
+
+def accumulating(places: list, **settings) -> dict[str, dict]:
+    """A case for every (stage, offload), in micro-batches of two samples."""
+    return {
+        f"{stage} {offload}": {"zero_stage": stage, "offload": offload, "micro_batch": 2} | settings
+        for stage, offload in places
+    }
+
+
+def test_offloaded_to_host_memory_a_run_is_that_of_a_single_process(tmp_path, single):
+    """With accumulation, for which DeepSpeed keeps more buffers; the chains above go without."""
+    cases = accumulating(OFFLOADED)
+    said = run_ranks(offloaded_rank, 2, tmp_path / "ranks", str(tmp_path), cases)
+    assert said == [[[True], [True], [True, False], [True, True]]] * 2
+    for name in cases:
+        assert_same_run(tmp_path / name, single)
+
+
+def test_offload_changes_no_bit_of_weights_moments_and_averages(tmp_path):
+    """In bf16 too, whose gradients DeepSpeed accumulates elsewhere; without clipping, for which the
+    norm's summands are added in another order.
+    """
+    # Stage 3 last: it replaces F.linear for the whole process.
+    cases = accumulating(sorted(PLACES[1:]), precision="bf16", grad_clip=0.0)
+    run_ranks(offloaded_rank, 2, tmp_path / "ranks", str(tmp_path), cases)
+    for stage, offload in OFFLOADED:
+        found, expected = (
+            read_state(tmp_path / f"{stage} {kind}", 4) for kind in (offload, "none")
+        )
+        assert all(torch.equal(found[key], expected[key]) for key in expected), (stage, offload)
+
+
+# -----------------------------------------------------------------------------------------------
 # 16 bits
 
 
@@ -400,12 +473,13 @@ class LargeLoss:
 
 
 def fp16_rank(rank: int, world_size: int, root: str) -> list[int]:
-    """Evaluations of the loss at every stage."""
+    """Evaluations of the loss at every stage, with and without offload."""
     allow_fp16()
     calls = []
-    for stage in range(4):
-        config, objective = config_of(zero_stage=stage, precision="fp16"), LargeLoss()
-        assert fit(zero_engine(config), f"{root}/{stage}", config, objective) == 4
+    for stage, offload in FEWER:
+        config = config_of(zero_stage=stage, offload=offload, precision="fp16")
+        objective = LargeLoss()
+        assert fit(zero_engine(config), f"{root}/{stage}-{offload}", config, objective) == 4
         calls.append(objective.calls)
     return calls
 
@@ -417,9 +491,10 @@ def test_a_step_that_overflows_in_fp16_is_taken_again_and_counts_once(tmp_path):
     config = config_of()
     fit(single_engine(config), tmp_path / "fp32", config, LargeLoss())
     expected, start = read_state(tmp_path / "fp32", 4), moved_network().state_dict()
-    for stage in range(4):
-        assert windows(tmp_path / f"{stage}") == windows(tmp_path / "fp32")
-        found = read_state(tmp_path / f"{stage}", 4)
+    for place in FEWER:
+        root = tmp_path / "{}-{}".format(*place)
+        assert windows(root) == windows(tmp_path / "fp32")
+        found = read_state(root, 4)
         for kind in ("master", "ema/target", "ema/evaluation"):
             names = [key.removeprefix(f"{kind} ") for key in found if key.startswith(f"{kind} ")]
             before = torch.cat([start[name].flatten() for name in names])
@@ -427,11 +502,11 @@ def test_a_step_that_overflows_in_fp16_is_taken_again_and_counts_once(tmp_path):
                 torch.cat([state[f"{kind} {name}"] for name in names]) - before
                 for state in (found, expected)
             ]
-            assert (moves[0] - moves[1]).norm() < 0.05 * moves[1].norm(), (stage, kind)
+            assert (moves[0] - moves[1]).norm() < 0.05 * moves[1].norm(), (place, kind)
 
 
 def precision_rank(rank: int, world_size: int) -> tuple[str, list[float]]:
-    """What fp16 says without hardware; by stage in bf16, the largest error of a master."""
+    """What fp16 says without hardware; by place in bf16, the largest error of a master."""
     import deepspeed
 
     said, gaps = "", []
@@ -441,8 +516,8 @@ def precision_rank(rank: int, world_size: int) -> tuple[str, list[float]]:
     except ConfigError as error:
         said = str(error)
     weights = {name: p.detach().flatten() for name, p in moved_network().named_parameters()}
-    for stage in range(4):
-        engine = zero_engine(config_of(precision="bf16", zero_stage=stage))
+    for stage, offload in FEWER:
+        engine = zero_engine(config_of(precision="bf16", zero_stage=stage, offload=offload))
         masters = [f for f in engine.fragments() if f.kind == "master"]
         errors = [f.data - weights[f.name][f.start : f.start + len(f.data)] for f in masters]
         gaps.append(max(float(error.abs().max()) for error in errors))
@@ -452,7 +527,7 @@ def precision_rank(rank: int, world_size: int) -> tuple[str, list[float]]:
 def test_bf16_starts_from_the_float32_weights_and_fp16_wants_hardware(tmp_path):
     ((said, gaps),) = run_ranks(precision_rank, 1, tmp_path / "ranks")
     assert said == "train.precision=fp16 does not work on this device; set bf16 or fp32"
-    assert gaps == [0.0] * 4
+    assert gaps == [0.0] * len(FEWER)
 
 
 # -----------------------------------------------------------------------------------------------
