@@ -149,7 +149,7 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
     work = stages(config, speed)
     device_hours = sum(stage.device_hours for stage in work.values())
     price = config.cluster.device_cost_per_hour
-    ranks = config.cluster.trainer.max_workers
+    ranks = config.cluster.trainer.min_workers  # fewer hold more each
     on_device, on_host = state_bytes(network.parameters, config.train, ranks)
     return {
         "run": config.run.name,
