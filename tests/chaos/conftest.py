@@ -34,6 +34,7 @@ from distill.testing import run_ranks
 DRIVER = Path(__file__).parent / "driver.py"
 RAY = str(Path(sys.executable).with_name("ray"))
 DEADLINE_S = 240.0
+START_TRIES = 3  # a raylet gives up after 15 s beside other work
 
 
 class Chaos:
@@ -303,14 +304,17 @@ class Node:
         command = [RAY, "start", "--block", "--object-store-memory=100000000"]
         command += [f"--num-cpus={sum(resources.values())}", f"--num-gpus={gpus}"]
         command += [f"--resources={json.dumps(resources)}"]
-        with self.log.open("w") as log:
-            self.process = psutil.Popen(
-                [*command, *arguments], stdout=log, stderr=log, env=env, start_new_session=True
-            )
-        deadline = time.monotonic() + 120
-        while "Ray runtime started" not in self.log.read_text():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
-            time.sleep(0.05)
+        for _ in range(START_TRIES):
+            with self.log.open("w") as log:
+                self.process = psutil.Popen(
+                    [*command, *arguments], stdout=log, stderr=log, env=env, start_new_session=True
+                )
+            deadline = time.monotonic() + 120
+            while self.process.poll() is None and time.monotonic() < deadline:
+                if "Ray runtime started" in self.log.read_text():
+                    return
+                time.sleep(0.05)
+        raise AssertionError(self.log.read_text())
 
     @property
     def address(self):
