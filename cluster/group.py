@@ -7,7 +7,7 @@ save, end, and start again with those of the new nodes: nothing is trained twice
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 import threading
 import time
@@ -21,13 +21,13 @@ from cluster.progress import last_step
 from cluster.ranks import group_size, silent_nodes
 from cluster.session import Session
 from cluster.trainer import final_error, fit
-from cluster.watchdog import has_hung
+from cluster.watchdog import stacks_bytes
 from distill.rundir import append_line, write_atomic
-
-logger = logging.getLogger(__name__)
 
 POLL_PERIOD_S = 0.1
 STARVED_GRACE_S = 3.0
+ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train reads it at every start
+FROZEN = "health check has been hanging"  # Ray Train's words
 PROBE_BYTES = 2**16  # written before a training starts again
 LOOK_PERIOD_S = 1.0  # between two looks at the nodes
 SETTLE_S = 30.0  # the first group waits so long for the last of the nodes that start with it
@@ -155,10 +155,16 @@ class TrainerGroup:
     # -- Start and end
 
     def _start(self, size: int) -> None:
-        """Runs `fit` in a thread that does not outlive the process."""
+        """Runs `fit` in a thread that does not outlive the process.
+
+        Ray Train gives up a rank that does not answer for as long as a step may take: one that is
+        frozen whole cannot say so itself (`cluster.watchdog`).
+        """
+        os.environ[ANSWER_TIMEOUT] = f"{self._trainer.step_timeout_s:g}"
         future: Future[int] = Future()
         self._starts += 1
-        self._since, self._grow_s = time.time(), time.monotonic() + GROW_AFTER_S
+        self._grow_s = time.monotonic() + GROW_AFTER_S
+        self._stacks_bytes = stacks_bytes(self.job.run.hangs)
         self._size, self._from, self.note = size, last_step(self.job.run.metrics), ""
         name = f"{self.job.stage}-{self._starts}"
         append_line(self.job.run.events, {"kind": "group", "ranks": size})
@@ -204,8 +210,9 @@ class TrainerGroup:
 
     def _said(self, error: BaseException) -> str:
         """Why the group failed."""
-        hangs = self.job.run.hangs
-        if has_hung(hangs, self._since):
-            timeout_s = self._trainer.step_timeout_s
+        hangs, timeout_s = self.job.run.hangs, self._trainer.step_timeout_s
+        if stacks_bytes(hangs) > self._stacks_bytes:
             return f"no step for more than {timeout_s:g} s; {hangs} says where the ranks stood"
+        if FROZEN in str(error):
+            return f"a rank answered nothing for more than {timeout_s:g} s, as if frozen"
         return str(error).strip()

@@ -44,6 +44,7 @@ TRAIN_LEFT_OUT = (
     "micro_batch",
     "activation_checkpointing",
     "save_async",
+    "wandb",
     "profile",
 )
 TRAJECTORY_LEFT_OUT = ("location", "ready_ahead", "max_bytes", "wait_timeout_s")

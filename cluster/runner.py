@@ -45,18 +45,21 @@ Stage = Callable[[Session], Work]
 
 def run(config: RunConfig) -> int:
     """The main job: what is missing of teacher, trajectories, training, evaluation and report."""
+    stages.check_training(config)
     stages.check_evaluation(config)  # of the last stage, but better said now
     return supervise(config, stages.pretrain, stages.distil, stages.evaluate_if_new)
 
 
 def distil(config: RunConfig) -> int:
     """The main job without evaluation and report: a Slurm job of their own makes these."""
+    stages.check_training(config)
     stages.check_evaluation(config)
     return supervise(config, stages.pretrain, stages.distil)
 
 
 def pretrain(config: RunConfig) -> int:
     """Trains the run's own teacher."""
+    stages.check_training(config)
     return supervise(config, stages.pretrain)
 
 
@@ -67,6 +70,7 @@ def generate(config: RunConfig) -> int:
 
 def train(config: RunConfig) -> int:
     """Trains the student on the shards that are there."""
+    stages.check_training(config)
     return supervise(config, stages.train)
 
 

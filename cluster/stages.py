@@ -30,6 +30,7 @@ from distill.report import write_report
 from distill.rundir import RunDir
 from distill.store import open_store
 from distill.teachers import build_teacher
+from distill.wandb import check_wandb
 
 
 @dataclass
@@ -112,6 +113,12 @@ def train(session: Session) -> Work:
     if steps_done(session.run) >= session.config.train.max_steps:
         return Work()
     return Work(job=TrainJob("train", session.config, run_spec(session), session.scratch))
+
+
+def check_training(config: RunConfig) -> None:
+    """Raises ConfigError when a training is to write to a service whose package is absent here."""
+    for settings in (config.pretrain.train, config.train):
+        check_wandb(settings.wandb)
 
 
 def check_evaluation(config: RunConfig) -> None:

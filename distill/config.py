@@ -270,6 +270,7 @@ class TrainConfig:
     keep_last: int = 2  # checkpoints
     keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good; 0: none
     save_async: bool = False  # training waits for the copy to host memory only
+    wandb: str = ""  # project at Weights & Biases that gets the metrics too; "": none
     profile: bool = False  # every start traces a few steps, into the run's folder
     label_dropout: float = 0.1  # chance that a label becomes "none"; of a teacher's training only
 

@@ -81,6 +81,11 @@ class RunDir:
         return self.root / "tensorboard"
 
     @property
+    def wandb(self) -> Path:
+        """W&B's own files, and the run's id there."""
+        return self.root / "wandb"
+
+    @property
     def profile(self) -> Path:
         """Traces of a few steps by torch.profiler."""
         return self.root / "profile"

@@ -19,9 +19,9 @@ class EventFile:
         # Hides what an earlier start wrote of the steps that are now done again.
         self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=FLUSH_S)
 
-    def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Adds every number of a line of metrics.jsonl; raises OSError if none can be written."""
-        for tag, value in scalars(metrics):
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Adds the numbers of a step; raises OSError if none can be written."""
+        for tag, value in numbers.items():
             self._writer.add_scalar(tag, value, step)
 
     def close(self) -> None:
@@ -31,7 +31,9 @@ class EventFile:
 
 
 def scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """(tag, value) of every number but the step; nested ones as "terms/output"."""
+    """(tag, value) of every number of a line of metrics.jsonl but the step; nested ones as
+    "terms/output".
+    """
     for name, value in metrics.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}{name}/")

@@ -58,7 +58,7 @@ def train(
     accumulation = config.accumulation(engine.world_size)
     start = load_latest(run.checkpoints, engine)
     with (
-        TrainLog(engine, run, start, wait_s, work) as log,
+        TrainLog(engine, run, start, wait_s, work, config) as log,
         Saver(run.checkpoints, engine, config, origin, log.event) as saver,
         traced_steps(run.profile, start, engine.rank, config.profile) as traced,
     ):

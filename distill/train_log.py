@@ -7,20 +7,22 @@ import resource
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from distill.config import TrainConfig
 from distill.engine import Engine
 from distill.manifest import committed_steps
 from distill.objectives.base import LossTerms
 from distill.phases import PhaseClock
 from distill.rundir import RunDir, append_line
-from distill.tensorboard import EventFile
+from distill.tensorboard import EventFile, scalars
 from distill.trajectory import TrajectoryBatch
+from distill.wandb import WandbRun
 
 # Of a loss that stands out: steps it is compared with, at most and at least; how far it stands out.
 HISTORY, FEWEST, DEVIATIONS = 64, 16, 8.0
@@ -76,7 +78,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class TrainLog:
-    """Writes events.jsonl, metrics.jsonl and event files, on rank 0.
+    """Writes events.jsonl, metrics.jsonl and its copies, on rank 0.
 
     Attributes:
         clock: to be told which phase of a step begins.
@@ -89,6 +91,7 @@ class TrainLog:
         start: int,
         wait_s: Callable[[], float],
         work: Work | None,
+        config: TrainConfig,
     ) -> None:
         self._engine, self._run, self._wait_s, self._work = engine, run, wait_s, work
         self._first = start
@@ -98,7 +101,11 @@ class TrainLog:
         self._names: list[str] = []
         self._last: dict[str, float] = {}
         self._history: deque[float] = deque(maxlen=HISTORY)
-        self._event_file = EventFile(run.tensorboard, start) if engine.rank == 0 else None
+        self._copies: list[EventFile | WandbRun] = []
+        if engine.rank == 0:
+            self._copies.append(EventFile(run.tensorboard, start))
+            if config.wandb:
+                self._copies.append(WandbRun(config.wandb, run, asdict(config), self.event))
         self.clock = PhaseClock(engine.device)
         damaged = [step for step in committed_steps(run.checkpoints) if step > start]
         if damaged:  # newer ones did not verify
@@ -109,8 +116,8 @@ class TrainLog:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._event_file is not None:
-            self._event_file.close()
+        for copy in self._copies:
+            copy.close()
 
     def event(self, record: dict[str, Any]) -> None:
         """Appends to events.jsonl, on rank 0."""
@@ -182,7 +189,7 @@ class TrainLog:
         return speed
 
     def _metrics(self, done: int, values: Tensor, speed: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same for TensorBoard."""
+        """One line of metrics.jsonl, and the same for its copies."""
         means = values.mean(dim=(0, 1)).tolist()
         metrics = {
             "step": done,
@@ -193,5 +200,6 @@ class TrainLog:
             "world_size": self._engine.world_size,
         }
         append_line(self._run.metrics, metrics)
-        if self._event_file is not None:
-            self._event_file.write(done, metrics)
+        numbers = dict(scalars(metrics))
+        for copy in self._copies:
+            copy.write(done, numbers)

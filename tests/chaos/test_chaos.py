@@ -177,6 +177,28 @@ def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos, mea
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
+def test_a_single_rank_that_is_frozen_whole_is_given_up_and_the_run_goes_on(chaos, measured):
+    """Nothing in it can notice that, and no other rank waits for it."""
+    case = chaos("cluster.trainer.step_timeout_s=60")
+    case.start()
+    case.until_step(KILL_AT)
+    (rank,) = case.processes("RayTrainWorker")
+    rank.suspend()
+    frozen = time.time()
+    case.until(lambda: case.events("restart"))
+    case.finish()
+    assert not rank.is_running()
+    (restart,) = case.events("restart")
+    assert restart["error"].startswith("a rank answered nothing for more than 60 s")
+    case.check()
+    measured(
+        f"given up after {case.next_event_s(frozen, 'restart'):.1f} s, "
+        f"next training after {case.next_event_s(frozen, 'resume'):.1f} s"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_second_start_beside_a_live_one_is_refused_and_disturbs_nothing(chaos, measured):
     """The lock of one that died is free: the row "supervisor" starts again at once."""
     case = chaos()

@@ -42,14 +42,13 @@ def test_a_group_that_hung_says_where(session, job, trainings, monkeypatch):
     made = trainings([0, 2, 6])
     hangs = session.run.hangs
     hangs.mkdir()
-    (hangs / "rank_00000.txt").touch()
-    os.utime(hangs / "rank_00000.txt", (1, 1))
+    (hangs / "rank_00000.txt").write_text("of yesterday")
     once = made.fit
 
     def fit(job, ranks, name):
         if made.starts == 1:
-            (hangs / "rank_00001.txt").touch()
-            os.utime(hangs / "rank_00001.txt", (time.time() + 1,) * 2)
+            (hangs / "rank_00001.txt").write_text("no step")
+            os.utime(hangs / "rank_00001.txt", (1, 1))  # by a file server whose clock is wrong
         return once(job, ranks, name)
 
     monkeypatch.setattr(group, "fit", fit)

@@ -28,6 +28,7 @@ def tiny(*args: str):
         "train.save_every=7",
         "train.keep_every=4",
         "train.save_async=true",
+        "train.wandb=project",
         "train.profile=true",
         "train.zero_stage=0",
         "train.offload=optimizer",

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -140,6 +141,16 @@ def test_absent_images_are_named_before_anything_starts(teacher, tmp_path, monke
     (config,) = compose(overrides)
     with pytest.raises(ConfigError, match="apt-get install dataset-fashion-mnist"):
         runner.run(config)
+
+
+@pytest.mark.skipif(find_spec("wandb") is not None, reason="wandb is installed")
+@pytest.mark.parametrize("key", ["train.wandb", "pretrain.train.wandb"])
+def test_wandb_without_its_package_is_refused_before_anything_is_made(tmp_path, key):
+    (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}", f"{key}=project"])
+    for verb in (runner.run, runner.distil, runner.pretrain, runner.train):
+        with pytest.raises(ConfigError, match=r"pip install 'bowstring\[wandb\]'"):
+            verb(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_settings_of_a_refused_evaluation_are_not_kept(tmp_path):

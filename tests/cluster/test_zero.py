@@ -417,7 +417,7 @@ def offloaded_rank(rank: int, world_size: int, root: str, cases: dict) -> list[l
     for name, settings in cases.items():
         config = config_of(**settings)
         engine = zero_engine(config)
-        assert fit(engine, f"{root}/{name}", config) == 4
+        assert fit(engine, f"{root}/{name}", config) == config.max_steps
         zero = engine._zero
         parts = [zero.offload_optimizer, zero.offload_param] if config.zero_stage == 3 else []
         said.append(parts or [zero.cpu_offload])
@@ -441,16 +441,17 @@ def test_offloaded_to_host_memory_a_run_is_that_of_a_single_process(tmp_path, si
         assert_same_run(tmp_path / name, single)
 
 
+@pytest.mark.timeout(300)
 def test_offload_changes_no_bit_of_weights_moments_and_averages(tmp_path):
     """In bf16 too, whose gradients DeepSpeed accumulates elsewhere; without clipping, for which the
     norm's summands are added in another order.
     """
     # Stage 3 last: it replaces F.linear for the whole process.
-    cases = accumulating(sorted(PLACES[1:]), precision="bf16", grad_clip=0.0)
+    cases = accumulating(sorted(PLACES[1:]), precision="bf16", grad_clip=0.0, max_steps=2)
     run_ranks(offloaded_rank, 2, tmp_path / "ranks", str(tmp_path), cases)
     for stage, offload in OFFLOADED:
         found, expected = (
-            read_state(tmp_path / f"{stage} {kind}", 4) for kind in (offload, "none")
+            read_state(tmp_path / f"{stage} {kind}", 2) for kind in (offload, "none")
         )
         assert all(torch.equal(found[key], expected[key]) for key in expected), (stage, offload)
 

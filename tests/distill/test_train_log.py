@@ -125,8 +125,9 @@ class RankZeroOfTwo(TorchEngine):
 
 
 def test_the_rank_with_the_largest_loss_is_named(tmp_path, tiny):
-    engine = RankZeroOfTwo(build_network(tiny.network, tiny.image), TrainConfig(), CPU)
-    with TrainLog(engine, RunDir(tmp_path), 100, lambda: 0.0, None) as log:
+    config = TrainConfig()
+    engine = RankZeroOfTwo(build_network(tiny.network, tiny.image), config, CPU)
+    with TrainLog(engine, RunDir(tmp_path), 100, lambda: 0.0, None, config) as log:
         for index in range(20):
             value = torch.tensor(50.0 if index == 18 else 1.0)
             log.add(tiny.batch, [Losses(value, {"a": value})], 1e-3, 1.0)
