@@ -203,7 +203,7 @@ def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
         ConfigError: the folder cannot be made, or another supervisor is at work on the run.
     """
     slurm = config.cluster.slurm
-    with held(run, slurm.patience_s if slurm else 0.0):
+    with held(run, float(slurm.patience_s) if slurm else 0.0):
         session, before = Session(config, run), {n: signal.getsignal(n) for n in STOP_SIGNALS}
         shutil.rmtree(session.scratch, ignore_errors=True)
         session.scratch.mkdir()

@@ -51,7 +51,7 @@ def test_one_who_waits_gets_the_run_when_the_other_leaves_it(run, monkeypatch, c
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
     threading.Timer(1, other.kill).start()
-    with held(run, patience_s=30):
+    with held(run, patience_s=30.0):
         assert holder(run) == Holder(socket.gethostname(), os.getpid())
     other.wait()
     assert str(other.pid) in capsys.readouterr().out
