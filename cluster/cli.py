@@ -13,10 +13,17 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.arguments import USAGE_ERROR, Parser, open_run, read_settings
+from cluster.arguments import (
+    USAGE_ERROR,
+    Parser,
+    open_run,
+    read_settings,
+    split_force_new,
+    split_launcher,
+)
 from cluster.helptext import GENERAL, VERBS
+from cluster.pipeline import DISTIL, PIPELINE, work
 
-PIPELINE = ("run", "pretrain", "generate", "train")
 INTERRUPTED = 130
 
 
@@ -28,21 +35,22 @@ def pipeline(verb: str, args: list[str]) -> int:
     """run, pretrain, generate, train: hands each configuration to the supervisor."""
     parser = Parser(verb, *(["--no-evaluation"] if verb == "run" else []))
     options, rest = parser.parse_known_args(args)
-    only_distils = verb == "run" and options.no_evaluation
-    configs = read_settings(rest)
+    stage = DISTIL if verb == "run" and options.no_evaluation else verb
+    command = shlex.join(["bowstring", verb, *args])
+    settings, launcher = split_launcher(split_force_new(rest))
+    configs = read_settings(settings)
     from cluster.facts import check_all, unfinished
 
     check_all(configs)  # refused here, before anything heavy is loaded
-    configs = unfinished(configs) if verb == "run" and not only_distils else configs
-    if not configs:
-        return 0
-    from cluster import runner
+    if launcher:
+        from cluster.compose import launch
 
-    verbs = (runner.run, runner.pretrain, runner.generate, runner.train)
-    stage = runner.distil if only_distils else dict(zip(PIPELINE, verbs, strict=True))[verb]
+        launch(stage, [*settings, *launcher], command)
+        return 0
+    configs = unfinished(configs) if stage == "run" else configs
     for config in configs:
-        config.run.command = shlex.join(["bowstring", verb, *args])
-        code = stage(config)
+        config.run.command = command
+        code = work(stage, config)
         if code:
             return code
     return 0

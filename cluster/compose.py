@@ -3,6 +3,7 @@
 `hydra.main` drives everything, so groups, key=value, --multirun, --cfg, --info, --config-dir and
 shell completion are Hydra's own. The task that Hydra runs only takes the composed tree; the verbs
 run after Hydra has returned, so a sweep is checked to its last job before the first one starts.
+Where a launcher is named, Hydra then goes over the sweep again and hands each job to it (`launch`).
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, HydraException
-from hydra.types import RunMode
+from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.arguments import split_launcher
 from cluster.config import ClusterConfig, RunConfig
 from cluster.configfile import NETWORKS, OBJECTIVES, register_resolvers, sentence, to_config
-from distill.config import ConfigError, DataConfig, EvalConfig, TrainConfig
-
-_composed: list[DictConfig] = []
+from cluster.pipeline import work
+from distill.config import ConfigError, DataConfig, EvalConfig, TrainConfig, check
 
 
 def register() -> None:
@@ -44,24 +45,22 @@ def register() -> None:
         store.store(group="objective", name=f"base_{name}", node=objective)
 
 
-@hydra.main(version_base="1.3", config_path="pkg://bowstring_configs", config_name="config")
-def _take(tree: DictConfig) -> None:
-    """Hydra's task: keeps the tree. Jobs of a sweep get the swept values into their names.
+def _name(tree: DictConfig, args: list[str]) -> str:
+    """Name of the run; jobs of a sweep get the swept values into theirs.
 
-    The name is written out here, since it asks for choices that Hydra knows only in its task.
+    It asks for choices that Hydra knows only in its task.
     """
     name = str(tree.run.name)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        suffix = _swept(list(HydraConfig.get().overrides.task))
+        suffix = _swept(args, list(HydraConfig.get().overrides.task))
         if suffix:
             name = f"{name}-{suffix}"
-    tree.run.name = name
-    _composed.append(tree)
+    return name
 
 
-def _swept(overrides: list[str]) -> str:
+def _swept(args: list[str], overrides: list[str]) -> str:
     """key=value of what the sweep varies, apart from what run.name holds anyway."""
-    given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    given = [word for word in args if "=" in word and not word.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(given)
     keys = {override.key_or_group for override in parsed if override.is_sweep_override()}
     if keys & {"run.name", "run.dir"}:
@@ -87,6 +86,25 @@ def _hydra_process(args: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
+def _drive(task: TaskFunction, args: list[str]) -> None:
+    """Lets Hydra run a task with its arguments.
+
+    Raises:
+        ConfigError: one sentence that names the key or the option.
+    """
+    register()
+    through_hydra = hydra.main(
+        version_base="1.3", config_path="pkg://bowstring_configs", config_name="config"
+    )
+    try:
+        with _hydra_process(args):
+            through_hydra(task)()
+    except HydraException as error:
+        raise ConfigError(_explain(error)) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError(sentence(error)) from error
+
+
 def compose(args: list[str]) -> list[RunConfig]:
     """The configurations that Hydra arguments ask for: one, several with --multirun, none when
     Hydra only shows something.
@@ -94,16 +112,56 @@ def compose(args: list[str]) -> list[RunConfig]:
     Raises:
         ConfigError: one sentence that names the key or the option.
     """
-    register()
-    _composed.clear()
-    try:
-        with _hydra_process(args):
-            _take()
-    except HydraException as error:
-        raise ConfigError(_explain(error)) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError(sentence(error)) from error
-    return [to_config(tree) for tree in _composed]
+    check(
+        not split_launcher(args)[1],
+        "a launcher is for the jobs of `bowstring run`, pretrain, generate and train; `bowstring "
+        "submit` asks Slurm itself",
+    )
+    trees: list[DictConfig] = []
+    here = os.getpid()
+
+    def task(tree: DictConfig) -> None:
+        check(os.getpid() == here, "a launcher must stand on the command line: hydra/launcher=NAME")
+        tree.run.name = _name(tree, args)
+        trees.append(tree)
+
+    _drive(task, args)
+    return [to_config(tree) for tree in trees]
+
+
+# -----------------------------------------------------------------------------------------------
+# Jobs that a launcher of Hydra starts elsewhere
+
+
+def launch(stage: str, args: list[str], command: str) -> None:
+    """Hands the jobs of a sweep to the launcher that `args` name, and waits for their ends.
+
+    Raises:
+        ConfigError: there is no such launcher, or it has no such setting.
+        ChildProcessError: a job failed.
+    """
+    check("--multirun" in args or "-m" in args, "a launcher is for sweeps: add --multirun")
+
+    def task(tree: DictConfig) -> None:
+        work_elsewhere(stage, args, command, tree)
+
+    _drive(task, args)
+
+
+def work_elsewhere(stage: str, args: list[str], command: str, tree: DictConfig) -> None:
+    """One job of a sweep, in a process of the launcher's.
+
+    Raises:
+        ChildProcessError: it failed. The process that waits for the jobs says so.
+    """
+    tree.run.name = _name(tree, args)
+    config = to_config(tree)
+    config.run.command = command
+    code = work(stage, config)
+    if code:
+        raise ChildProcessError(
+            f"{config.run.dir} failed with exit code {code}; its job's log says why"
+        )
 
 
 def _explain(error: HydraException) -> str:

@@ -35,6 +35,8 @@ Settings (Hydra):
   run.dir=FOLDER     where the run lives; runs/<name> otherwise
   --force-new NAME   a new run NAME instead of the one that settings or folder name
   --multirun         one run per combination: --multirun experiment=digits seed=0,1,2
+  hydra/launcher=NAME  with --multirun: the runs as jobs of a launcher of Hydra, such as
+                     submitit_slurm (slurm/README.md)
   --cfg job          prints the composed settings and stops
   --hydra-help       all of Hydra's flags
   -sc install=bash   completion: eval "$(bowstring run -sc install=bash)"

@@ -27,8 +27,8 @@ class Holder(NamedTuple):
 
 
 @contextmanager
-def held(run: RunDir) -> Iterator[None]:
-    """The run is this process's own.
+def held(run: RunDir, patience_s: float = 0.0) -> Iterator[None]:
+    """The run is this process's own, when another supervisor has left it within `patience_s`.
 
     Raises:
         ConfigError: the folder cannot be made, or another supervisor is at work on the run.
@@ -42,8 +42,10 @@ def held(run: RunDir) -> Iterator[None]:
             "run.dir=..."
         ) from error
     with file:
+        if patience_s and is_live(run):
+            print(f"{run.root} is left by {run.lock.read_text()} first", flush=True)
         try:
-            lock_file(file.fileno(), PATIENCE_S)
+            lock_file(file.fileno(), max(patience_s, PATIENCE_S))
         except BlockingIOError:
             raise ConfigError(
                 f"{run.root} is being worked on by another process ({run.lock.read_text()}); "

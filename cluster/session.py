@@ -201,10 +201,14 @@ def is_alive(process: psutil.Process) -> bool:
 def open_session(config: RunConfig, run: RunDir) -> Iterator[Session]:
     """A session under the run's lock.
 
+    A Slurm job waits for the lock: a node that was cut off goes on until it hears that Slurm has
+    started the job elsewhere.
+
     Raises:
         ConfigError: the folder cannot be made, or another supervisor is at work on the run.
     """
-    with held(run):
+    slurm = config.cluster.slurm
+    with held(run, float(slurm.patience_s) if slurm else 0.0):
         session, before = Session(config, run), {n: signal.getsignal(n) for n in STOP_SIGNALS}
         shutil.rmtree(session.scratch, ignore_errors=True)
         session.scratch.mkdir()

@@ -10,7 +10,7 @@ import pytest
 
 from cluster import cli
 from cluster.compose import compose
-from cluster.configfile import save_config
+from cluster.configfile import load_config, save_config
 from cluster.helptext import VERBS
 from distill.config import ConfigError
 from distill.ledger import tar_path
@@ -31,7 +31,7 @@ def bowstring(*args: str, **environment: str) -> subprocess.CompletedProcess:
         [sys.executable, "-m", "cluster.cli", *args],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=150,  # a launcher's jobs import torch
         env={**os.environ, **environment},
     )
 
@@ -126,6 +126,40 @@ def test_force_new_names_another_run():
     save_config(RunDir(Path("runs/second")), config)
     (config,) = cli.read_settings(["runs/second", "seed=4", "--force-new=third"])
     assert (config.run.dir, config.seed) == ("runs/third", 4)
+
+
+LAUNCHER = "hydra/launcher=submitit_local"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["submit", "--multirun", "experiment=tiny", LAUNCHER], "asks Slurm itself"),
+        (["estimate", "experiment=tiny", LAUNCHER], "a launcher is for the jobs of"),
+        (["run", "experiment=tiny", LAUNCHER], "add --multirun"),
+        (["run", "-m", "experiment=tiny", "hydra/launcher=no"], "hydra/launcher/no.*submitit"),
+        (
+            ["run", "-m", "experiment=tiny", LAUNCHER, "train.max_step=1"],
+            "no setting train.max_ste",
+        ),
+        (["run", "-m", "experiment=tiny", LAUNCHER, "hydra.launcher.time=1"], "time"),
+    ],
+)
+def test_a_launcher_that_cannot_work_is_refused_in_one_sentence(args, message):
+    with pytest.raises(ConfigError, match=message):
+        cli.dispatch(args)
+    assert list(Path().glob("runs/*/*")) == []
+
+
+def test_what_is_wrong_in_a_job_of_a_launcher_is_said_by_the_one_that_waits(in_empty_folder):
+    """Two processes of submitit's, each with the settings of its job; the second fails too."""
+    settings = ["experiment=tiny", "seed=0,1", "teacher.pretrained.path=nowhere"]
+    result = bowstring("train", "--multirun", *settings, LAUNCHER)
+    assert result.returncode == cli.USAGE_ERROR, result.stderr
+    assert "error: " in result.stderr and "nowhere" in result.stderr
+    for seed in (0, 1):
+        run = RunDir(in_empty_folder / "runs" / f"tiny-seed={seed}")
+        assert load_config(run).seed == seed
 
 
 def test_composed_settings_are_shown_not_run():

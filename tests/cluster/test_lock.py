@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -42,6 +43,18 @@ def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(run, monkeypatch)
     with held(run):
         assert holder(run) == Holder(socket.gethostname(), os.getpid())
     assert holder(run) is None
+
+
+def test_one_who_waits_gets_the_run_when_the_other_leaves_it(run, monkeypatch, capsys):
+    monkeypatch.setattr("cluster.lock.PATIENCE_S", 0.2)
+    command = [sys.executable, "-c", HOLD, str(run.root)]
+    other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    threading.Timer(1, other.kill).start()
+    with held(run, patience_s=30.0):
+        assert holder(run) == Holder(socket.gethostname(), os.getpid())
+    other.wait()
+    assert str(other.pid) in capsys.readouterr().out
 
 
 def test_a_run_that_never_began_is_not_live(run):

@@ -1,10 +1,12 @@
 """Batch scripts: shellcheck, what rendering adds, and what needs no Slurm."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from ray._private.parameter import RayParams
 
 from cluster.cli import dispatch
 from cluster.compose import compose
@@ -13,6 +15,7 @@ from cluster.slurm import KINDS, render
 from distill.config import ConfigError
 from distill.rundir import RunDir
 
+FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SCRIPTS = Path(__file__).parents[2] / "slurm"
 SITE = [
@@ -70,6 +73,22 @@ def test_a_trainer_of_fewer_ranks_asks_for_fewer_nodes(ranks, nodes):
     train = scripts(*SITE, f"cluster.trainer.num_workers={ranks}")["train"]
     assert f"--nodes={nodes}" in options(train)
     assert "export BOWSTRING_RANKS=4\n" in train and "--cpus-per-task=33" in options(train)
+
+
+@pytest.mark.parametrize("kind", ["train", "teachers"])
+def test_no_job_number_makes_two_parts_of_ray_share_a_port(kind):
+    """`ray start` checks the ports of a node that it will not open there too (RayParams)."""
+    text = (SCRIPTS / f"{kind}.sbatch").read_text()
+    text = text[text.index("options=(" if kind == "train" else "start_ray()") :]
+    named = re.findall(
+        r"--([a-z-]+)-port=\$\(\(port \+ (\d+)\)\)", text[: text.index("max-worker")]
+    )
+    ports = {FIELDS.get(name, name.replace("-", "_") + "_port"): int(n) for name, n in named}
+    assert {"node_manager_port", "min_worker_port"} <= ports.keys()
+    for block in range(10000, 10000 + 110 * 200, 200):
+        mine = {name: block + n for name, n in ports.items()} | {"max_worker_port": block + 199}
+        default = {"ray_client_server_port": 10001}  # of `ray start`
+        RayParams(**default | mine).update_pre_selected_port()
 
 
 def test_without_settings_a_script_is_as_installed_but_for_names_and_cores():

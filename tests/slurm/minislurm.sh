@@ -6,6 +6,8 @@
 #   minislurm.sh stop   DIR             stops all of it, by pid; waits until it is gone
 #   minislurm.sh node-kill  DIR NODE    powers node1 .. node4 off: SIGKILL for everything on it
 #   minislurm.sh node-start DIR NODE    boots it again
+#   minislurm.sh link-down  DIR NODE    cuts its cable (netns mode only)
+#   minislurm.sh link-up    DIR NODE    plugs it in again
 #   minislurm.sh ctld-kill  DIR         SIGKILL for slurmctld; jobs go on
 #   minislurm.sh ctld-start DIR         starts it again, with its saved state
 #
@@ -251,7 +253,7 @@ do_start() {
 cmd=${1:-} D=${2:-} node=${3:-}
 case $cmd in
   install) install_packages; exit ;;
-  start | stop | node-kill | node-start | ctld-kill | ctld-start | __init) ;;
+  start | stop | node-kill | node-start | link-down | link-up | ctld-kill | ctld-start | __init) ;;
   *) sed -n '2,/^# shellcheck/{/^# shellcheck/d;s/^# \{0,1\}//;p}' "$SELF"; exit 2 ;;
 esac
 [ -n "$D" ] || die "$cmd: which state directory?"
@@ -275,11 +277,16 @@ case $cmd in
 esac
 load_settings || die "not running in $D"
 case $cmd in
-  node-*) [[ " ${NODES[*]} " == *" $node "* ]] || die "no node '$node'" ;;
+  node-* | link-*) [[ " ${NODES[*]} " == *" $node "* ]] || die "no node '$node'" ;;
+esac
+case $cmd in
+  link-*) is_netns || die "nodes have cables in netns mode only" ;;
 esac
 case $cmd in
   node-kill) node_kill "$node" ;;
   node-start) recall "$node" >/dev/null || node_boot "$node" ;;
+  link-down) ip link set "$(veth_of "$node")" down ;;
+  link-up) ip link set "$(veth_of "$node")" up ;;
   ctld-kill) end slurmctld KILL ;;
   ctld-start) recall slurmctld >/dev/null || ctld_start; wait_for 60 ctld_up ;;
 esac

@@ -5,7 +5,7 @@ whom.
 """
 
 import os
-import subprocess
+import signal
 import tempfile
 import time
 from pathlib import Path
@@ -22,6 +22,17 @@ echo "ray $*"; echo "Ray runtime started"
 trap 'exit 0' TERM
 while :; do sleep 1 & wait $!; done
 """
+# The first time on each node it gives up.
+RAY_AT_LAST = RAY.replace("\n", '\nmkdir "$0-$SLURMD_NODENAME" 2>/dev/null && exit 1\n', 1)
+# The head listens. Others give up until they may start.
+RAY_LISTENS = """#!/bin/bash
+echo "ray $*"
+[[ "$*" =~ --head || -e "$0-may" ]] || exit 1
+echo "Ray runtime started"
+[[ "$*" =~ --temp-dir=([^ ]*) ]] && mkdir "${BASH_REMATCH[1]}"
+[[ "$*" =~ --port=([0-9]+) ]] || exec sleep 600
+exec python3 -c "import socket, time; s = socket.create_server(('', ${BASH_REMATCH[1]})); time.sleep(600)"
+"""  # noqa: E501
 SUPERVISOR = """#!/bin/bash
 echo "supervisor at $RAY_ADDRESS"
 trap 'sleep 1; echo saved; exit 0' TERM
@@ -38,15 +49,15 @@ def scratch():
 
 
 @pytest.fixture
-def case(submitted, tmp_path, scratch):
+def case(submitted, scratch):
     """Makes runs whose jobs find the stand-ins."""
 
-    def make(*settings):
+    def make(*settings, ray=RAY):
         place = f"cluster.slurm.scratch={scratch}"
         case = submitted("cluster.slurm.teachers.nodes=1", place, *settings)
-        folder = tmp_path / "bin"
+        folder = case.folder / "bin"
         folder.mkdir()
-        for name, text in (("ray", RAY), ("bowstring", SUPERVISOR)):
+        for name, text in (("ray", ray), ("bowstring", SUPERVISOR)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         case.env["PATH"] = f"{folder}:{os.environ['PATH']}"
@@ -65,12 +76,6 @@ def finish(case):
     case.until(lambda: list(scratch.iterdir()) == [])
 
 
-def preempt(nodes):
-    """Submits a short job that takes that many nodes from jobs in partition `spot`."""
-    job = [f"--nodes={nodes}", "--exclusive", "--output=/dev/null", "--wrap=sleep 1"]
-    subprocess.run(["sbatch", "--partition=high", *job], check=True, capture_output=True)
-
-
 @pytest.mark.parametrize("number", ["USR1", "TERM"])
 def test_a_signal_saves_and_queues_again_and_teachers_rejoin(case, number):
     case = case()
@@ -82,6 +87,15 @@ def test_a_signal_saves_and_queues_again_and_teachers_rejoin(case, number):
     finish(case)
     case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
     assert case.said("the run has ended", "teachers") == 1
+
+
+def test_ray_is_started_again_where_it_gave_up(case):
+    two = ("cluster.trainer.num_workers=2", "cluster.slurm.train.nodes=2")
+    case = case(*two, ray=RAY_AT_LAST)
+    logs = case.run.slurm / "logs"
+    case.until(lambda: "started" in "".join(f.read_text() for f in logs.glob("*.0-node2.txt")))
+    assert case.said("supervisor at") == 1 and case.train.restarts == 0
+    finish(case)
 
 
 def test_a_time_limit_that_leaves_no_time_for_a_step_ends_the_run(case):
@@ -127,7 +141,7 @@ def test_a_submit_after_a_trainer_was_cancelled_by_hand_replaces_all_jobs(case):
 def test_the_grace_time_of_a_preemption_is_used_to_save(case):
     """Slurm tells the steps only, and ends the job 30 s later."""
     case = case("cluster.slurm.train.partition=spot", APART)
-    preempt(nodes=4)
+    case.cluster.preempt([case.train.node_list], 1)
     case.until(lambda: case.said("supervisor at") == 2)
     assert case.said("\nsaved\n") == 1 and case.said("DUE TO PREEMPTION") == 0
     finish(case)
@@ -147,7 +161,7 @@ def test_a_task_of_the_teachers_that_is_told_to_leave_is_queued_again_alone(case
 def test_preempted_teachers_come_back_and_the_trainer_goes_on(case):
     case = case("cluster.slurm.teachers.partition=spot", APART)
     case.until(lambda: case.said("joining", "teachers") == 1)
-    preempt(nodes=3)
+    case.cluster.preempt(case.teacher_nodes, 1)
     case.until(lambda: case.said("joining", "teachers") == 2)
     assert case.train.restarts == 0 and case.said("supervisor at") == 1
     finish(case)
@@ -178,6 +192,57 @@ def test_teachers_follow_the_head_to_another_node(case):
     finally:
         case.cluster.mini("node-start", dead)
     assert case.train.node_list != dead and case.said("supervisor at") == 2
+    finish(case)
+
+
+def batch_shell(job, node):
+    """Pid of the script of a job on a node, as seen from this machine."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_text().split("\0")
+            command = (folder / "cmdline").read_text().split("\0")
+        except (OSError, UnicodeDecodeError):  # it has ended, or is none of ours
+            continue
+        if {f"SLURM_JOB_ID={job}", f"SLURMD_NODENAME={node}"} <= {*environment} and any(
+            word.endswith("slurm_script") for word in command
+        ):
+            return int(folder.name)
+    raise ProcessLookupError(f"{job} on {node}")
+
+
+def test_a_start_that_was_cut_off_does_not_end_the_one_that_followed(case):
+    """It is told to end when its node is reached again, before Slurm removes what is left of it."""
+    case = case(APART)
+    if not case.cluster.has_cables:
+        pytest.skip("NOT TESTED, a cable that is cut: nodes have no network of their own here")
+    case.until(lambda: case.said("joining", "teachers") == 1)
+    job, cut_off = case.train.id, case.train.node_list
+    case.cluster.mini("link-down", cut_off)
+    try:
+        case.until(lambda: case.said("supervisor at") == 2)
+        case.until(lambda: case.said("joining", "teachers") == 2)
+        head = (case.run.slurm / "head").read_text()
+    finally:
+        case.cluster.mini("link-up", cut_off)
+    os.kill(batch_shell(job, cut_off), signal.SIGTERM)
+    case.until(lambda: case.said("SIGTERM") == 1)
+    case.until(lambda: case.said("\nsaved\n") == 1)
+    time.sleep(10)
+    assert (case.run.slurm / "head").read_text() == head
+    assert case.train.restarts == 1 and case.train.node_list != cut_off
+    assert case.said("joining", "teachers") == 2
+    finish(case)
+
+
+def test_teachers_that_cannot_start_ray_beside_a_head_try_on(case):
+    """To hold them would leave the trainer without data: only its next start releases them."""
+    case = case("cluster.slurm.patience_s=5", ray=RAY_LISTENS)
+    case.until(lambda: case.said("joining", "teachers") >= 6)
+    assert all(job.reason == "None" for job in case.jobs("teachers") if job.state == "RUNNING")
+    assert case.said("held", "teachers") == 0
+    (case.folder / "bin" / "ray-may").touch()
+    logs = case.run.slurm / "logs"
+    case.until(lambda: any("--address" in path.read_text() for path in logs.glob("*-node?.txt")))
     finish(case)
 
 
