@@ -127,6 +127,7 @@ class Case:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "PATH": path}
         self._dark: list[str] = []
+        self._closed: list[str] = []
 
     # -------------------------------------------------------------------------------------------
     # What is done to it
@@ -157,8 +158,18 @@ class Case:
         while self._dark:
             self.cluster.mini("node-start", self._dark.pop())
 
+    def leave_only(self, nodes: list[str]) -> None:
+        """Has Slurm start nothing on other nodes, until `close`."""
+        everywhere = ["sinfo", "--noheader", "--Node", "--format=%N"]
+        names = subprocess.run(everywhere, check=True, capture_output=True, text=True).stdout
+        for node in sorted({*names.split()} - {*nodes}):
+            tell("scontrol", "update", f"NodeName={node}", "State=DRAIN", "Reason=test")
+            self._closed.append(node)
+
     def close(self) -> None:
-        """Ends what is left of the run; nodes get their power back."""
+        """Ends what is left of the run; nodes are as before."""
+        while self._closed:
+            tell("scontrol", "update", f"NodeName={self._closed.pop()}", "State=RESUME")
         for job in read_ids(self.run).values():
             subprocess.run(["scancel", job], capture_output=True)
         self.power_on()

@@ -99,6 +99,7 @@ FAULTS = {
     "teacher without power": Fault("teachers", 2000),
     "head without power": Fault("train"),
     "rank without power": Fault("train", 300, TWO_RANKS),
+    "fewer nodes": Fault("train", 300, ("cluster.trainer.num_workers=[1,2]", TWO_RANKS[1])),
     "teacher without cable": Fault("teachers", 3000),
     "head without cable": Fault("train", 3000),
     "no controller": Fault("", 1500),
@@ -114,6 +115,9 @@ def strike(case, fault):
         case "warning":  # of a preemption, to the batch script alone
             case.tell("scancel", "--batch", "--signal=TERM", job.id)
         case "requeue":
+            case.tell("scontrol", "requeue", job.id)
+        case "fewer nodes":
+            case.leave_only([trainers[0]])
             case.tell("scontrol", "requeue", job.id)
         case "preemption of the trainer":
             cluster.preempt(trainers, 15)
@@ -160,6 +164,8 @@ def test_a_run_survives(submitted, fault, measured):
     case.check()
     again = {job.kind for kind in ("train", "teachers") for job in case.jobs(kind) if job.restarts}
     assert planned.queued == "train" or again <= {planned.queued}
+    ranks = [event["ranks"] for event in case.events("group")]
+    assert ranks[-1] == (1 if fault == "fewer nodes" else ranks[0])
     resumed = [event["step"] for event in case.events("resume", struck)]
     measured(
         f"longest time without a step {case.pause_s(struck):.1f} s"
