@@ -32,7 +32,7 @@ def test_the_runs_of_a_sweep_are_jobs_and_end_whole(submitted):
         "hydra.launcher.cpus_per_task=3",
     ]
     case.bowstring("run", *sweep, *launcher)
-    assert [state for state, _ in queue()] == ["COMPLETED"] * 2
+    case.until(lambda: [state for state, _ in queue()] == ["COMPLETED"] * 2)
     assert all(hosts(node) for _, node in queue())
     for seed in (0, 1):
         run = RunDir(case.folder / "runs" / f"tiny-seed={seed}")
