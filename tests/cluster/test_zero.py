@@ -1,117 +1,42 @@
-"""ZeRO is the single process, on any number of ranks: steps, averages, checkpoints."""
+"""ZeRO is the single process, on any number of ranks: steps, averages, precision, offload."""
 
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from distill import checkpoint
-from distill.config import ConfigError, DiTConfig, ImageSpec, TrainConfig
-from distill.engine import TorchEngine
+from distill.config import ConfigError, TrainConfig
 from distill.manifest import latest_verified
-from distill.networks import build_network
-from distill.noise import sample_noise
 from distill.objective_config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,
     MeanFlowConfig,
     ReflowConfig,
-    TraFlowConfig,
 )
 from distill.objectives import build_objective
-from distill.rundir import RunDir, read_lines
-from distill.testing import GaussianFlow, run_ranks
-from distill.train import TrainingError, learning_rate, train
-from distill.trajectory import TrajectoryBatch
-
-IMAGE = ImageSpec(1, 4, 3)
-NETWORK = DiTConfig(patch_size=2, width=16, depth=2, num_heads=2)
-CPU = torch.device("cpu")
-OFFLOADED = [  # (stage, what lies in host memory)
-    (1, "optimizer"),
-    (2, "optimizer"),
-    (3, "optimizer"),
-    (3, "optimizer_and_parameters"),
-]
-PLACES = [(stage, "none") for stage in range(4)] + OFFLOADED
-FEWER = [place for place in PLACES if place not in ((1, "optimizer"), (3, "optimizer"))]
-# Every term, whatever the defaults are; a grid of four holds the times of two and four steps.
-EVERY_TERM = TraFlowConfig(
-    weight_output=1.0,
-    weight_states=1.0,
-    weight_velocity=1.0,
-    weight_consistency=1.0,
-    weight_flow_matching=0.1,
-    sampler_nfe=[2, 4],
+from distill.rundir import RunDir
+from distill.testing import run_ranks
+from distill.train import TrainingError
+from tests.cluster.small_training import (
+    CPU,
+    EVERY_TERM,
+    OFFLOADED,
+    PLACES,
+    assert_same_run,
+    assert_same_state,
+    config_of,
+    fit,
+    manifest,
+    moved_network,
+    read_state,
+    single_engine,
+    windows,
+    zero_engine,
 )
 
-
-def config_of(**settings) -> TrainConfig:
-    defaults = {"max_steps": 4, "batch_size": 8, "log_every": 2, "save_every": 2, "lr": 2e-3}
-    return TrainConfig(**{**defaults, "weight_decay": 0.1, **settings})
-
-
-def read_share(step: int, rank: int, world_size: int, size: int = 8) -> TrajectoryBatch:
-    import numpy as np
-
-    positions = np.arange(rank, size, world_size)
-    ids = step * size + positions
-    flow = GaussianFlow(torch.full(IMAGE.shape, 0.5), 0.3)
-    x_0 = torch.from_numpy(sample_noise(0, ids, IMAGE.shape))
-    times = torch.linspace(0, 1, 5)
-    return TrajectoryBatch(
-        states=torch.stack([flow.map(x_0, 0.0, float(t)) for t in times], dim=1)[:, None],
-        times=times,
-        weights=torch.ones(1),
-        labels=torch.from_numpy(ids % 3),
-        ids=torch.from_numpy(ids),
-        positions=torch.from_numpy(positions),
-        global_size=size,
-    )
-
-
-def fit(engine, root: str | Path, config: TrainConfig, objective=None, until: int = 10**6) -> int:
-    """Trains on from what is in `root`, to the end or to step `until`."""
-    last = [0]
-
-    def read(step: int) -> TrajectoryBatch:
-        last[0] = step
-        return read_share(step, engine.rank, engine.world_size, config.batch_size)
-
-    return train(
-        engine,
-        read,
-        objective or build_objective(EVERY_TERM, 0),
-        config,
-        RunDir(Path(root)),
-        origin={},
-        wait_s=lambda: 0.0,
-        should_stop=lambda: last[0] + 1 >= until,
-    )
-
-
-def single_engine(config: TrainConfig) -> TorchEngine:
-    return TorchEngine(moved_network(), config, CPU)
-
-
-def zero_engine(config: TrainConfig):
-    from cluster.zero import DeepSpeedEngine
-
-    return DeepSpeedEngine(moved_network(), config, CPU)
-
-
-def moved_network():
-    """Every weight moved, so that no gradient is near 0, where Adam makes rounding large."""
-    built = build_network(NETWORK, IMAGE, seed=3)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return built
+FEWER = [place for place in PLACES if place not in ((1, "optimizer"), (3, "optimizer"))]
 
 
 class SteepOnRankOne:
@@ -127,6 +52,13 @@ class SteepOnRankOne:
         result.terms["steep"] = zero.sqrt() if breaks else zero
         result.weights["steep"] = 1.0
         return result
+
+
+def allow_fp16() -> None:
+    """DeepSpeed wants a processor with instructions for fp16; torch computes it without them."""
+    import deepspeed
+
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
 
 def steep_rank(rank: int, world_size: int, root: str, settings: dict) -> list[str]:
@@ -145,34 +77,6 @@ def steep_rank(rank: int, world_size: int, root: str, settings: dict) -> list[st
     return said
 
 
-def allow_fp16() -> None:
-    """DeepSpeed wants a processor with instructions for fp16; torch computes it without them."""
-    import deepspeed
-
-    deepspeed.get_accelerator().is_fp16_supported = lambda: True
-
-
-def read_state(root: Path, step: int) -> dict[str, torch.Tensor]:
-    folder = RunDir(root).checkpoints / f"step_{step:08d}"
-    read = checkpoint.fragment_reader(folder)
-    shapes = checkpoint.read_manifest(folder)["parameters"]
-    kinds = ("master", "exp_avg", "exp_avg_sq", "ema/target", "ema/evaluation")
-    return {
-        f"{kind} {name}": read(kind, name, 0, torch.Size(shape).numel())
-        for kind in kinds
-        for name, shape in shapes.items()
-    }
-
-
-def manifest(root: Path, step: int) -> dict:
-    return checkpoint.read_manifest(RunDir(root).checkpoints / f"step_{step:08d}")
-
-
-def windows(root: Path) -> list[tuple[int, int, str]]:
-    events = read_lines(RunDir(root).events)
-    return [(e["first"], e["last"], e["ids_sha256"]) for e in events if e["kind"] == "steps"]
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory) -> Path:
     """Four steps in one process: the reference."""
@@ -180,30 +84,6 @@ def single(tmp_path_factory) -> Path:
     config = config_of()
     fit(single_engine(config), root, config)
     return root
-
-
-def without_key_bias(key: str, value: torch.Tensor) -> torch.Tensor:
-    """Softmax does not feel the keys' bias: its gradient is rounding, and Adam steps by that."""
-    if not key.endswith("attn.qkv.bias"):
-        return value
-    query, _, content = value.chunk(3)
-    return torch.cat([query, content])
-
-
-def assert_same_state(
-    found: Path, expected: Path, step: int = 4, average_rtol: float = 0.0
-) -> None:
-    """Weights and moments within rounding through Adam; averages to 1e-6, and `average_rtol`."""
-    reference = read_state(expected, step)
-    for key, value in read_state(found, step).items():
-        rtol, atol = (average_rtol, 1e-6) if key.startswith("ema/") else (1e-3, 2e-6)
-        ours, theirs = without_key_bias(key, value), without_key_bias(key, reference[key])
-        torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, msg=key)
-
-
-def assert_same_run(found: Path, expected: Path, step: int = 4, average_rtol: float = 0.0) -> None:
-    assert_same_state(found, expected, step, average_rtol)
-    assert windows(found) == windows(expected)
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_change(
@@ -307,103 +187,6 @@ def test_so_are_three_steps_on_four_ranks(tmp_path, one_process):
     run_ranks(objectives_rank, 4, tmp_path / "ranks", str(tmp_path), CASES)
     for stage, name in CASES:
         assert_same_run(tmp_path / f"{stage}-{name}", one_process / name, 3, average_rtol=1e-3)
-
-
-# -----------------------------------------------------------------------------------------------
-# Any world size, any stage
-
-STEPS, DECAY = 10, 5.0
-WORLDS = (1, 2, 4, 3, 1)  # two steps on each
-CHAINS = {f"{stage} {offload}": [(stage, offload)] * 5 for stage, offload in PLACES}
-CHAINS |= {
-    "up and down": [(stage, "none") for stage in (0, 3, 1, 2, 0)],
-    "back and forth": [(stage, "none") for stage in (3, 0, 2, 3, 1)],
-    "to the host and back": [PLACES[index] for index in (1, 7, 0, 4, 3)],
-}
-
-
-def chain_config(stage: int, offload: str = "none") -> TrainConfig:
-    """Twelve divides by every world size; the learning rate differs from step to step."""
-    settings = {"max_steps": STEPS, "batch_size": 12, "save_every": 100, "log_every": 1}
-    settings |= {"zero_stage": stage, "offload": offload}
-    return config_of(warmup_steps=2, weight_decay=DECAY, **settings)
-
-
-def chain_rank(rank: int, world_size: int, root: str, places: dict, until: int) -> list:
-    """Goes on with every chain to step `until`; hyper-parameters of every group afterwards."""
-    found = []
-    for name, place in places.items():
-        config = chain_config(*place)
-        engine = zero_engine(config)
-        assert fit(engine, Path(root) / name, config, until=until) == until
-        found.append([(g["weight_decay"], g["lr"]) for g in engine._zero.param_groups])
-    return found
-
-
-def losses(root: Path) -> dict[int, tuple[float, float]]:
-    return {line["step"]: (line["loss"], line["lr"]) for line in read_lines(RunDir(root).metrics)}
-
-
-def one_group(config: TrainConfig) -> TorchEngine:
-    """An engine that has lost the settings of all parameter groups but the first."""
-    engine = single_engine(config)
-    for group in engine._optimizer.param_groups:
-        group["weight_decay"] = config.weight_decay
-    return engine
-
-
-def run_chains(root: Path, worlds: tuple[int, ...], chains: dict) -> None:
-    for index, world_size in enumerate(worlds):
-        places = {name: chain[index] for name, chain in chains.items()}
-        until = 2 * index + 2
-        found = run_ranks(chain_rank, world_size, root / f"{index}", str(root), places, until)
-        lr = learning_rate(until - 1, chain_config(0))
-        assert found == [[[(DECAY, lr), (0.0, lr)]] * len(chains)] * world_size
-
-
-def assert_chain_is(found: Path, expected: Path, steps: int) -> None:
-    """Loss and learning rate of every step, ids of every batch, and the state at the end."""
-    assert_same_run(found, expected, steps)
-    assert losses(found).keys() == losses(expected).keys() == set(range(1, steps + 1))
-    for step, (loss, lr) in losses(found).items():
-        assert loss == pytest.approx(losses(expected)[step][0], rel=1e-4), step
-        assert lr == losses(expected)[step][1]
-
-
-def test_a_run_goes_on_at_another_world_size_stage_and_offload(tmp_path):
-    """From two ranks to one, with a stage changed on the way, to host memory or from it."""
-    stages = {"3 to 1": (3, 1), "0 to 3": (0, 3), "1 to 0": (1, 0), "2 to 2": (2, 2)}
-    chains = {name: [(stage, "none") for stage in pair] for name, pair in stages.items()}
-    chains |= {
-        "1 off to 3": [(1, "optimizer"), (3, "none")],
-        "3 off to 0": [(3, "optimizer_and_parameters"), (0, "none")],
-        "0 to 2 off": [(0, "none"), (2, "optimizer")],
-        "2 to 3 off": [(2, "none"), (3, "optimizer_and_parameters")],
-    }
-    run_chains(tmp_path, (2, 1), chains)
-    config = chain_config(0)
-    fit(single_engine(config), tmp_path / "whole", config, until=4)
-    for name in chains:
-        assert_chain_is(tmp_path / name, tmp_path / "whole", 4)
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_one_two_four_three_one_ranks_are_an_uninterrupted_process(tmp_path):
-    run_chains(tmp_path, WORLDS, CHAINS)
-    config = chain_config(0)
-    fit(single_engine(config), tmp_path / "whole", config)
-    for name in CHAINS:
-        assert_chain_is(tmp_path / name, tmp_path / "whole", STEPS)
-
-
-def test_a_decay_copied_to_norms_and_biases_would_be_seen(tmp_path):
-    """So the tests above do prove that a parameter group keeps its own settings."""
-    config = chain_config(0)
-    for name, build in (("whole", single_engine), ("copied", one_group)):
-        fit(build(config), tmp_path / name, config, until=4)
-    with pytest.raises(AssertionError, match="bias"):
-        assert_same_state(tmp_path / "copied", tmp_path / "whole", 4)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -529,40 +312,3 @@ def test_bf16_starts_from_the_float32_weights_and_fp16_wants_hardware(tmp_path):
     ((said, gaps),) = run_ranks(precision_rank, 1, tmp_path / "ranks")
     assert said == "train.precision=fp16 does not work on this device; set bf16 or fp32"
     assert gaps == [0.0] * len(FEWER)
-
-
-# -----------------------------------------------------------------------------------------------
-# A rank dies in the background
-
-
-def async_config(stage: int) -> TrainConfig:
-    return config_of(zero_stage=stage, save_async=True)
-
-
-def dying_rank(rank: int, world_size: int, root: str, stage: int) -> int:
-    """Rank 1 is killed while it writes its part of the state after four steps."""
-    write = checkpoint.write_atomic
-
-    def die(path: Path, data: bytes) -> None:
-        if rank == 1 and path.parent.name.startswith("step_00000004"):
-            os.kill(os.getpid(), signal.SIGKILL)
-        write(path, data)
-
-    checkpoint.write_atomic = die
-    return fit(zero_engine(async_config(stage)), root, async_config(stage))
-
-
-def resuming_rank(rank: int, world_size: int, root: str, stage: int) -> int:
-    return fit(zero_engine(async_config(stage)), root, async_config(stage))
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.parametrize("stage", [1, 3])
-def test_a_rank_dies_while_it_writes_and_the_run_goes_on(tmp_path, single, stage):
-    with pytest.raises(AssertionError, match="-9"):
-        run_ranks(dying_rank, 2, tmp_path / "dies", str(tmp_path / "run"), stage)
-    assert latest_verified(RunDir(tmp_path / "run").checkpoints)[0] == 2
-    done = run_ranks(resuming_rank, 2, tmp_path / "goes on", str(tmp_path / "run"), stage)
-    assert done == [4, 4]
-    assert_same_state(tmp_path / "run", single)
