@@ -9,15 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
-
-from distill import checkpoint
-from distill.config import TrainConfig
-from distill.engine import TorchEngine
-from distill.manifest import latest_verified
-from distill.rundir import RunDir, read_lines
-from distill.testing import run_ranks
-from distill.train import learning_rate
-from tests.cluster.small_training import (
+from small_training import (
     PLACES,
     assert_same_run,
     assert_same_state,
@@ -26,6 +18,14 @@ from tests.cluster.small_training import (
     single_engine,
     zero_engine,
 )
+
+from distill import checkpoint
+from distill.config import TrainConfig
+from distill.engine import TorchEngine
+from distill.manifest import latest_verified
+from distill.rundir import RunDir, read_lines
+from distill.testing import run_ranks
+from distill.train import learning_rate
 
 # -----------------------------------------------------------------------------------------------
 # Any world size, any stage, in host memory or not

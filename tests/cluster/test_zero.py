@@ -5,21 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from distill.config import ConfigError, TrainConfig
-from distill.manifest import latest_verified
-from distill.objective_config import (
-    BezierConfig,
-    ConsistencyConfig,
-    EndpointConfig,
-    MeanFlowConfig,
-    ReflowConfig,
-)
-from distill.objectives import build_objective
-from distill.rundir import RunDir
-from distill.testing import run_ranks
-from distill.train import TrainingError
-from tests.cluster.small_training import (
+from small_training import (
     CPU,
     EVERY_TERM,
     OFFLOADED,
@@ -35,6 +21,20 @@ from tests.cluster.small_training import (
     windows,
     zero_engine,
 )
+
+from distill.config import ConfigError, TrainConfig
+from distill.manifest import latest_verified
+from distill.objective_config import (
+    BezierConfig,
+    ConsistencyConfig,
+    EndpointConfig,
+    MeanFlowConfig,
+    ReflowConfig,
+)
+from distill.objectives import build_objective
+from distill.rundir import RunDir
+from distill.testing import run_ranks
+from distill.train import TrainingError
 
 FEWER = [place for place in PLACES if place not in ((1, "optimizer"), (3, "optimizer"))]
 
