@@ -112,6 +112,7 @@ def sbatch_options(config: RunConfig, slurm: SlurmConfig, kind: str, root: Path)
     if kind == "train":
         ranks = config.cluster.trainer
         least = math.ceil(ranks.min_workers / (ranks.max_workers // job.nodes))
+        # As many as are free. With --ntasks-per-node Slurm would take the least instead.
         nodes = f"{least}-{job.nodes}" if least < job.nodes else f"{job.nodes}"
         options += [f"--nodes={nodes}", f"--signal=B:USR1@{slurm.save_s}"]
         options.append("--dependency=singleton")  # one at a time, however often it is submitted

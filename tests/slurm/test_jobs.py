@@ -165,7 +165,7 @@ def test_a_run_survives(submitted, fault, measured):
     again = {job.kind for kind in ("train", "teachers") for job in case.jobs(kind) if job.restarts}
     assert planned.queued == "train" or again <= {planned.queued}
     ranks = [event["ranks"] for event in case.events("group")]
-    assert ranks[-1] == (1 if fault == "fewer nodes" else ranks[0])
+    assert (ranks[0], ranks[-1]) == ((2, 1) if fault == "fewer nodes" else (ranks[0], ranks[0]))
     resumed = [event["step"] for event in case.events("resume", struck)]
     measured(
         f"longest time without a step {case.pause_s(struck):.1f} s"
