@@ -7,7 +7,6 @@ save, end, and start again with those of the new nodes: nothing is trained twice
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -17,8 +16,8 @@ from pathlib import Path
 from cluster.cursor import read_cursor
 from cluster.facts import steps_done
 from cluster.job import TrainJob
+from cluster.places import group_size, silent_nodes
 from cluster.progress import last_step
-from cluster.ranks import group_size, silent_nodes
 from cluster.session import Session
 from cluster.trainer import final_error, fit
 from cluster.watchdog import stacks_bytes
@@ -26,7 +25,6 @@ from distill.rundir import append_line, write_atomic
 
 POLL_PERIOD_S = 0.1
 STARVED_GRACE_S = 3.0
-ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"  # Ray Train reads it at every start
 FROZEN = "health check has been hanging"  # Ray Train's words
 PROBE_BYTES = 2**16  # written before a training starts again
 LOOK_PERIOD_S = 1.0  # between two looks at the nodes
@@ -155,12 +153,7 @@ class TrainerGroup:
     # -- Start and end
 
     def _start(self, size: int) -> None:
-        """Runs `fit` in a thread that does not outlive the process.
-
-        Ray Train gives up a rank that does not answer for as long as a step may take: one that is
-        frozen whole cannot say so itself (`cluster.watchdog`).
-        """
-        os.environ[ANSWER_TIMEOUT] = f"{self._trainer.step_timeout_s:g}"
+        """Runs `fit` in a thread that does not outlive the process."""
         future: Future[int] = Future()
         self._starts += 1
         self._grow_s = time.monotonic() + GROW_AFTER_S

@@ -20,7 +20,7 @@ from cluster.config import RunConfig
 from cluster.configfile import save_config
 from cluster.cursor import read_cursor
 from cluster.facts import with_absolute_paths
-from cluster.group import RunFailed, TrainerGroup
+from cluster.group import POLL_PERIOD_S, RunFailed, TrainerGroup
 from cluster.identity import check_or_write
 from cluster.job import stop_file
 from cluster.pool import TeacherPool
@@ -33,9 +33,7 @@ from distill.rundir import append_line
 
 logger = logging.getLogger(__name__)
 
-POLL_PERIOD_S = 0.1
 STOP_GRACE_S = 120.0  # for the last checkpoint after a stop signal
-
 
 Stage = Callable[[Session], Work]
 

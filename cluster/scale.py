@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cluster.config import ClusterConfig, TeacherPoolConfig
+from cluster.places import fitting, needs
 from distill.config import ConfigError, check
 from distill.rundir import RunDir, read_lines, write_json
 
@@ -107,17 +108,9 @@ def wanted_workers(
 
 def _fitting(cluster: ClusterConfig, resources: dict[str, float], device: Device) -> int:
     """Teacher workers that fit on a node next to the trainer ranks that it may have to take."""
-    pool, trainer = cluster.teachers, cluster.trainer
-    ranks = min(int(resources.get("trainer", 0.0)), trainer.max_workers)
-    fit = int(resources.get("teacher", 0.0))
-    for name, each, of_rank in (
-        ("CPU", pool.cpus_per_worker, trainer.cpus_per_worker),
-        ("GPU", gpus_of_worker(pool, device), trainer.gpus_per_worker),
-    ):
-        if each > 0:
-            free = resources.get(name, 0.0) - ranks * of_rank
-            fit = min(fit, math.floor(free / each + 1e-9))
-    return max(0, fit)
+    ranks = min(int(resources.get("trainer", 0.0)), cluster.trainer.max_workers)
+    worker = needs(cluster.teachers) | {"GPU": gpus_of_worker(cluster.teachers, device)}
+    return fitting(resources, "teacher", worker, needs(cluster.trainer, ranks))
 
 
 def gpus_of_worker(pool: TeacherPoolConfig, device: Device) -> float:

@@ -42,6 +42,7 @@ RAY_ENVIRONMENT = {
 }
 
 
+ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 DAEMONS = ("gcs_server", "raylet")  # Ray's processes without which none of its calls ends
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -76,6 +77,9 @@ class Session:
             return
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        # Ray Train gives up a rank that does not answer for as long as a step may take: one that is
+        # frozen whole cannot say so itself (`cluster.watchdog`).
+        os.environ[ANSWER_TIMEOUT] = f"{self.config.cluster.trainer.step_timeout_s:g}"
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:
             self._initialize_ray()

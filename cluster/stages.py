@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.config import RunConfig
 from cluster.eviction import check_room
 from cluster.facts import (
     has_all_shards,

@@ -12,7 +12,7 @@ from cluster import group
 from cluster.compose import compose
 from cluster.group import RunFailed, TrainerGroup
 from cluster.job import TrainJob
-from cluster.ranks import group_size, silent_nodes
+from cluster.places import group_size, silent_nodes
 from distill.config import ConfigError
 from distill.rundir import append_line, read_lines
 

@@ -7,56 +7,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_training import EVERY_TERM, IMAGE, NETWORK, read_share
 
-from distill.config import ConfigError, DiTConfig, ImageSpec, TrainConfig
+from distill.config import ConfigError, TrainConfig
 from distill.engine import TorchEngine
 from distill.manifest import committed_steps
 from distill.networks import build_network
-from distill.noise import sample_noise
-from distill.objective_config import ReflowConfig, TraFlowConfig
+from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.objectives.base import LossTerms
 from distill.rundir import RunDir, read_lines
-from distill.testing import GaussianFlow
 from distill.train import TrainingError, learning_rate, train
 from distill.trajectory import TrajectoryBatch
 
-IMAGE = ImageSpec(1, 4, 3)
-NETWORK = DiTConfig(patch_size=2, width=16, depth=2, num_heads=2)
-FLOW = GaussianFlow(torch.full(IMAGE.shape, 0.5), 0.3)
-# Every term, whatever the defaults are; a grid of four holds the times of two and four steps.
-EVERY_TERM = TraFlowConfig(
-    weight_output=1.0,
-    weight_states=1.0,
-    weight_velocity=1.0,
-    weight_consistency=1.0,
-    weight_flow_matching=0.1,
-    sampler_nfe=[2, 4],
-)
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
 def config_of(**settings) -> TrainConfig:
     defaults = {"max_steps": 10, "batch_size": 8, "log_every": 1, "save_every": 4, "lr": 2e-3}
     return TrainConfig(**{**defaults, **settings})
-
-
-def read(step: int) -> TrajectoryBatch:
-    import numpy as np
-
-    ids = np.arange(step * 8, step * 8 + 8)
-    x_0 = torch.from_numpy(sample_noise(0, ids, IMAGE.shape))
-    times = torch.linspace(0, 1, 5)
-    states = torch.stack([FLOW.map(x_0, 0.0, float(t)) for t in times], dim=1)[:, None]
-    return TrajectoryBatch(
-        states=states,
-        times=times,
-        weights=torch.ones(1),
-        labels=torch.from_numpy(ids % 3),
-        ids=torch.from_numpy(ids),
-        positions=torch.arange(8),
-        global_size=8,
-    )
 
 
 def fit(
@@ -68,7 +37,7 @@ def fit(
 
     def counted(step: int) -> TrajectoryBatch:
         seen.append(step)
-        return read(step)
+        return read_share(step, 0, 1)
 
     done = train(
         engine,

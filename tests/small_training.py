@@ -1,6 +1,6 @@
 """Trainings of a small network, in one process and on the ranks of `distill.testing.run_ranks`.
 
-For the tests of ZeRO and of its checkpoints: what a rank imports must be a module.
+For the tests of the loop, of ZeRO and of its checkpoints: what a rank imports must be a module.
 """
 
 from pathlib import Path

@@ -1,10 +1,10 @@
-"""How many ranks the trainer has: as many as its nodes take now. No torch, no ray.
+"""What fits on the nodes of a cluster: places, cores and GPUs. No torch, no ray.
 
     cluster.trainer.num_workers: 4         four ranks, or none
     cluster.trainer.num_workers: [2, 8]    the most that fit, from 2 to 8, and that share the batch
 
-The sequence of samples is the same for any number, so a group may be started again with another one
-(`cluster.group`).
+The sequence of samples is the same for any number of ranks, so a group may be started again with
+another one (`cluster.group`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,30 @@ import math
 import socket
 from typing import Any
 
-from cluster.config import ClusterConfig
+from cluster.config import ClusterConfig, WorkersConfig
 from distill.config import TrainConfig
 
 ANSWER_S = 2.0  # a raylet that lives accepts a connection at once
+
+
+def needs(workers: WorkersConfig, count: int = 1) -> dict[str, float]:
+    """Cores and GPUs that `count` workers ask for."""
+    return {"CPU": count * workers.cpus_per_worker, "GPU": count * workers.gpus_per_worker}
+
+
+def fitting(
+    resources: dict[str, float], place: str, each: dict[str, float], others: dict[str, float]
+) -> int:
+    """How many workers fit on a node that take a `place` and `each`, beside what `others` take.
+
+    `resources` is all that the node has.
+    """
+    fit = int(resources.get(place, 0.0))
+    for name, amount in each.items():
+        if amount > 0:
+            free = resources.get(name, 0.0) - others[name]
+            fit = min(fit, math.floor(free / amount + 1e-9))
+    return max(0, fit)
 
 
 def group_size(cluster: ClusterConfig, train: TrainConfig, nodes: list[dict[str, Any]]) -> int:
@@ -25,22 +45,10 @@ def group_size(cluster: ClusterConfig, train: TrainConfig, nodes: list[dict[str,
     `nodes` is what Ray says of them. All that a node has counts: on a cluster teachers leave room
     for ranks (`cluster.scale`), and on this machine alone ranks leave room for teachers.
     """
-    fit = sum(_fitting(cluster, node["Resources"]) for node in nodes if node["Alive"])
+    teachers = needs(cluster.teachers, 0 if cluster.address else cluster.teachers.num_workers)
+    rank, alive = needs(cluster.trainer), [node["Resources"] for node in nodes if node["Alive"]]
+    fit = sum(fitting(resources, "trainer", rank, teachers) for resources in alive)
     return max((size for size in cluster.trainer.sizes(train) if size <= fit), default=0)
-
-
-def _fitting(cluster: ClusterConfig, resources: dict[str, float]) -> int:
-    trainer, teachers = cluster.trainer, cluster.teachers
-    others = 0 if cluster.address else teachers.num_workers
-    fit = int(resources.get("trainer", 0.0))
-    for name, each, of_teacher in (
-        ("CPU", trainer.cpus_per_worker, teachers.cpus_per_worker),
-        ("GPU", trainer.gpus_per_worker, teachers.gpus_per_worker),
-    ):
-        if each > 0:
-            free = resources.get(name, 0.0) - others * of_teacher
-            fit = min(fit, math.floor(free / each + 1e-9))
-    return max(0, fit)
 
 
 def silent_nodes(nodes: list[dict[str, Any]]) -> list[str]:
