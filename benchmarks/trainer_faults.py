@@ -1,8 +1,8 @@
 """A rank of the trainer is killed again and again: how soon it goes on, what is left of the time.
 
 A run of `experiment=digits` on a closed-form teacher, one rank; kill -9 at fixed times, so also in
-a start, should one take longer than the period. A recovery is the time from the kill to the first
-new step:
+a start, should one take longer than the period, until ten recoveries were met by no other kill. A
+recovery is the time from the kill to the first new step:
 
     detection   to the supervisor's `restart`
     restart     to `init`: processes, imports, process group, engine
@@ -27,7 +27,7 @@ from cluster.session import is_alive
 from distill.cost import goodput
 from distill.rundir import read_lines
 
-KILLS, PERIOD_S = 10, 60.0
+RECOVERIES, PERIOD_S = 10, 60.0
 # A start that takes longer than the period is killed too, and that is no reason to give up here.
 SETTINGS = [
     "cluster.teachers.num_workers=1",
@@ -41,7 +41,7 @@ PARTS = ("restart", "init", "resume")  # kinds of events, in the order of a reco
 
 def measure(quick: bool, folder: Path) -> dict[str, Any]:
     """Recoveries of one run, and its goodput up to one period after the last kill."""
-    kills = 2 if quick else KILLS
+    wanted = 2 if quick else RECOVERIES
     teacher = mixture(folder / "mixture.json")
     run = Run(folder / "faults", [*teacher, *SETTINGS, *STEPS])
     supervisor = psutil.Process(run.start("distil").pid)
@@ -51,12 +51,12 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
             time.sleep(0.1)
             if not is_alive(supervisor):
                 raise RuntimeError((run.files.root / "log.txt").read_text())
-        for _ in range(kills):
-            time.sleep(PERIOD_S)
+        time.sleep(PERIOD_S)
+        while len(recoveries(run, killed)) < wanted and len(killed) < 2 * wanted:
             for rank in ranks_of(supervisor):
                 rank.kill()
                 killed.append(time.time())
-        time.sleep(PERIOD_S)
+            time.sleep(PERIOD_S)
         if not killed or not is_alive(supervisor):
             raise RuntimeError((run.files.root / "log.txt").read_text())
     finally:

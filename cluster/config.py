@@ -258,11 +258,11 @@ class RunConfig:
 
 
 def _check_derivative(objective: ObjectiveConfig, train: TrainConfig) -> None:
-    """Refuses derivatives of the student that this precision, stage or recomputation cannot take.
+    """Refuses derivatives of the student that this precision, stage or way of running cannot take.
 
     A difference over a small step is lost in 16 bits (tests/distill/test_precision.py). DeepSpeed's
     stage 3 frees weights that a double backward needs again; recomputed blocks would miss what
-    makes attention and layer norm differentiable twice.
+    makes attention and layer norm differentiable twice. A compiled pass is differentiated once.
     """
     match objective:
         case MeanFlowConfig() | BezierConfig():
@@ -275,6 +275,7 @@ def _check_derivative(objective: ObjectiveConfig, train: TrainConfig) -> None:
             for setting, refused in (
                 (f"train.zero_stage={train.zero_stage}", train.zero_stage == 3),
                 ("train.activation_checkpointing=true", train.activation_checkpointing),
+                ("train.compile=true", train.compile),
             ):
                 check(
                     not refused,

@@ -125,6 +125,8 @@ class TrainerGroup:
         if size == self._most or (size and (self._starts or waited_s > SETTLE_S)):
             self._start(size)
             return
+        if not self.note:
+            append_line(self.job.run.events, {"kind": "group_waits"})
         self.note = "waits for nodes"
         if waited_s > REJOIN_S:
             lacks = f"; {', '.join(silent)} does not answer" if silent else ""

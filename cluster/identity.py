@@ -43,6 +43,7 @@ TRAIN_LEFT_OUT = (
     "offload",
     "micro_batch",
     "activation_checkpointing",
+    "compile",
     "save_async",
     "wandb",
     "profile",

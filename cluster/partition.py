@@ -18,6 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from distill.networks.compiled import compiled
+from distill.networks.layers import AbstractNetwork
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -173,8 +176,11 @@ class FrozenCopy(Protocol):
 class WholeCopy:
     """Keeps all the weights it last ran with; for stages 0 to 2."""
 
-    def __init__(self, network: nn.Module, partition: FlatPartition) -> None:
+    def __init__(
+        self, network: AbstractNetwork, partition: FlatPartition, is_compiled: bool
+    ) -> None:
         self._network, self._partition = network, partition
+        self._call = compiled(network) if is_compiled else network
         self._holds: list[Tensor] | None = None
 
     def run(self, vectors: list[Tensor], *inputs: Tensor) -> Tensor:
@@ -184,7 +190,7 @@ class WholeCopy:
                     weight = self._network.get_parameter(name)
                     weight.copy_(values.view_as(weight))
             self._holds = vectors
-        return self._network(*inputs)
+        return self._call(*inputs)
 
     def forget(self) -> None:
         self._holds = None

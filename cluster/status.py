@@ -196,8 +196,11 @@ def last_verified(run: RunDir) -> dict[str, Any] | None:
     return {"step": None, "checked": None, "newer_bad": bad} if bad else None
 
 
-def waiting_for(run: RunDir) -> str | None:
-    """What the trainer waits for now, in its own words; None when it does not wait."""
+def waiting_for(run: RunDir, events: list[dict[str, Any]]) -> str | None:
+    """What the trainer waits for now: nodes, or data in its own words; None when it does not."""
+    groups = [e["kind"] for e in events if e.get("kind") in ("group", "group_waits")]
+    if groups[-1:] == ["group_waits"]:
+        return "nodes with room for its ranks"
     try:
         reason = json.loads(run.cursor.read_text()).get("waiting_for")
     except (OSError, ValueError, AttributeError):
@@ -261,7 +264,7 @@ def status(run: RunDir) -> dict[str, Any]:
         found["pretrain"] = training(run.teacher, config.pretrain.train.max_steps, live)
     found["shards"] = shards(run, config, found["train"]["step"], events, live)
     found["teachers"] = teachers(events) if live else None
-    found["waiting_for"] = waiting_for(run) if live else None
+    found["waiting_for"] = waiting_for(run, events) if live else None
     found["checkpoint"] = last_verified(run)
     found["restarts"] = restarts(run, events)
     found["disk_free_bytes"] = shutil.disk_usage(run.root).free

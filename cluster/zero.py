@@ -49,6 +49,7 @@ from distill.engine import (
     last_layer_gradients,
     new_optimizer,
 )
+from distill.networks.compiled import compiled
 from distill.networks.layers import AbstractNetwork
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -137,6 +138,7 @@ class DeepSpeedEngine:
         # The frozen copy is taken before DeepSpeed hangs hooks on the module.
         copy = frozen_copy(network).to(self._dtype)
         self._network = network
+        self._call = compiled(network) if config.compile else network
         self._params = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._shapes = {name: list(param.shape) for name, param in self._params.items()}
         weights = {name: p.detach().float().clone() for name, p in self._params.items()}
@@ -175,7 +177,7 @@ class DeepSpeedEngine:
         zero.loss_scaler.raise_error_at_min_scale = False  # the loop finds out what is wrong
         return engine, zero
 
-    def _lay_out(self, copy: nn.Module) -> tuple[Partition, dict[str, FrozenCopy]]:
+    def _lay_out(self, copy: AbstractNetwork) -> tuple[Partition, dict[str, FrozenCopy]]:
         """Where the state lies, and a network for every kind of it that may be called."""
         kinds = (MASTER, average_kind(TARGET), average_kind(EVALUATION))
         if self._stage == 3:
@@ -183,7 +185,7 @@ class DeepSpeedEngine:
             return parts, {kind: PassingCopy(deepcopy(copy), parts) for kind in kinds}
         num_parts = self.world_size if self._stage else 1
         flat = FlatPartition(self._zero, self._params, num_parts, self.device)
-        whole = WholeCopy(copy.to(self.device), flat)
+        whole = WholeCopy(copy.to(self.device), flat, self._config.compile)
         return flat, {kind: whole for kind in kinds}
 
     def describe(self) -> dict[str, object]:
@@ -200,7 +202,7 @@ class DeepSpeedEngine:
             # What DeepSpeed puts into a layer has no forward mode, and nothing here needs it.
             with _plain_linear():
                 return self._frozen(MASTER, x, t, s, label)
-        return self._network(x.to(self._dtype), t, s, label).float()
+        return self._call(x.to(self._dtype), t, s, label).float()
 
     def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
         return self._frozen(average_kind(TARGET), x, t, s, label)

@@ -263,6 +263,7 @@ class TrainConfig:
     offload: str = "none"
     precision: str = "fp32"  # fp32 | bf16 | fp16
     activation_checkpointing: bool = False  # less memory: a pass back computes blocks again
+    compile: bool = False  # torch.compile, for GPUs; not at stage 3
     ema_target: float = 0.95  # decay of the average the objectives use as target
     ema_evaluation: float = 0.99  # decay of the average that is evaluated and exported
     log_every: int = 10  # steps
@@ -298,6 +299,11 @@ class TrainConfig:
             self.keep_every >= 0 and self.keep_every % self.save_every == 0,
             f"train.keep_every={self.keep_every} must be a multiple of train.save_every="
             f"{self.save_every}, or 0",
+        )
+        check(
+            not self.compile or self.zero_stage < 3,
+            "train.compile=true does not work with train.zero_stage=3, whose weights come and go; "
+            "set train.zero_stage=2, or train.compile=false",
         )
         check(len(self.betas) == 2, f"train.betas={self.betas} must be two numbers")
         for name in ("ema_target", "ema_evaluation"):

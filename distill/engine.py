@@ -163,7 +163,7 @@ def is_gradient_finite(loss: Tensor, params: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
 
 
-def frozen_copy(network: nn.Module) -> nn.Module:
+def frozen_copy(network: AbstractNetwork) -> AbstractNetwork:
     """A copy whose weights take no gradient, for the target average."""
     return copy.deepcopy(network).requires_grad_(False)
 

@@ -203,14 +203,15 @@ def run_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: 
     """Results of worker(rank, world_size, *args) in `world_size` processes joined by gloo, by rank.
 
     `worker` is a module-level function; its result is tensors or plain values. They meet through a
-    file in `folder` (fresh per call), so no port is needed.
+    file in `folder` (fresh per call), so no port is needed. They are forked from a server that has
+    imported what `multiprocessing.set_forkserver_preload` names, and nothing of this process.
 
     Raises:
         AssertionError: a rank failed; carries its traceback.
     """
     folder.mkdir(parents=True)
     source = (inspect.getfile(worker), worker.__name__)
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
     processes = [
         context.Process(target=_rank_main, args=(rank, world_size, str(folder), source, args))
         for rank in range(world_size)

@@ -1,5 +1,6 @@
 """A finished run in miniature: a checkpoint, its teacher, and what evaluation and report read."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -22,6 +23,9 @@ DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 PAGE = 5
 TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
 MEASURED = pytest.StashKey[list[str]]()
+
+# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds.
+multiprocessing.set_forkserver_preload(["cluster.zero", "distill.testing"])
 
 
 @pytest.fixture

@@ -176,6 +176,14 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             "train.activation_checkpointing=true does not work with .*; set objective.deriv",
         ),
         (
+            ["experiment=tiny", "train.compile=true", "objective.derivative=double_backward"],
+            "train.compile=true does not work with .*; set objective.derivative=jvp, or",
+        ),
+        (
+            ["experiment=tiny", "train.compile=true", "train.zero_stage=3"],
+            "train.compile=true does not work with train.zero_stage=3, .*; set train.zero_stage=2",
+        ),
+        (
             [
                 "experiment=tiny",
                 "objective=bezier",

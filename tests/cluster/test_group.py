@@ -207,6 +207,7 @@ def test_a_group_waits_for_nodes_and_is_given_up_after_a_while(elastic, session,
     for _ in range(3):
         assert not made.poll()
     assert made.note == "waits for nodes" and ranks.sizes == []
+    assert [e["kind"] for e in read_lines(session.run.events)] == ["group_waits"]
     monkeypatch.setattr(group, "REJOIN_S", 0.0)
     with pytest.raises(RunFailed, match="no room for 1 trainer ranks"):
         made.poll()

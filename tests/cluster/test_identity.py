@@ -34,6 +34,7 @@ def tiny(*args: str):
         "train.offload=optimizer",
         "train.micro_batch=4",
         "train.activation_checkpointing=true",
+        "train.compile=true",
         "cluster.teachers.num_workers=5",
         "trajectory.ready_ahead=99",
         "eval.num_samples=3",

@@ -6,9 +6,10 @@ DeepSpeed's hooks neither change what is taken beside the step's own pass back n
 import pytest
 import torch
 
-from distill.config import ImageSpec, TrainConfig
+from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
 from distill.networks import build_network
+from distill.networks.compiled import compiled
 from distill.testing import NETWORKS, run_ranks
 
 IMAGE = ImageSpec(1, 4, 3)
@@ -31,6 +32,7 @@ def config_of(stage: int, mode: str, world_size: int = 2) -> TrainConfig:
         zero_stage=stage,
         grad_clip=0.0,
         activation_checkpointing=mode == "recomputed",
+        compile=mode == "compiled",
     )
 
 
@@ -69,7 +71,7 @@ def target_loss(engine, x, t, s, label) -> torch.Tensor:
 
 def slope_loss(student, x, t, s, label, mode: str) -> torch.Tensor:
     """A loss on du/ds: forward mode without gradient, or reverse over a double backward."""
-    if mode == "jvp":
+    if mode != "double_backward":
 
         def at(s):
             return student(x, t, s, label)
@@ -90,12 +92,12 @@ def run_step(engine, world_size: int, mode: str) -> tuple[list[torch.Tensor], fl
     for micro in range(MICRO_BATCHES):
         batch = inputs(engine.rank, world_size, micro)
         found = losses(engine.student, *batch)
-        if mode == "norms":
+        if mode in ("norms", "compiled"):
             norms.append(engine.gradient_norms(found))
             assert engine.has_finite_gradient(found[0])
-        if mode in ("target", "recomputed"):
+        if mode in ("target", "recomputed", "compiled"):
             found.append(target_loss(engine, *batch))
-        if mode in ("jvp", "double_backward"):
+        if mode in ("jvp", "double_backward", "compiled"):
             found.append(slope_loss(engine.student, *batch, mode))
         engine.backward(torch.stack(found).sum(), last=micro == MICRO_BATCHES - 1)
     norm = engine.step(0, 1e-3)
@@ -115,8 +117,8 @@ def steps_rank(rank: int, world_size: int, cases: list):
 
 
 def single_step(name: str, mode: str):
-    config = config_of(1, "plain" if mode == "recomputed" else mode, 1)
-    return run_step(TorchEngine(network(name), config, CPU), 1, mode)
+    """The reference: no DeepSpeed, no recomputation, no torch.compile."""
+    return run_step(TorchEngine(network(name), config_of(1, "plain", 1), CPU), 1, mode)
 
 
 def assert_same_moments(found: list[dict], expected: dict, norm: float) -> None:
@@ -165,6 +167,39 @@ def test_four_ranks_with_one_sample_each_are_a_single_process_too(tmp_path):
     found = run_ranks(steps_rank, 4, tmp_path / "ranks", CASES)
     for (_, name, mode), ranks in zip(CASES, zip(*found, strict=True), strict=True):
         assert_same_step(list(ranks), single_step(name, mode))
+
+
+COMPILED = [(stage, name, "compiled") for stage, name in ((0, "dit"), (1, "unet"), (2, "dit"))]
+
+
+def compiled_rank(rank: int, world_size: int) -> tuple[list, list[int]]:
+    """The steps of `COMPILED`, and numbers of graphs before and after a larger batch."""
+    from torch._dynamo.utils import counters
+
+    from cluster.zero import DeepSpeedEngine
+
+    graphs, steps = [], steps_rank(rank, world_size, COMPILED)
+    graphs.append(counters["stats"]["unique_graphs"])
+    engine = DeepSpeedEngine(network("dit"), config_of(1, "compiled", world_size), CPU)
+    engine.student(*[torch.cat([value, value]) for value in inputs(rank, world_size, 0)])
+    graphs.append(counters["stats"]["unique_graphs"])
+    return steps, graphs
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_compiled_step_is_a_plain_one(tmp_path):
+    """Several passes back, averages and a forward-mode derivative; after that it still compiles."""
+    found = run_ranks(compiled_rank, 2, tmp_path / "ranks")
+    for case, ranks in zip(COMPILED, zip(*[steps for steps, _ in found], strict=True), strict=True):
+        assert_same_step(list(ranks), single_step(*case[1:]))
+    assert all(0 < before < after for _, (before, after) in found)
+
+
+def test_a_network_is_not_compiled_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="there is no no-such-compiler on this node; install"):
+        compiled(network("dit"))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
