@@ -187,7 +187,7 @@ def compiled_rank(rank: int, world_size: int) -> tuple[list, list[int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_a_compiled_step_is_a_plain_one(tmp_path):
     """Several passes back, averages and a forward-mode derivative; after that it still compiles."""
     found = run_ranks(compiled_rank, 2, tmp_path / "ranks")
