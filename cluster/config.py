@@ -116,7 +116,7 @@ class JobConfig:
     account: str = ""
     qos: str = ""
     constraint: str = ""
-    time: str = ""  # limit as sbatch takes it: minutes, HH:MM:SS or D-HH:MM:SS
+    time: str = ""  # limit: HH:MM:SS or D-HH:MM:SS, in quotes in a file
     memory: str = ""  # of a node, e.g. 60G
     options: list[str] = field(default_factory=list)  # of sbatch, e.g. --exclusive
 

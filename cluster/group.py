@@ -21,6 +21,7 @@ from cluster.progress import last_step
 from cluster.session import Session
 from cluster.trainer import final_error, fit
 from cluster.watchdog import stacks_bytes
+from distill.config import ConfigError
 from distill.rundir import append_line, write_atomic
 
 POLL_PERIOD_S = 0.1
@@ -125,6 +126,13 @@ class TrainerGroup:
         if size == self._most or (size and (self._starts or waited_s > SETTLE_S)):
             self._start(size)
             return
+        if not self.job.config.cluster.address and not silent and any(n["Alive"] for n in nodes):
+            raise ConfigError(
+                f"this machine has no room for cluster.trainer.num_workers="
+                f"{self._trainer.min_workers} ranks beside cluster.teachers.num_workers="
+                f"{self.job.config.cluster.teachers.num_workers}; ask for fewer, or for less of a "
+                "GPU (gpus_per_worker)"
+            )
         if not self.note:
             append_line(self.job.run.events, {"kind": "group_waits"})
         self.note = "waits for nodes"

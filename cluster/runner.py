@@ -33,8 +33,6 @@ from distill.rundir import append_line
 
 logger = logging.getLogger(__name__)
 
-STOP_GRACE_S = 120.0  # for the last checkpoint after a stop signal
-
 Stage = Callable[[Session], Work]
 
 # -----------------------------------------------------------------------------------------------
@@ -98,12 +96,12 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
             session.bars.say(f"stopped; the same command goes on with {given.run.dir}")
             interrupted = session.stop_signal == signal.SIGINT
             raise SystemExit(128 + signal.SIGINT if interrupted else 0) from None
-        except (ConfigError, CheckpointError):
-            raise
         except Exception as error:  # the supervisor's one broad net: a failure is an exit code
-            logger.debug("the run failed", exc_info=True)
             with suppress(OSError):  # a full disk may be what it failed of
                 append_line(session.run.events, {"kind": "failed", "error": str(error)})
+            if isinstance(error, ConfigError | CheckpointError):
+                raise
+            logger.debug("the run failed", exc_info=True)
             session.bars.say(f"error: {error}")
             return 1
     return 0
@@ -153,7 +151,7 @@ def _work(session: Session, work: Work) -> None:
         if pool is not None and answers:
             pool.close()
         if group is not None and answers:
-            group.wait(STOP_GRACE_S)
+            group.wait(group.job.config.cluster.trainer.step_timeout_s)
         stop_file(session.scratch).unlink()
 
 
@@ -172,5 +170,5 @@ def _show(
         if done == before < job.train.max_steps:
             note = "starting"
         if job.stage == "train":
-            note = group.note or read_cursor(job.run)[1] or note
-        session.bars.show(title, done, job.train.max_steps, note)
+            note = read_cursor(job.run)[1] or note
+        session.bars.show(title, done, job.train.max_steps, group.note or note)

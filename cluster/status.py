@@ -196,9 +196,10 @@ def last_verified(run: RunDir) -> dict[str, Any] | None:
     return {"step": None, "checked": None, "newer_bad": bad} if bad else None
 
 
-def waiting_for(run: RunDir, events: list[dict[str, Any]]) -> str | None:
+def waiting_for(run: RunDir, stage: str) -> str | None:
     """What the trainer waits for now: nodes, or data in its own words; None when it does not."""
-    groups = [e["kind"] for e in events if e.get("kind") in ("group", "group_waits")]
+    path = run.teacher.events if stage == "pretrain" else run.events
+    groups = [e["kind"] for e in read_lines(path) if e.get("kind") in ("group", "group_waits")]
     if groups[-1:] == ["group_waits"]:
         return "nodes with room for its ranks"
     try:
@@ -264,13 +265,13 @@ def status(run: RunDir) -> dict[str, Any]:
         found["pretrain"] = training(run.teacher, config.pretrain.train.max_steps, live)
     found["shards"] = shards(run, config, found["train"]["step"], events, live)
     found["teachers"] = teachers(events) if live else None
-    found["waiting_for"] = waiting_for(run, events) if live else None
     found["checkpoint"] = last_verified(run)
     found["restarts"] = restarts(run, events)
     found["disk_free_bytes"] = shutil.disk_usage(run.root).free
     found["results"] = run.results.exists()
     found["slurm"] = slurm_jobs(run)
     stage = stage_of(run, config, found)
+    found["waiting_for"] = waiting_for(run, stage) if live else None
     size = config.trajectory.samples_per_shard
     found["left_s"] = seconds_left(stage, found, size) if live else None
     return {"stage": stage, **found}

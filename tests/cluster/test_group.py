@@ -213,6 +213,14 @@ def test_a_group_waits_for_nodes_and_is_given_up_after_a_while(elastic, session,
         made.poll()
 
 
+def test_a_machine_that_is_too_small_is_not_waited_for(session, tmp_path):
+    """No node joins a Ray that was started for this run alone."""
+    session.config, session.ranks = sized(tmp_path, "[1,2]", "cluster.address="), 0
+    job = TrainJob("train", session.config, None, session.scratch)
+    with pytest.raises(ConfigError, match="no room for cluster.trainer.num_workers=1 ranks beside"):
+        TrainerGroup(session, job).poll()
+
+
 def test_a_group_waits_until_ray_knows_which_nodes_are_gone(elastic, session, monkeypatch):
     """Otherwise its ranks would be placed there, and Ray would wait for them."""
     made, ranks = elastic

@@ -66,7 +66,7 @@ def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     started = time.monotonic()
     with pytest.raises(Stopped):
         runner._work(session, Work(None, job))
-    assert time.monotonic() - started < runner.STOP_GRACE_S / 2
+    assert time.monotonic() - started < 60  # not `step_timeout_s`, which a save may take
 
 
 def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):

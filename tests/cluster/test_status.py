@@ -185,10 +185,13 @@ def test_what_the_trainer_waits_for_is_shown_while_the_run_is_live(run):
         assert "shard 7 is not there yet" in shown(found)
         write_json(run.cursor, {"block": 3, "waiting_for": ""})
         assert status(run)["waiting_for"] is None
+        append_line(run.teacher.events, {"kind": "group_waits"})  # the stage is pretrain
+        assert "nodes with room for its ranks" in shown(status(run))
+        append_line(run.teacher.events, {"kind": "group", "ranks": 1})
+        assert status(run)["waiting_for"] is None
+        append_line(run.metrics, {"step": 1})
         append_line(run.events, {"kind": "group_waits"})
         assert "nodes with room for its ranks" in shown(status(run))
-        append_line(run.events, {"kind": "group", "ranks": 1})
-        assert status(run)["waiting_for"] is None
 
 
 def write_timed(path, *records):

@@ -82,7 +82,7 @@ def test_a_signal_saves_and_queues_again_and_teachers_rejoin(case, number):
     case.until(lambda: case.said("joining", "teachers") == 1)
     case.tell("scancel", "--batch", f"--signal={number}", case.train.id)
     case.until(lambda: case.said("supervisor at") == 2)
-    assert case.train.restarts == 1 and case.said("saved, and queued again") == 1
+    assert case.train.restarts == 1 and case.said("train: queued again") == 1
     case.until(lambda: case.said("joining", "teachers") == 2)
     finish(case)
     case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
