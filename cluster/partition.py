@@ -108,14 +108,13 @@ class FlatPartition:
     def refresh(self) -> None:
         self._zero.update_lp_params()
 
-    def whole(self, vectors: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """(name, flattened values) of every parameter. Collective."""
+    def whole(self, vectors: list[Tensor], dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """(name, flattened values in `dtype`) of every parameter. Collective."""
         for index, vector in enumerate(vectors):
-            flat = vector.detach().to(self._device)
+            flat = vector.detach().to(self._device, dtype)
             if self._num_parts > 1:
-                parts = [torch.empty_like(flat) for _ in range(self._num_parts)]
-                dist.all_gather(parts, flat)
-                flat = torch.cat(parts)
+                part, flat = flat, flat.new_empty(self._num_parts * len(flat))
+                dist.all_gather_into_tensor(flat, part)
             params = self._zero.round_robin_bit16_groups[index]
             offsets = self._zero.round_robin_bit16_offsets[index]
             for param, offset in zip(params, offsets, strict=True):
@@ -186,7 +185,8 @@ class WholeCopy:
     def run(self, vectors: list[Tensor], *inputs: Tensor) -> Tensor:
         if self._holds is not vectors:
             with torch.no_grad():
-                for name, values in self._partition.whole(vectors):
+                dtype = self._network.last_layer.dtype
+                for name, values in self._partition.whole(vectors, dtype):
                     weight = self._network.get_parameter(name)
                     weight.copy_(values.view_as(weight))
             self._holds = vectors
