@@ -16,7 +16,7 @@ from distill.paths import MeanVelocity
 def compiled(network: AbstractNetwork) -> MeanVelocity:
     """u(x, t, s, label) of `network`, its weights as they are at each call; gradients to rounding.
 
-    torch.compile inside torch.func.jvp runs uncompiled, and all later calls with it (torch 2.13).
+    torch.compile inside torch.func.jvp runs uncompiled, and all later calls with it (torch 2.15.0).
     So a call with a tangent takes the network as it is. A compiled pass cannot be differentiated
     twice.
 
