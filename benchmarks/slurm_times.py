@@ -26,6 +26,7 @@ SETTINGS = [
     "cluster.slurm.train.time='1:00:00'",
     "cluster.slurm.teachers.time='1:00:00'",
     "cluster.slurm.train.options=[--exclusive]",
+    "cluster.slurm.teachers.options=[--exclusive]",  # a node of its own for each worker
     "cluster.slurm.teachers.nodes=1",
 ]
 
