@@ -202,9 +202,8 @@ def _rank_main(
 def run_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: Any) -> list[Any]:
     """Results of worker(rank, world_size, *args) in `world_size` processes joined by gloo, by rank.
 
-    `worker` is a module-level function; its result is tensors or plain values. They meet through a
-    file in `folder` (fresh per call), so no port is needed. They are forked from a server that has
-    imported what `multiprocessing.set_forkserver_preload` names, and nothing of this process.
+    `worker` is a module-level function; its result is tensors or plain values. Ranks meet through a
+    file in `folder` (fresh per call), and are forked from a server that has nothing of this process.
 
     Raises:
         AssertionError: a rank failed; carries its traceback.
