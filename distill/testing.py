@@ -203,7 +203,7 @@ def run_ranks(worker: Callable[..., Any], world_size: int, folder: Path, *args: 
     """Results of worker(rank, world_size, *args) in `world_size` processes joined by gloo, by rank.
 
     `worker` is a module-level function; its result is tensors or plain values. Ranks meet through a
-    file in `folder` (fresh per call), and are forked from a server that has nothing of this process.
+    file in `folder` (fresh per call), and are forked from a server that has nothing of this one.
 
     Raises:
         AssertionError: a rank failed; carries its traceback.

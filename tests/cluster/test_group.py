@@ -217,7 +217,7 @@ def test_a_machine_that_is_too_small_is_not_waited_for(session, tmp_path):
     """No node joins a Ray that was started for this run alone."""
     session.config, session.ranks = sized(tmp_path, "[1,2]", "cluster.address="), 0
     job = TrainJob("train", session.config, None, session.scratch)
-    with pytest.raises(ConfigError, match="no room for cluster.trainer.num_workers=1 ranks beside"):
+    with pytest.raises(ConfigError, match=r"no room for cluster\.trainer\.num_workers=1 ranks"):
         TrainerGroup(session, job).poll()
 
 
