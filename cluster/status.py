@@ -6,6 +6,7 @@ import json
 import shutil
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
@@ -196,10 +197,12 @@ def last_verified(run: RunDir) -> dict[str, Any] | None:
     return {"step": None, "checked": None, "newer_bad": bad} if bad else None
 
 
-def waiting_for(run: RunDir, stage: str) -> str | None:
-    """What the trainer waits for now: nodes, or data in its own words; None when it does not."""
-    path = run.teacher.events if stage == "pretrain" else run.events
-    groups = [e["kind"] for e in read_lines(path) if e.get("kind") in ("group", "group_waits")]
+def waiting_for(run: RunDir, events: Iterable[dict[str, Any]]) -> str | None:
+    """What the trainer waits for now: nodes, or data in its own words; None when it does not.
+
+    `events` are those of the training at work.
+    """
+    groups = [e["kind"] for e in events if e.get("kind") in ("group", "group_waits")]
     if groups[-1:] == ["group_waits"]:
         return "nodes with room for its ranks"
     try:
@@ -271,7 +274,8 @@ def status(run: RunDir) -> dict[str, Any]:
     found["results"] = run.results.exists()
     found["slurm"] = slurm_jobs(run)
     stage = stage_of(run, config, found)
-    found["waiting_for"] = waiting_for(run, stage) if live else None
+    at_work = read_lines(run.teacher.events) if stage == "pretrain" else events
+    found["waiting_for"] = waiting_for(run, at_work) if live else None
     size = config.trajectory.samples_per_shard
     found["left_s"] = seconds_left(stage, found, size) if live else None
     return {"stage": stage, **found}
