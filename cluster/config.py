@@ -198,6 +198,16 @@ class ClusterConfig:
             f"cluster.slurm.train.nodes={nodes}",
         )
 
+    @property
+    def stop_grace_s(self) -> float:
+        """How long a stop waits for the step at work and its save.
+
+        A Slurm job must end before its time limit, or it is not queued again: a fifth of `save_s`
+        is left for the end of Ray.
+        """
+        step_s = self.trainer.step_timeout_s
+        return min(step_s, 0.8 * self.slurm.save_s) if self.slurm else step_s
+
 
 @dataclass
 class RunSection:

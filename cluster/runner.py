@@ -151,7 +151,7 @@ def _work(session: Session, work: Work) -> None:
         if pool is not None and answers:
             pool.close()
         if group is not None and answers:
-            group.wait(group.job.config.cluster.trainer.step_timeout_s)
+            group.wait(session.config.cluster.stop_grace_s)
         stop_file(session.scratch).unlink()
 
 

@@ -69,6 +69,16 @@ def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     assert time.monotonic() - started < 60  # not `step_timeout_s`, which a save may take
 
 
+def test_a_stop_leaves_a_slurm_job_time_to_end_before_its_limit():
+    """Slurm queues only those again that have ended by then."""
+    settings = ["experiment=tiny", "cluster.trainer.step_timeout_s=700"]
+    (here,), (there,) = compose(settings), compose([*settings, "cluster=slurm"])
+    assert here.cluster.stop_grace_s == 700 and there.cluster.slurm.save_s == 300
+    assert there.cluster.stop_grace_s == 240
+    (quick,) = compose([*settings, "cluster=slurm", "cluster.trainer.step_timeout_s=90"])
+    assert quick.cluster.stop_grace_s == 90
+
+
 def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
     monkeypatch.setattr(group, "fit", lambda job, ranks, name: 3)
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
