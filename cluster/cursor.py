@@ -31,8 +31,8 @@ class Stream(Protocol[Batch]):
     def waiting_for(self) -> str:
         """Why no batch came yet, or ""."""
 
-    def read(self, step: int) -> Batch:
-        """This rank's part of global batch `step`."""
+    def read(self, step: int) -> Batch | None:
+        """This rank's part of global batch `step`; None when told to stop while it waited."""
 
 
 class WithCursor(Generic[Batch]):
@@ -53,8 +53,8 @@ class WithCursor(Generic[Batch]):
         """Seconds spent waiting for data so far."""
         return self._stream.wait_s
 
-    def read(self, step: int) -> Batch:
-        """This rank's part of global batch `step`."""
+    def read(self, step: int) -> Batch | None:
+        """This rank's part of global batch `step`; None when told to stop while it waited."""
         before, self._step = self._step, step
         if before is None or self._order.block_of(step) != self._order.block_of(before):
             self._moved.set()

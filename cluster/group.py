@@ -13,7 +13,6 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from cluster.cursor import read_cursor
 from cluster.facts import steps_done
 from cluster.job import TrainJob
 from cluster.places import group_size, silent_nodes
@@ -25,7 +24,6 @@ from distill.config import ConfigError
 from distill.rundir import append_line, write_atomic
 
 POLL_PERIOD_S = 0.1
-STARVED_GRACE_S = 3.0
 FROZEN = "health check has been hanging"  # Ray Train's words
 PROBE_BYTES = 2**16  # written before a training starts again
 LOOK_PERIOD_S = 1.0  # between two looks at the nodes
@@ -47,6 +45,11 @@ def check_disk(folder: Path) -> None:
             f"training failed, and {folder} takes no files ({error.strerror}); the same command "
             "goes on once it does"
         ) from error
+
+
+def last_line(said: str) -> str:
+    """The last line of an error, to its first full stop: Ray puts tracebacks before it."""
+    return said.strip().splitlines()[-1].split(". ")[0]
 
 
 class TrainerGroup:
@@ -92,21 +95,25 @@ class TrainerGroup:
             self._session.stop_signal = self._session.stop_signal or signal.SIGTERM
         return False
 
-    def wait(self, timeout_s: float) -> None:
-        """Gives the ranks time to save after the stop file was made.
+    def wait(self, timeout_s: float) -> str:
+        """Gives the ranks time to save after the stop file was made; why they did not, or "".
 
-        Ranks that wait for a shard have nothing new to save, and see the file only with the shard.
         SIGTERM to the whole process group (timeout, systemd) ends Ray's daemons a little later, and
         no rank is heard of again.
         """
-        start = time.monotonic()
-        while self._future and not self._future.done() and time.monotonic() < start + timeout_s:
-            if self._session.lost_daemon():
-                return
-            starves = self.job.stage == "train" and read_cursor(self.job.run)[1] != ""
-            if starves and time.monotonic() > start + STARVED_GRACE_S:
-                return
+        if self._future is None:
+            return ""
+        deadline = time.monotonic() + timeout_s
+        while not self._future.done():
+            if lost := self._session.lost_daemon():
+                return f"Ray's {lost} ended before they had"
+            if time.monotonic() > deadline:
+                return f"they had not after {timeout_s:g} s"
             time.sleep(POLL_PERIOD_S)
+        error = self._future.exception()
+        if error is None:
+            return ""
+        return last_line(str(final_error(self.job) or self._said(error)))
 
     # -- Its size
 
@@ -207,9 +214,9 @@ class TrainerGroup:
                 f"training failed {self._failures} times without a new verified checkpoint "
                 f"(step {verified}); the last failure:\n{said}"
             )
-        last_line = said.splitlines()[-1].split(". ")[0]
-        append_line(self.job.run.events, {"kind": "restart", "step": verified, "error": last_line})
-        self._session.bars.say(f"training failed and goes on from step {verified}: {last_line}")
+        short = last_line(said)
+        append_line(self.job.run.events, {"kind": "restart", "step": verified, "error": short})
+        self._session.bars.say(f"training failed and goes on from step {verified}: {short}")
 
     def _said(self, error: BaseException) -> str:
         """Why the group failed."""
@@ -218,4 +225,4 @@ class TrainerGroup:
             return f"no step for more than {timeout_s:g} s; {hangs} says where the ranks stood"
         if FROZEN in str(error):
             return f"a rank answered nothing for more than {timeout_s:g} s, as if frozen"
-        return str(error).strip()
+        return str(error).strip() or type(error).__name__

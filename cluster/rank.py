@@ -40,7 +40,9 @@ from distill.train import train
 from distill.train_log import Work
 from distill.trajectory import TrajectoryBatch
 
-LOCK_TIMEOUT_S = 60.0  # ranks of a killed supervisor are gone within seconds
+# Ranks of a killed supervisor are gone within seconds; a file server gives the lock of a dead node
+# free after its lease, usually 90 s.
+LOCK_TIMEOUT_S = 120.0
 
 
 def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool]) -> int:
@@ -56,7 +58,7 @@ def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool
                 append_line(job.run.events, {"kind": "init", "weights": origin})
             config = objective_of(job)
             objective = build_objective(config, job.config.seed, device, engine.gradient_norms)
-            source = Watched(open_source(job, engine), beat, job.config.trajectory.wait_timeout_s)
+            source = Watched(open_source(job, engine, should_stop), beat)
             return train_with_exports(job, engine, source, objective, should_stop)
 
 
@@ -132,8 +134,8 @@ class Source(Protocol):
     def wait_s(self) -> float:
         """Seconds spent waiting for data so far."""
 
-    def read(self, step: int) -> TrajectoryBatch:
-        """This rank's part of global batch `step`."""
+    def read(self, step: int) -> TrajectoryBatch | None:
+        """This rank's part of global batch `step`; None when told to stop while it waited."""
 
 
 class Images:
@@ -150,23 +152,25 @@ class Images:
 
 
 class Watched:
-    """A source that says at every step that its rank goes on; to wait for data is no hang."""
+    """A source that says at every step that its rank goes on.
 
-    def __init__(
-        self, source: Source, beat: Callable[[float], None], longest_wait_s: float
-    ) -> None:
-        self._source, self._beat, self._longest_wait_s = source, beat, longest_wait_s
+    To wait for data is no hang: the stream has a limit of its own, which begins again with every
+    shard that comes.
+    """
+
+    def __init__(self, source: Source, beat: Callable[[bool], None]) -> None:
+        self._source, self._beat = source, beat
 
     @property
     def wait_s(self) -> float:
         """Seconds spent waiting for data so far."""
         return self._source.wait_s
 
-    def read(self, step: int) -> TrajectoryBatch:
-        """This rank's part of global batch `step`."""
-        self._beat(self._longest_wait_s)
+    def read(self, step: int) -> TrajectoryBatch | None:
+        """This rank's part of global batch `step`; None when told to stop while it waited."""
+        self._beat(True)
         batch = self._source.read(step)
-        self._beat(0.0)
+        self._beat(False)
         return batch
 
 
@@ -177,13 +181,13 @@ class Position:
         self._source = source
         self.step = -1
 
-    def read(self, step: int) -> TrajectoryBatch:
-        """This rank's part of global batch `step`."""
+    def read(self, step: int) -> TrajectoryBatch | None:
+        """This rank's part of global batch `step`; None when told to stop while it waited."""
         self.step = step
         return self._source.read(step)
 
 
-def open_source(job: TrainJob, engine: Engine) -> Source:
+def open_source(job: TrainJob, engine: Engine, should_stop: Callable[[], bool]) -> Source:
     """The stream of this stage for this rank."""
     config, rank, world_size = job.config, engine.rank, engine.world_size
     if job.stage == "pretrain":
@@ -196,7 +200,7 @@ def open_source(job: TrainJob, engine: Engine) -> Source:
     order = stream_order(config)
     weights = [teacher.weight for teacher in config.teacher.values()]
     stream = TrajectoryStream(
-        job.run, job.spec, config.trajectory, order, rank, world_size, weights
+        job.run, job.spec, config.trajectory, order, rank, world_size, weights, should_stop
     )
     return WithCursor(stream, order, job.run, rank)
 
@@ -247,13 +251,23 @@ def _agreed_step(run: RunDir, engine: Engine) -> int:
 
 @contextmanager
 def _only_trainer(run: RunDir, engine: Engine) -> Iterator[None]:
-    """Holds the lock that keeps ranks of a killed supervisor from writing next to ours."""
+    """Holds the lock that keeps ranks of a killed supervisor from writing next to ours.
+
+    Raises:
+        RuntimeError: they still held it after LOCK_TIMEOUT_S. Another start may find it free.
+    """
     if engine.rank != 0:
         engine.any(False)  # waits for rank 0 to have it
         yield
         return
     run.root.mkdir(parents=True, exist_ok=True)
     with run.trainer_lock.open("w") as file:
-        lock_file(file.fileno(), LOCK_TIMEOUT_S)
+        try:
+            lock_file(file.fileno(), LOCK_TIMEOUT_S)
+        except BlockingIOError as error:
+            raise RuntimeError(
+                f"ranks of an earlier start have held {run.trainer_lock} for {LOCK_TIMEOUT_S:g} s; "
+                "end their processes (`train_rank`) on the nodes that they ran on"
+            ) from error
         engine.any(False)
         yield

@@ -4,12 +4,14 @@
 
 Every stage looks at the run directory first and does what is missing, so the same command starts a
 run, resumes it after any kill, and recognises it as finished. Verbs return an exit code: 0 done, or
-saved and stopped as asked; 1 failed; 130 interrupted.
+saved and stopped as asked; 1 failed; 75 stopped as asked, but the last steps were not saved; 130
+interrupted.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -32,6 +34,8 @@ from distill.manifest import CheckpointError
 from distill.rundir import append_line
 
 logger = logging.getLogger(__name__)
+
+NOT_SAVED = os.EX_TEMPFAIL  # 75: to start again helps
 
 Stage = Callable[[Session], Work]
 
@@ -93,9 +97,7 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
                     work = stage(session)
                 _work(session, work)
         except Stopped:
-            session.bars.say(f"stopped; the same command goes on with {given.run.dir}")
-            interrupted = session.stop_signal == signal.SIGINT
-            raise SystemExit(128 + signal.SIGINT if interrupted else 0) from None
+            raise SystemExit(_say_stopped(session, str(given.run.dir))) from None
         except Exception as error:  # the supervisor's one broad net: a failure is an exit code
             with suppress(OSError):  # a full disk may be what it failed of
                 append_line(session.run.events, {"kind": "failed", "error": str(error)})
@@ -105,6 +107,17 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
             session.bars.say(f"error: {error}")
             return 1
     return 0
+
+
+def _say_stopped(session: Session, folder: str) -> int:
+    """Says that a signal ended the run; the exit code."""
+    if session.unsaved:
+        append_line(session.run.events, {"kind": "unsaved", "error": session.unsaved})
+        session.bars.say(f"the ranks did not save: {session.unsaved}")
+    session.bars.say(f"stopped; the same command goes on with {folder}")
+    if session.stop_signal == signal.SIGINT:
+        return 128 + signal.SIGINT
+    return NOT_SAVED if session.unsaved else 0
 
 
 # -----------------------------------------------------------------------------------------------
@@ -150,8 +163,8 @@ def _work(session: Session, work: Work) -> None:
         answers = not session.lost_daemon()
         if pool is not None and answers:
             pool.close()
-        if group is not None and answers:
-            group.wait(session.config.cluster.stop_grace_s)
+        if group is not None:
+            session.unsaved = group.wait(session.config.cluster.stop_grace_s)
         stop_file(session.scratch).unlink()
 
 

@@ -37,8 +37,8 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # Slurm's signals say it; a process less
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # importing torch from a slow shared disk
 }
 
 
@@ -60,6 +60,7 @@ class Session:
         self.bars = StageBars()
         self.scratch = run.root / ".ray"  # Ray Train's own files; on a file system all nodes see
         self.stop_signal = 0
+        self.unsaved = ""  # why the ranks of a training that was stopped have not saved
         self._stops_at_once = False
         self._daemons: dict[str, psutil.Process] = {}
         # Short, and the same for every start of this run, so nothing piles up after kills.
@@ -124,8 +125,6 @@ class Session:
     def _start_local_ray(self) -> None:
         cluster = self.config.cluster
         teachers, trainer = most_workers(cluster) or 0, cluster.trainer.max_workers
-        # No node of this machine alone is taken away with notice; saves a process.
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         # Room for what `bowstring scale` may ask for; the system shares out the cores.
         cpus = (
             teachers * cluster.teachers.cpus_per_worker + trainer * cluster.trainer.cpus_per_worker

@@ -7,6 +7,7 @@ from the last verified checkpoint.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -28,6 +29,9 @@ FINAL = (
     StreamError,
 )  # a restart would only repeat these
 
+# Its other limits are -1, for ever: ranks that do not start, a node that is drained.
+NEVER_AGAIN = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
+
 
 def fit(job: TrainJob, ranks: int, name: str) -> int:
     """Steps done by one group of `ranks` ranks from its start to its end; blocks.
@@ -36,7 +40,7 @@ def fit(job: TrainJob, ranks: int, name: str) -> int:
     verified checkpoints, and knows which sizes share the batch (`cluster.group`).
 
     Raises:
-        ray.train.TrainingFailedError: a rank raised or died.
+        ray.train.TrainingFailedError: a rank raised, died or did not start.
     """
     workers = job.config.cluster.trainer
     on_gpu = workers.gpus_per_worker > 0
@@ -50,9 +54,7 @@ def fit(job: TrainJob, ranks: int, name: str) -> int:
         scaling_config=ScalingConfig(
             num_workers=ranks, use_gpu=on_gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(
-            name=name, storage_path=str(job.scratch), failure_config=FailureConfig(max_failures=0)
-        ),
+        run_config=RunConfig(name=name, storage_path=str(job.scratch), failure_config=NEVER_AGAIN),
     )
     steps = trainer.fit().return_value
     assert isinstance(steps, int)
@@ -67,11 +69,23 @@ def train_rank(arguments: dict[str, Any]) -> int:
     job: TrainJob = arguments["job"]
     torch.set_num_threads(job.config.cluster.trainer.threads_per_worker)
     try:
-        return run_rank(job, get_device(), lambda: stop_signal.is_set() or job.stop.exists())
+        return run_rank(job, get_device(), lambda: is_told_to_stop(job))
     except FINAL as error:
         kind = next(kind.__name__ for kind in FINAL if isinstance(error, kind))
         write_json(job.final, {"kind": kind, "message": str(error)})
         raise
+
+
+def is_told_to_stop(job: TrainJob) -> bool:
+    """Whether this rank is to save and end.
+
+    A signal that only this rank got is passed on to the others, which may be waiting for data.
+    """
+    if stop_signal.is_set():
+        with suppress(OSError):  # the supervisor has ended, and its folder with it
+            job.stop.touch()
+        return True
+    return job.stop.exists()
 
 
 def final_error(job: TrainJob) -> Exception | None:

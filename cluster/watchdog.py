@@ -15,6 +15,7 @@ one that answers nothing for as long as a step may take (cluster.runner).
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import threading
 import time
@@ -27,12 +28,12 @@ GRACE_S, POLL_PERIOD_S = 10.0, 1.0
 
 
 @contextmanager
-def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[float], None]]:
-    """A function to be called at every step, with seconds that are granted on top.
+def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[bool], None]]:
+    """A function to be called at every step with False, and with True before a wait that may last.
 
-    Without a call for `timeout_s` and these, the stacks are added to `path`, and after GRACE_S the
-    process ends with exit code 1, unless the block has ended by then; after half of it where the
-    lock is held, so that these stacks too are there before the others end.
+    `timeout_s` after the last call, unless that was with True, the stacks are added to `path`, and
+    after GRACE_S the process ends with exit code 1, unless the block has ended by then; after half
+    of it where the lock is held, so that these stacks too are there before the others end.
 
     Raises:
         OSError: the file cannot be made.
@@ -41,11 +42,13 @@ def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[float],
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a")
 
-    def beat(more_s: float) -> None:
+    def beat(waits: bool) -> None:
         nonlocal deadline
-        allowed_s = timeout_s + more_s
-        deadline = time.monotonic() + allowed_s
-        faulthandler.dump_traceback_later(allowed_s + GRACE_S / 2, exit=True, file=file)
+        deadline = math.inf if waits else time.monotonic() + timeout_s
+        if waits:
+            faulthandler.cancel_dump_traceback_later()
+        else:
+            faulthandler.dump_traceback_later(timeout_s + GRACE_S / 2, exit=True, file=file)
 
     def watch() -> None:
         while time.monotonic() < deadline:
@@ -61,7 +64,7 @@ def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[float],
                 os._exit(1)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
-    beat(0.0)
+    beat(False)
     thread.start()
     try:
         yield beat

@@ -195,7 +195,7 @@ class TrajectoryConfig:
     ready_ahead: int = 16  # shards at most beyond the block that is read
     location: str = ""  # of the shards: a folder or an fsspec URL; "" is shards in the run's folder
     max_bytes: int = 20_000_000_000  # shards at most on disk, bytes
-    wait_timeout_s: float = 900.0  # a reader waits this long for one block, then fails
+    wait_timeout_s: float = 900.0  # without a new shard, then a reader fails
 
     def __post_init__(self) -> None:
         check_positive(

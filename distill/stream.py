@@ -8,7 +8,7 @@ others can see; a bad one is set aside, so that it is made again, and waited for
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -72,8 +72,9 @@ class TrajectoryStream:
         rank: int,
         world_size: int,
         weights: list[float],
+        should_stop: Callable[[], bool],
     ) -> None:
-        """`weights` has one weight per teacher, before normalisation.
+        """`weights` has one weight per teacher, before normalisation; `should_stop` ends a wait.
 
         Raises:
             ConfigError: the batch cannot be divided among the ranks.
@@ -86,7 +87,7 @@ class TrajectoryStream:
             len(weights) == len(spec.teachers) and order.block_samples % spec.samples_per_shard == 0
         )
         self._run, self._spec, self._order = run, spec, order
-        self._timeout_s = trajectory.wait_timeout_s
+        self._timeout_s, self._should_stop = trajectory.wait_timeout_s, should_stop
         self._positions = np.arange(rank, order.batch_size, world_size)
         self._weights = torch.tensor(weights) / sum(weights)
         self._times = torch.tensor(spec.times)
@@ -112,8 +113,8 @@ class TrajectoryStream:
         """What `read` waits for at this moment; "" when it does not wait."""
         return self._waiting_for
 
-    def read(self, step: int) -> TrajectoryBatch:
-        """This rank's part of global batch `step`.
+    def read(self, step: int) -> TrajectoryBatch | None:
+        """This rank's part of global batch `step`; None when told to stop while it waited for data.
 
         Raises:
             ForeignShard: a shard was made for another run.
@@ -123,10 +124,13 @@ class TrajectoryStream:
         needed = self._order.blocks_of(step)
         self._block = needed[0]
         self._load(range(needed[0], needed[-1] + 2))
-        if self._ahead is not None and self._ahead[0] == step:
-            batch = self._ahead[1].result()
-        else:
-            batch = self._make(step, {number: self._wait(number) for number in needed})
+        try:
+            if self._ahead is not None and self._ahead[0] == step:
+                batch = self._ahead[1].result()
+            else:
+                batch = self._make(step, {number: self._wait(number) for number in needed})
+        except _ToldToStop:
+            return None
         self._ahead = self._make_ahead(step + 1)
         self._wait_s += time.monotonic() - began
         return batch
@@ -178,6 +182,8 @@ class TrajectoryStream:
         while loading.is_alive():
             self._waiting_for = f"block {number}: {loading.doing}"
             loading.join(POLL_S)
+            if loading.is_alive() and self._should_stop():
+                raise _ToldToStop
             now = time.monotonic()
             if loading.num_ready > ready:
                 ready, deadline = loading.num_ready, now + self._timeout_s
@@ -189,6 +195,10 @@ class TrajectoryStream:
                 )
         self._waiting_for = ""
         return loading.result()
+
+
+class _ToldToStop(Exception):
+    """A stop was asked for while a block was waited for."""
 
 
 class _Loading(threading.Thread):

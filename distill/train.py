@@ -34,7 +34,7 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def train(
     engine: Engine,
-    read: Callable[[int], TrajectoryBatch],
+    read: Callable[[int], TrajectoryBatch | None],
     objective: Objective,
     config: TrainConfig,
     run: RunDir,
@@ -47,9 +47,9 @@ def train(
     """Steps done when it stopped: `config.max_steps`, or fewer when asked to stop.
 
     Resumes from the newest checkpoint that verifies. `read(step)` gives this rank's part of global
-    batch `step`; `wait_s()` the seconds spent waiting for data so far; `origin` is what manifests
-    say of the run; `work` what a sample costs, if a formula knows. Collective: every rank of the
-    engine calls it; rank 0 writes the logs.
+    batch `step`, or None when it was told to stop while it waited for data; `wait_s()` the seconds
+    spent waiting for data so far; `origin` is what manifests say of the run; `work` what a sample
+    costs, if a formula knows. Collective: every rank of the engine calls it; rank 0 writes logs.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the state before that step is saved.
@@ -64,7 +64,14 @@ def train(
     ):
         for step in range(start, config.max_steps):
             log.clock.enter("data")
-            batch, lr, overflowed = read(step).to(engine.device), learning_rate(step, config), True
+            batch = read(step)
+            if engine.any(batch is None):  # one rank may have waited, and another not
+                if step > start:
+                    log.write(step)
+                    saver.save(step)
+                return step
+            assert batch is not None
+            batch, lr, overflowed = batch.to(engine.device), learning_rate(step, config), True
             while overflowed:  # fp16: the same step again, at a lower loss scale
                 results = _accumulate(engine, objective, batch, accumulation, step, log.clock)
                 finite = all(bool(torch.isfinite(result.total)) for result in results)

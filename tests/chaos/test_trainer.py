@@ -4,6 +4,9 @@ import time
 
 import pytest
 
+from cluster.cursor import read_cursor
+from cluster.scale import write_target
+from distill.manifest import committed_steps
 from distill.rundir import read_lines
 
 
@@ -46,6 +49,54 @@ def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measu
     ours, theirs = losses(case.run), losses(case.alone)
     for step in range(1, resumed[2]["step"] + 100):  # later, rounding has grown
         assert ours[step] == pytest.approx(theirs[step], rel=0.01), step
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_node_dies_while_its_ranks_start(chaos, nodes, measured):
+    """Ray would ask for the lost node's rank for ever; the group goes on with those that fit."""
+    head = nodes(trainer=1, teacher=1)
+    node = nodes(trainer=1)
+    case = chaos(
+        f"cluster.address={head.address}",
+        "cluster.trainer.num_workers=[1,2]",
+        "cluster.teachers.num_workers=1",
+    )
+    case.env = nodes.env
+    case.start()
+    case.until(lambda: len(case.events("group")) == 1)
+    struck = time.time()
+    node.kill()
+    case.until(lambda: len(case.events("group")) == 2)
+    measured(f"the next group after {case.events('group')[1]['time'] - struck:.1f} s")
+    case.finish()
+    assert [event["ranks"] for event in case.events("group")] == [2, 1]
+    assert len(case.events("restart")) == 1
+    case.check_data()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_stop_while_the_trainer_waits_for_teachers_loses_no_step(chaos, measured):
+    case = chaos(
+        "cluster.teachers.num_workers=1", "train.max_steps=1500", "train.save_every=100000"
+    )
+    case.start()
+    case.until_step(10)
+    write_target(case.run, 0)
+    case.until(lambda: read_cursor(case.run)[1].endswith("is not there yet"))
+    time.sleep(3)  # none was on its way
+    assert read_cursor(case.run)[1].endswith("is not there yet")
+    told = time.time()
+    case.supervisor.terminate()
+    case.finish()
+    measured(f"ended {time.time() - told:.1f} s after the signal")
+    taken = case.events("steps")[-1]["last"] + 1
+    assert list(committed_steps(case.run.checkpoints)) == [taken] and 10 <= taken < 1500
+    case.start()
+    case.finish()
+    assert [event["step"] for event in case.events("resume")] == [0, taken]
+    case.check()
 
 
 def losses(run):

@@ -55,7 +55,7 @@ class Session:
 
     def __init__(self, config, folder):
         self.config, self.run, self.scratch = config, RunDir(folder), folder
-        self.bars, self.stop_signal, self.lost = Bars(), 0, ""
+        self.bars, self.stop_signal, self.unsaved, self.lost = Bars(), 0, "", ""
         self.ranks = 2  # for which there are nodes
 
     def nodes(self):

@@ -4,6 +4,8 @@ import os
 import signal
 import threading
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from importlib.util import find_spec
 
 import pytest
@@ -15,7 +17,7 @@ from cluster.group import RunFailed
 from cluster.runner import Stopped
 from cluster.stages import Work
 from distill.config import ConfigError
-from distill.rundir import RunDir, append_line
+from distill.rundir import RunDir, append_line, read_lines
 
 
 class EndlessPool:
@@ -67,6 +69,7 @@ def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     with pytest.raises(Stopped):
         runner._work(session, Work(None, job))
     assert time.monotonic() - started < 60  # not `step_timeout_s`, which a save may take
+    assert session.unsaved == "Ray's raylet ended before they had"
 
 
 def test_a_stop_leaves_a_slurm_job_time_to_end_before_its_limit():
@@ -85,6 +88,53 @@ def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
     monkeypatch.setattr(runner, "_show", lambda *_: None)
     with pytest.raises(Stopped):
         runner._work(session, Work(None, job))
+
+
+def fails_on_disk(job, ranks, name):
+    while not job.stop.exists():
+        time.sleep(0.01)
+    raise RuntimeError("Traceback\nOSError: [Errno 28] No space left on device. In detail: much")
+
+
+def leaves_a_final_error(job, ranks, name):
+    while not job.stop.exists():
+        time.sleep(0.01)
+    job.final.write_text('{"kind": "TrainingError", "message": "step 7: the loss is not finite"}')
+    raise RuntimeError("Traceback")
+
+
+def never_ends(job, ranks, name):
+    threading.Event().wait()
+
+
+@pytest.mark.parametrize(
+    ("fit", "why"),
+    [
+        (fails_on_disk, "OSError: [Errno 28] No space left on device"),
+        (leaves_a_final_error, "step 7: the loss is not finite"),
+        (never_ends, "they had not after 2 s"),
+        (lambda job, ranks, name: 3, ""),  # saved
+    ],
+)
+def test_a_stop_without_a_save_is_not_called_one(fit, why, session, job, monkeypatch):
+    """It ends with 75, which a Slurm job takes for "again", as it does 0, and says why."""
+    monkeypatch.setattr(group, "fit", fit)
+    monkeypatch.setattr(group, "steps_done", lambda run: 0)
+    monkeypatch.setattr(runner, "_show", lambda *_: setattr(session, "stop_signal", signal.SIGTERM))
+    monkeypatch.setattr(runner, "open_session", lambda config, run: nullcontext(session))
+    monkeypatch.setattr(runner, "check_or_write", lambda config, run: [])
+    monkeypatch.setattr(session, "stopping_at_once", nullcontext, raising=False)
+    settings = replace(session.config.cluster.trainer, step_timeout_s=2.0)
+    cluster = replace(session.config.cluster, trainer=settings)
+    session.config = replace(session.config, cluster=cluster)
+    with pytest.raises(SystemExit) as stopped:
+        runner.supervise(session.config, lambda session: Work(None, job))
+    assert stopped.value.code == (75 if why else 0)
+    said = [line for line in session.bars.lines if "did not save" in line]
+    assert said == ([f"the ranks did not save: {why}"] if why else [])
+    errors = [e["error"] for e in read_lines(session.run.events) if e["kind"] == "unsaved"]
+    assert errors == ([why] if why else [])
+    assert not job.stop.exists()
 
 
 @pytest.mark.parametrize(

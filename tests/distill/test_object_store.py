@@ -108,7 +108,8 @@ def test_batches_cost_and_export_are_those_of_a_local_folder(run, local):
         write_json(place.identity, {"identity": {"data": {"num_classes": 10}}})
     trajectory = TrajectoryConfig(wait_timeout_s=30.0)
     streams = [
-        TrajectoryStream(place, spec, trajectory, order, 1, 2, [1.0, 1.0]) for place in (run, local)
+        TrajectoryStream(place, spec, trajectory, order, 1, 2, [1.0, 1.0], lambda: False)
+        for place in (run, local)
     ]
     for step in range(4):
         ours, theirs = (stream.read(step) for stream in streams)
@@ -274,7 +275,7 @@ def test_a_bad_shard_is_set_aside_and_the_good_one_is_read(run, monkeypatch):
     store = open_store(run)
     seen = store.mark(1)
     trajectory, order = TrajectoryConfig(wait_timeout_s=30.0), Order(3, 3 * 4, 2, 12)
-    stream = TrajectoryStream(run, spec, trajectory, order, 0, 1, [1.0, 1.0])
+    stream = TrajectoryStream(run, spec, trajectory, order, 0, 1, [1.0, 1.0], lambda: False)
     batches = []
     thread = threading.Thread(target=lambda: batches.append(stream.read(0)))
     thread.start()

@@ -35,11 +35,13 @@ def order_of(spec: ShardSpec, batch_size: int = BATCH) -> Order:
     return Order(spec.seed, BLOCK_SHARDS * spec.samples_per_shard, PASSES, batch_size)
 
 
-def open_stream(run, spec, rank=0, world_size=1, batch_size=BATCH, timeout_s=30.0):
+def open_stream(
+    run, spec, rank=0, world_size=1, batch_size=BATCH, timeout_s=30.0, should_stop=lambda: False
+):
     trajectory = TrajectoryConfig(wait_timeout_s=timeout_s)
     order = order_of(spec, batch_size)
     weights = [1.0] * len(spec.teachers)
-    return TrajectoryStream(run, spec, trajectory, order, rank, world_size, weights)
+    return TrajectoryStream(run, spec, trajectory, order, rank, world_size, weights, should_stop)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -199,6 +201,20 @@ def test_a_wait_without_an_end_fails_loudly(run):
     write_tiny_shards(run, spec, [0])
     with pytest.raises(StreamError, match=r"no shard came for 0 s; waited for block 0: shard 1"):
         open_stream(run, spec, timeout_s=0.2).read(0)
+
+
+def test_a_stop_ends_a_wait_and_no_batch_that_is_there(run):
+    spec, told = tiny_spec(), threading.Event()
+    write_tiny_shards(run, spec, [0, 2])
+    stream = open_stream(run, spec, should_stop=told.is_set)
+    threading.Timer(0.3, told.set).start()
+    assert stream.read(0) is None
+    assert told.is_set() and stream.waiting_for == "block 0: shard 1 is not there yet"
+    write_tiny_shards(run, spec, [1])
+    ready = open_stream(run, spec)
+    for step in range(2):
+        batch = ready.read(step)
+        assert batch is not None and len(batch.ids) == BATCH
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])

@@ -29,13 +29,20 @@ def config_of(**settings) -> TrainConfig:
 
 
 def fit(
-    root: Path, config: TrainConfig, objective=None, stop_after: int | None = None, engine=None
+    root: Path,
+    config: TrainConfig,
+    objective=None,
+    stop_after: int | None = None,
+    engine=None,
+    num_batches: int = 10**6,
 ):
     network = build_network(NETWORK, IMAGE, seed=3)
     engine = engine or TorchEngine(network, config, torch.device("cpu"))
     seen = []
 
-    def counted(step: int) -> TrajectoryBatch:
+    def counted(step: int) -> TrajectoryBatch | None:
+        if len(seen) == num_batches:  # told to stop while it waited for the next one
+            return None
         seen.append(step)
         return read_share(step, 0, 1)
 
@@ -79,6 +86,19 @@ def test_four_and_six_steps_are_ten_steps(tmp_path):
         assert torch.equal(value, state(resumed)[key]), key
     windows = [e for e in read_lines(RunDir(tmp_path / "parts").events) if e["kind"] == "steps"]
     assert [(w["first"], w["last"]) for w in windows] == [(i, i) for i in range(10)]
+
+
+def test_a_stop_while_data_are_waited_for_saves_the_steps_so_far(tmp_path):
+    whole, _, _ = fit(tmp_path / "whole", config_of())
+    _, done, seen = fit(tmp_path / "parts", config_of(log_every=5), num_batches=3)
+    assert (done, seen) == (3, [0, 1, 2])
+    assert list(committed_steps(RunDir(tmp_path / "parts").checkpoints)) == [3]
+    _, done, _ = fit(tmp_path / "parts", config_of(), num_batches=0)  # it has nothing to save
+    assert done == 3
+    resumed, done, seen = fit(tmp_path / "parts", config_of())
+    assert (done, seen) == (10, [3, 4, 5, 6, 7, 8, 9])
+    for key, value in state(whole).items():
+        assert torch.equal(value, state(resumed)[key]), key
 
 
 def test_micro_batches_are_the_whole_batch(tmp_path):
