@@ -94,6 +94,13 @@ def zero_engine(config: TrainConfig):
     return DeepSpeedEngine(moved_network(), config, CPU)
 
 
+def allow_fp16() -> None:
+    """DeepSpeed wants a processor with instructions for fp16; torch computes it without them."""
+    import deepspeed
+
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
+
+
 def moved_network():
     """Every weight moved, so that no gradient is near 0, where Adam makes rounding large."""
     built = build_network(NETWORK, IMAGE, seed=3)

@@ -10,6 +10,7 @@ from small_training import (
     EVERY_TERM,
     OFFLOADED,
     PLACES,
+    allow_fp16,
     assert_same_run,
     assert_same_state,
     config_of,
@@ -52,13 +53,6 @@ class SteepOnRankOne:
         result.terms["steep"] = zero.sqrt() if breaks else zero
         result.weights["steep"] = 1.0
         return result
-
-
-def allow_fp16() -> None:
-    """DeepSpeed wants a processor with instructions for fp16; torch computes it without them."""
-    import deepspeed
-
-    deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
 
 def steep_rank(rank: int, world_size: int, root: str, settings: dict) -> list[str]:
