@@ -46,9 +46,9 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def trained_weights() -> int:
+def trained_weights(network: DiTConfig = NETWORK) -> int:
     """Weights of the network that are trained."""
-    return sum(p.numel() for p in build_network(NETWORK, IMAGE).parameters() if p.requires_grad)
+    return sum(p.numel() for p in build_network(network, IMAGE).parameters() if p.requires_grad)
 
 
 def config_of(stage: int, offload: str, precision: str) -> TrainConfig:
@@ -56,10 +56,10 @@ def config_of(stage: int, offload: str, precision: str) -> TrainConfig:
     return TrainConfig(batch_size=BATCH, zero_stage=stage, offload=offload, precision=precision)
 
 
-def engine_bytes(config: TrainConfig, world_size: int) -> int:
+def engine_bytes(config: TrainConfig, world_size: int, network: DiTConfig) -> int:
     """Bytes that an engine holds after a step."""
     before = live_bytes()
-    engine = DeepSpeedEngine(build_network(NETWORK, IMAGE), config, torch.device("cpu"))
+    engine = DeepSpeedEngine(build_network(network, IMAGE), config, torch.device("cpu"))
     share = BATCH // world_size
     x, t, label = torch.randn(share, *IMAGE.shape), torch.rand(share), torch.zeros(share).long()
     engine.backward((engine.student(x, t, t, label) - x).square().mean(), last=True)
@@ -71,9 +71,13 @@ def engine_bytes(config: TrainConfig, world_size: int) -> int:
     return live_bytes() - before
 
 
-def measure_rank(rank: int, world_size: int) -> list[list[int]]:
+def measure_rank(
+    rank: int, world_size: int, places: list = PLACES, network: DiTConfig = NETWORK
+) -> list[list[int]]:
     """Bytes by place and precision, on this rank."""
-    return [[engine_bytes(config_of(*at, p), world_size) for p in PRECISIONS] for at in PLACES]
+    return [
+        [engine_bytes(config_of(*at, p), world_size, network) for p in PRECISIONS] for at in places
+    ]
 
 
 def main() -> None:

@@ -185,8 +185,9 @@ class ClusterConfig:
     teachers: TeacherPoolConfig = field(default_factory=TeacherPoolConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     object_store_bytes: int = 200_000_000
-    # FLOP/s of one worker's device: `estimate` assumes it keeps them up; `mfu` is a share of them.
-    device_flops: float = 2e10
+    device_flops: float = 2e10  # FLOP/s that `estimate` assumes one worker's device to keep up
+    # Its peak in the working precision, by its data sheet: `mfu` is a share of it. 0: not known.
+    device_peak_flops: float = 0.0
     device_cost_per_hour: float = 0.0  # for `estimate`; 0 leaves the cost out
     slurm: SlurmConfig | None = None  # for `submit`
 

@@ -68,10 +68,10 @@ def objective_of(job: TrainJob) -> ObjectiveConfig:
 
 
 def work_of(job: TrainJob) -> Work:
-    """FLOP of a sample by formula, recomputed blocks left out, and the device to compare with."""
+    """FLOP of a sample by formula, recomputed blocks left out, and the peak to compare with."""
     forward = network_cost(job.config.student, job.config.data.image).flops
     per_sample = objective_calls(objective_of(job)).in_forwards * forward
-    return Work(float(per_sample), job.config.cluster.device_flops)
+    return Work(float(per_sample), job.config.cluster.device_peak_flops)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Stop signals in the ranks of a trainer group. Light: Ray Train's controller imports it too.
 
 A rank that gets SIGTERM or SIGUSR1 sets a flag; the loop sees it at the next step, saves and ends.
+What a rank forks, such as a loader's worker, takes these signals as the system has it: it ends.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 stop_signal = threading.Event()
 
 
@@ -25,7 +28,7 @@ class SignalBackend(_TorchBackend):
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
         super().on_start(worker_group, backend_config)
-        worker_group.execute(_catchstop_signals)
+        worker_group.execute(catch_stop_signals)
 
 
 @dataclass
@@ -37,6 +40,19 @@ class SignalConfig(TorchConfig):
         return SignalBackend
 
 
-def _catchstop_signals() -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda *_: stop_signal.set())
+def catch_stop_signals() -> None:
+    """From now on a stop signal sets `stop_signal` in this process. For its main thread."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, _note)
+    os.register_at_fork(after_in_child=_leave_to_the_system)
+
+
+def _note(*_: Any) -> None:
+    stop_signal.set()
+
+
+def _leave_to_the_system() -> None:
+    """In a forked child: the flag there is a copy that nobody reads, and no signal would end it."""
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is _note:
+            signal.signal(number, signal.SIG_DFL)

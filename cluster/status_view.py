@@ -94,8 +94,8 @@ def _training(train: dict[str, Any]) -> Iterator[tuple[str, str]]:
         phases = train["phases_s"].items()
         yield "a step", ", ".join(f"{name} {_number(s * 1e3, ' ms')}" for name, s in phases)
     if train["flops_per_s"] is not None:
-        speed = f"{_number(train['flops_per_s'])} FLOP/s by formula"
-        yield "work", f"{speed}, {train['mfu']:.1%} of cluster.device_flops"
+        share = "" if train["mfu"] is None else f", {train['mfu']:.1%} of the peak of the devices"
+        yield "work", f"{_number(train['flops_per_s'])} FLOP/s by formula{share}"
     if train["peak_memory_bytes"] is not None:
         yield "peak memory", f"{train['peak_memory_bytes']:,} bytes, of the largest rank"
     wait = train["data_wait_fraction"]

@@ -202,8 +202,8 @@ def step_split(facts: Facts) -> str:
     whole = sum(phases.values()) or 1.0
     rows = [[name, f"{number(1e3 * s)} ms", f"{s / whole:.1%}"] for name, s in phases.items()]
     last = facts.metrics[-1]
-    if "mfu" in last:
-        share = f"{last['mfu']:.1%} of cluster.device_flops"
+    if "flops_per_s" in last:
+        share = f"{last['mfu']:.1%} of the peak of the devices" if "mfu" in last else ""
         rows.append(["work, last", f"{last['flops_per_s']:.3g} FLOP/s", share])
     if "peak_memory_bytes" in last:
         rows.append(["peak memory of a rank", size(last["peak_memory_bytes"]), ""])

@@ -34,11 +34,11 @@ class Work:
 
     Attributes:
         flops_per_sample: of one sample in one step, the pass back included.
-        device_flops: FLOP/s of the device of one rank, for comparison.
+        peak_flops: FLOP/s of the device of one rank at most, for comparison; 0 where unknown.
     """
 
     flops_per_sample: float
-    device_flops: float
+    peak_flops: float
 
 
 @dataclass(frozen=True)
@@ -184,8 +184,9 @@ class TrainLog:
         }
         if self._work is not None:
             achieved = self._work.flops_per_sample * samples / wall
-            devices = self._engine.world_size * self._work.device_flops
-            speed |= {"flops_per_s": achieved, "mfu": achieved / devices}
+            speed["flops_per_s"] = achieved
+            if self._work.peak_flops > 0:
+                speed["mfu"] = achieved / (self._engine.world_size * self._work.peak_flops)
         return speed
 
     def _metrics(self, done: int, values: Tensor, speed: dict[str, Any]) -> None:

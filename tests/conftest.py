@@ -24,8 +24,11 @@ PAGE = 5
 TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
 MEASURED = pytest.StashKey[list[str]]()
 
-# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds.
-multiprocessing.set_forkserver_preload(["cluster.zero", "distill.testing"])
+# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds; and
+# what a first engine of DeepSpeed imports besides.
+multiprocessing.set_forkserver_preload(
+    ["cluster.zero", "distill.testing", "torch._inductor.compile_fx"]
+)
 
 
 @pytest.fixture

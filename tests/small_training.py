@@ -64,8 +64,15 @@ def read_share(step: int, rank: int, world_size: int, size: int = 8) -> Trajecto
     )
 
 
-def fit(engine, root: str | Path, config: TrainConfig, objective=None, until: int = 10**6) -> int:
-    """Trains on from what is in `root`, to the end or to step `until`."""
+def fit(
+    engine,
+    root: str | Path,
+    config: TrainConfig,
+    objective=None,
+    until: int = 10**6,
+    is_asked=lambda: False,
+) -> int:
+    """Trains on from what is in `root`, to the end, to step `until`, or until it is asked."""
     last = [0]
 
     def read(step: int) -> TrajectoryBatch:
@@ -80,7 +87,7 @@ def fit(engine, root: str | Path, config: TrainConfig, objective=None, until: in
         RunDir(Path(root)),
         origin={},
         wait_s=lambda: 0.0,
-        should_stop=lambda: last[0] + 1 >= until,
+        should_stop=lambda: is_asked() or last[0] + 1 >= until,
     )
 
 
@@ -92,6 +99,13 @@ def zero_engine(config: TrainConfig):
     from cluster.zero import DeepSpeedEngine
 
     return DeepSpeedEngine(moved_network(), config, CPU)
+
+
+def allow_fp16() -> None:
+    """DeepSpeed wants a processor with instructions for fp16; torch computes it without them."""
+    import deepspeed
+
+    deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
 
 def moved_network():

@@ -102,10 +102,10 @@ def test_a_student_of_another_shape_starts_fresh_and_says_so(tmp_path):
 
 
 def test_the_work_of_a_step_is_that_of_the_estimate(tmp_path):
-    job = job_in(tmp_path, "train.batch_size=32", "cluster.device_flops=3e9")
+    job = job_in(tmp_path, "train.batch_size=32", "cluster.device_peak_flops=3e9")
     found = estimate(job.config, None)["formula"]["flops"]
     for stage, settings in (("pretrain", job.config.pretrain.train), ("train", job.config.train)):
         work = work_of(TrainJob(stage, job.config, None, tmp_path))
         samples = settings.max_steps * settings.batch_size
         assert samples * work.flops_per_sample == found[stage]
-        assert work.device_flops == 3e9
+        assert work.peak_flops == 3e9

@@ -77,6 +77,12 @@ def test_where_a_step_spends_its_time_is_shown(run):
         assert words in text
 
 
+def test_without_the_peak_of_the_device_the_work_is_no_share_of_anything(run):
+    append_line(run.metrics, {"step": 2, "loss": 0.5, "flops_per_s": 2e9})
+    text = shown(status(run))
+    assert "2e+09 FLOP/s by formula" in text and "peak" not in text
+
+
 def test_open_leases_are_those_without_an_end():
     events = [
         {"time": 0, "kind": "lease", "shard": 0, "worker": "a"},

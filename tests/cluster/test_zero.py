@@ -10,6 +10,7 @@ from small_training import (
     EVERY_TERM,
     OFFLOADED,
     PLACES,
+    allow_fp16,
     assert_same_run,
     assert_same_state,
     config_of,
@@ -52,13 +53,6 @@ class SteepOnRankOne:
         result.terms["steep"] = zero.sqrt() if breaks else zero
         result.weights["steep"] = 1.0
         return result
-
-
-def allow_fp16() -> None:
-    """DeepSpeed wants a processor with instructions for fp16; torch computes it without them."""
-    import deepspeed
-
-    deepspeed.get_accelerator().is_fp16_supported = lambda: True
 
 
 def steep_rank(rank: int, world_size: int, root: str, settings: dict) -> list[str]:
@@ -176,9 +170,14 @@ def one_process(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_three_steps_on_two_ranks_are_those_of_the_single_process(two_ranks, one_process, case):
-    """Averages as near as weights: some of these losses have gradients that are mostly rounding."""
+    """Averages as near as their weights: at most 1.5e-6 off, where a gradient is mostly rounding.
+
+    Adam divides such a gradient by its own size. It is in consistency and meanflow, at stages 2
+    and 3, and the average is off by what its weight is, entry for entry. That an average adds
+    nothing of its own, `test_zero_state` says: it is the recursion over its own engine's masters.
+    """
     stage, name = case
-    assert_same_run(two_ranks / f"{stage}-{name}", one_process / name, 3, average_rtol=1e-3)
+    assert_same_run(two_ranks / f"{stage}-{name}", one_process / name, 3, average_rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -186,7 +185,7 @@ def test_three_steps_on_two_ranks_are_those_of_the_single_process(two_ranks, one
 def test_so_are_three_steps_on_four_ranks(tmp_path, one_process):
     run_ranks(objectives_rank, 4, tmp_path / "ranks", str(tmp_path), CASES)
     for stage, name in CASES:
-        assert_same_run(tmp_path / f"{stage}-{name}", one_process / name, 3, average_rtol=1e-3)
+        assert_same_run(tmp_path / f"{stage}-{name}", one_process / name, 3, average_rtol=1e-4)
 
 
 # -----------------------------------------------------------------------------------------------

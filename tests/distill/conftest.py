@@ -24,7 +24,7 @@ class TinyTraining(NamedTuple):
     batch: TrajectoryBatch
     image: ImageSpec = ImageSpec(1, 4, 3)
     network: DiTConfig = DiTConfig(patch_size=2, width=8, depth=1, num_heads=1)
-    work: Work = Work(flops_per_sample=1e3, device_flops=1e6)
+    work: Work = Work(flops_per_sample=1e3, peak_flops=1e6)
 
     def fit(self, root, steps, read=None, objective=None, stop=lambda: False, **settings):
         """Trains to step `steps`; the engine."""

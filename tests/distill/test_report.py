@@ -45,7 +45,7 @@ def test_the_time_of_a_step_is_split(page):
     for row in (
         ("forward", "400 ms", "88.9%"),
         ("data", "50 ms", "11.1%"),
-        ("work, last", "4e+09 FLOP/s", "12.5% of cluster.device_flops"),
+        ("work, last", "4e+09 FLOP/s", "12.5% of the peak of the devices"),
         ("peak memory of a rank", size(3_000_000_000), ""),
     ):
         assert "".join(f"<td>{cell}</td>" for cell in row) in page

@@ -21,7 +21,7 @@ from distill.objectives import build_objective
 from distill.phases import PHASES, PhaseClock
 from distill.rundir import RunDir, read_lines
 from distill.tensorboard import scalars
-from distill.train_log import FEWEST, HISTORY, Losses, TrainLog, stands_out
+from distill.train_log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
 
 CPU = torch.device("cpu")
 
@@ -71,6 +71,13 @@ def test_metrics_say_where_the_time_goes_and_what_was_achieved(tmp_path, fit):
         assert line["flops_per_s"] == pytest.approx(1e3 * line["samples_per_s"])
         assert line["mfu"] == pytest.approx(line["flops_per_s"] / 1e6)
         assert line["peak_memory_bytes"] > 10**7
+
+
+def test_mfu_is_said_only_against_a_known_peak(tmp_path, tiny):
+    unknown = Work(flops_per_sample=1e3, peak_flops=0.0)
+    tiny._replace(work=unknown).fit(tmp_path, 5, log_every=5)
+    (line,) = read_lines(RunDir(tmp_path).metrics)
+    assert line["flops_per_s"] > 0 and "mfu" not in line
 
 
 def test_a_mean_step_is_weighted_by_steps():
