@@ -26,7 +26,7 @@ FINAL = (
     CheckpointError,
     TrainingError,
     StreamError,
-)  # a restart would only repeat these
+)  # a restart would only repeat these; a save that failed (SaveError) may succeed the next time
 
 
 def fit(job: TrainJob, ranks: int, name: str) -> int:
