@@ -24,8 +24,11 @@ PAGE = 5
 TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
 MEASURED = pytest.StashKey[list[str]]()
 
-# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds.
-multiprocessing.set_forkserver_preload(["cluster.zero", "distill.testing"])
+# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds. An
+# optimizer of torch imports torch._dynamo, which takes seconds more.
+multiprocessing.set_forkserver_preload(
+    ["cluster.zero", "distill.testing", "distill.objectives", "distill.train", "torch._dynamo"]
+)
 
 
 @pytest.fixture
