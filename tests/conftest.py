@@ -24,10 +24,11 @@ PAGE = 5
 TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
 MEASURED = pytest.StashKey[list[str]]()
 
-# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds. An
-# optimizer of torch imports torch._dynamo, which takes seconds more.
+# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds. What
+# an optimizer of torch and DeepSpeed's start import besides takes seconds more.
+LAZY = ["torch._dynamo", "networkx"]
 multiprocessing.set_forkserver_preload(
-    ["cluster.zero", "distill.testing", "distill.objectives", "distill.train", "torch._dynamo"]
+    ["cluster.zero", "distill.testing", "distill.objectives", "distill.train", *LAZY]
 )
 
 
