@@ -134,7 +134,7 @@ def commit(
         logger.warning("no older checkpoint goes, since the new one is bad: %s", problems)
     elif ranks.rank == 0:
         with _only_warning(f"{checkpoints} could not be tidied up"):
-            _retain(checkpoints, keep_last, keep_every)
+            _retain(checkpoints, snapshot.step, keep_last, keep_every)
     return int(sizes.sum())
 
 
@@ -153,13 +153,14 @@ def _publish(staging: Path, final: Path) -> None:
         write_atomic(final.parent / LATEST, f"{final.name}\n".encode())
 
 
-def _retain(checkpoints: Path, keep_last: int, keep_every: int) -> None:
-    """Takes away all but the newest `keep_last`, and stale staging. The newest has been verified.
+def _retain(checkpoints: Path, verified: int, keep_last: int, keep_every: int) -> None:
+    """Takes away all but the newest `keep_last` up to step `verified`, and stale staging.
 
-    Multiples of `keep_every` move to the folder KEPT, the others are deleted.
+    Newer ones did not verify at the start, so they do not count, and stay until training comes to
+    their step. Multiples of `keep_every` move to the folder KEPT, the others are deleted.
     """
-    newest_first = list(reversed(committed_steps(checkpoints).items()))
-    for step, folder in newest_first[keep_last:]:
+    there = [(step, f) for step, f in committed_steps(checkpoints).items() if step <= verified]
+    for step, folder in there[::-1][keep_last:]:
         with _only_warning(f"{folder} could not be taken away"):
             if keep_every and step % keep_every == 0:
                 _keep(folder, checkpoints)

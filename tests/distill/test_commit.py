@@ -214,3 +214,13 @@ def test_older_ones_stay_and_a_warning_says_so_when_the_new_one_is_bad(
     shutil.rmtree(tmp_path / "step_00000002")
     assert save(tmp_path, 4, keep_last=1) == [None] * 4  # written anew, the bad one kept aside
     assert latest_verified(tmp_path)[0] == 4 and len(list(tmp_path.glob("*.bad-*"))) == 1
+
+
+def test_a_newer_one_that_is_bad_does_not_count(tmp_path):
+    """The run fell back behind step 6, and was asked to stop before it came there again."""
+    for step in (2, 4, 6):
+        save(tmp_path, step, keep_last=9)
+    (tmp_path / "step_00000006" / "rank_00003.safetensors").unlink()
+    assert save(tmp_path, 5, keep_last=1) == [None] * 4
+    assert list(committed_steps(tmp_path)) == [5, 6]
+    assert results(2, lambda ranks: agreed_latest(tmp_path, ranks)) == [5, 5]
