@@ -22,7 +22,7 @@ from cluster.config import RunConfig
 from cluster.job import stream_order
 from cluster.plan import StreamPlan
 from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check
-from distill.manifest import committed_steps, verify
+from distill.manifest import committed_steps, verify_once
 from distill.order import Order
 from distill.rundir import RunDir, append_line, write_json
 from distill.store import committed, open_store
@@ -88,8 +88,8 @@ def ranges_of(shards: set[int]) -> list[tuple[int, int]]:
 
 def oldest_verified(checkpoints: Path) -> int:
     """Step of the oldest checkpoint that verifies; 0 when there is none."""
-    sound = (step for step, folder in committed_steps(checkpoints).items() if not verify(folder))
-    return next(sound, 0)
+    there = committed_steps(checkpoints).items()
+    return next((step for step, folder in there if not verify_once(folder)), 0)
 
 
 class OldestCheckpoint:

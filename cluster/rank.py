@@ -20,12 +20,13 @@ from cluster.job import TrainJob, stream_order
 from cluster.netcost import network_cost
 from cluster.watchdog import ending_when_hung
 from cluster.zero import DeepSpeedEngine
+from distill.agree import agreed_latest
 from distill.allocator import keep_freed_memory
 from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import Engine
 from distill.export import export_checkpoint
-from distill.manifest import latest_verified, step_name
+from distill.manifest import step_name
 from distill.models import DESCRIPTION, load_model
 from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
@@ -218,7 +219,8 @@ def train_with_exports(
 ) -> int:
     """Steps done. Stops at every export, which saves, exports, and goes on."""
     position = Position(source)
-    done = _agreed_step(job.run, engine)
+    done = agreed_latest(job.run.checkpoints, engine)
+    start: int | None = done
     for end in sorted({*job.exports, job.train.max_steps}):
 
         def is_enough(end: int = end) -> bool:
@@ -235,18 +237,14 @@ def train_with_exports(
                 wait_s=lambda: source.wait_s,
                 should_stop=is_enough,
                 work=work_of(job),
+                start=start,
             )
+            start = None  # what was saved since is verified before it is loaded
         if done < end:
             return done
         if end in job.exports and engine.rank == 0:
             export_model(job, end, done)
     return done
-
-
-def _agreed_step(run: RunDir, engine: Engine) -> int:
-    """Step of the newest verified checkpoint as rank 0 sees it. Collective."""
-    found = latest_verified(run.checkpoints) if engine.rank == 0 else None
-    return int(engine.gather(torch.tensor(found[0] if found else 0))[0])
 
 
 @contextmanager

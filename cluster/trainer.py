@@ -27,7 +27,7 @@ FINAL = (
     CheckpointError,
     TrainingError,
     StreamError,
-)  # a restart would only repeat these
+)  # a restart would only repeat these; a save that failed (SaveError) may succeed the next time
 
 # Its other limits are -1, for ever: ranks that do not start, a node that is drained.
 NEVER_AGAIN = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)

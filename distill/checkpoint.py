@@ -1,16 +1,20 @@
-"""Checkpoint commit and load: staging -> manifest -> rename -> pointer.
+"""Checkpoint commit and load: staging -> manifest -> rename -> pointer -> verified -> retention.
 
 Every rank writes the pieces of the state it holds (`engine.Fragment`) to one safetensors file.
 Pieces are of named tensors, so a checkpoint opens at any world size: each rank reads the ranges it
-needs, without a conversion. `distill.manifest` says which checkpoints are whole.
+needs, without a conversion. `distill.manifest` says which checkpoints are whole, `distill.agree`
+how ranks share the reading that takes.
 """
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 import uuid
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,19 +25,21 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
+from distill.agree import agreed_latest, raise_together, verify_together
 from distill.engine import Engine, FragmentReader, Peers, average_kind
 from distill.manifest import (
     KEPT,
     LATEST,
     MANIFEST,
     CheckpointError,
+    SaveError,
     committed_steps,
-    latest_verified,
     read_manifest,
     step_name,
-    verify,
 )
 from distill.rundir import sync_directory, write_atomic, write_json
+
+logger = logging.getLogger(__name__)
 
 FORMAT = 1
 SEPARATOR = "|"  # between kind, parameter name and start in a tensor's key
@@ -84,8 +90,11 @@ def commit(
 ) -> int:
     """Bytes of the checkpoint that is there now. Collective: all ranks call it.
 
+    Older ones go once the new one verifies. Where they cannot, or where it does not, they stay, a
+    warning says so, and the next save tries again: the new one is there.
+
     Raises:
-        CheckpointError: on every rank, when any rank failed. Nothing half-written stays.
+        SaveError: on every rank, when any rank failed, with its reason. Nothing half-written stays.
     """
     nonce = int(ranks.gather(torch.tensor(uuid.uuid4().int % 2**62))[0])
     final = checkpoints / step_name(snapshot.step)
@@ -98,22 +107,34 @@ def commit(
         digest, size = hashlib.sha256(data).digest(), len(data)
     except OSError as error:
         failure = f"rank {ranks.rank} could not write {staging}: {error}"
-    _raise_together(ranks, failure, staging)
+    _end_together(ranks, failure, staging)
 
     digests = ranks.gather(torch.frombuffer(bytearray(digest), dtype=torch.uint8))
     sizes = ranks.gather(torch.tensor(size))
+    # The run may have fallen back behind this step and come here again.
+    is_there = ranks.any(ranks.rank == 0 and final.exists())
+    is_whole = is_there and not verify_together(final, ranks)
     if ranks.rank == 0:
         files = {
             _rank_file(rank): {"bytes": int(sizes[rank]), "sha256": bytes(digests[rank]).hex()}
             for rank in range(ranks.world_size)
         }
         try:
-            write_json(staging / MANIFEST, {**snapshot.about, "files": files})
-            _publish(staging, final)
-            _retain(checkpoints, keep_last, keep_every)
+            if is_whole:
+                shutil.rmtree(staging)
+            else:
+                write_json(staging / MANIFEST, {**snapshot.about, "files": files})
+                _publish(staging, final)
         except OSError as error:
             failure = f"rank 0 could not commit {final}: {error}"
-    _raise_together(ranks, failure, staging)
+    _end_together(ranks, failure, staging)
+
+    problems = [] if is_whole else verify_together(final, ranks)
+    if ranks.rank == 0 and problems:
+        logger.warning("no older checkpoint goes, since the new one is bad: %s", problems)
+    elif ranks.rank == 0:
+        with _only_warning(f"{checkpoints} could not be tidied up"):
+            _retain(checkpoints, snapshot.step, keep_last, keep_every)
     return int(sizes.sum())
 
 
@@ -123,39 +144,40 @@ def _rank_file(rank: int) -> str:
 
 def _publish(staging: Path, final: Path) -> None:
     """Renames the staged folder into place and moves the pointer."""
-    if final.exists():  # the run fell back behind this step and came here again
-        if verify(final):
-            final.rename(final.with_name(f"{final.name}.bad-{uuid.uuid4().hex[:8]}"))
-        else:
-            shutil.rmtree(staging)
-    if staging.exists():
-        sync_directory(staging)
-        staging.rename(final)
+    if final.exists():  # it does not verify
+        final.rename(final.with_name(f"{final.name}.bad-{uuid.uuid4().hex[:8]}"))
+    sync_directory(staging)
+    staging.rename(final)
     sync_directory(final.parent)
-    write_atomic(final.parent / LATEST, f"{final.name}\n".encode())
+    with _only_warning(f"{final.parent / LATEST} names an older checkpoint now"):
+        write_atomic(final.parent / LATEST, f"{final.name}\n".encode())
 
 
-def _retain(checkpoints: Path, keep_last: int, keep_every: int) -> None:
-    """Takes away all but the newest `keep_last` once the newest verifies, and stale staging.
+def _retain(checkpoints: Path, verified: int, keep_last: int, keep_every: int) -> None:
+    """Takes away all but the newest `keep_last` up to step `verified`, and stale staging.
 
-    Multiples of `keep_every` move to the folder KEPT, the others are deleted.
+    Newer ones did not verify at the start, so they do not count, and stay until training comes to
+    their step. Multiples of `keep_every` move to the folder KEPT, the others are deleted.
     """
-    newest_first = list(reversed(committed_steps(checkpoints).items()))
-    if not newest_first or verify(newest_first[0][1]):
-        return
-    for step, folder in newest_first[keep_last:]:
-        if keep_every and step % keep_every == 0:
-            kept = checkpoints / KEPT / folder.name
-            kept.parent.mkdir(exist_ok=True)
-            if kept.exists():  # from before the run fell back behind this step
-                _delete(kept, checkpoints)
-            folder.rename(kept)
-        else:
-            _delete(folder, checkpoints)
+    there = [(step, f) for step, f in committed_steps(checkpoints).items() if step <= verified]
+    for step, folder in there[::-1][keep_last:]:
+        with _only_warning(f"{folder} could not be taken away"):
+            if keep_every and step % keep_every == 0:
+                _keep(folder, checkpoints)
+            else:
+                _delete(folder, checkpoints)
     for folder in checkpoints.glob("step_*.tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)
     for pointer in checkpoints.glob(f".{LATEST}.tmp-*"):
         pointer.unlink(missing_ok=True)
+
+
+def _keep(folder: Path, checkpoints: Path) -> None:
+    kept = checkpoints / KEPT / folder.name
+    kept.parent.mkdir(exist_ok=True)
+    if kept.exists():  # from before the run fell back behind this step
+        _delete(kept, checkpoints)
+    folder.rename(kept)
 
 
 def _delete(folder: Path, checkpoints: Path) -> None:
@@ -165,12 +187,23 @@ def _delete(folder: Path, checkpoints: Path) -> None:
     shutil.rmtree(doomed, ignore_errors=True)  # the next save tries again
 
 
-def _raise_together(ranks: Peers, failure: str, staging: Path) -> None:
-    """Raises CheckpointError on all ranks when `failure` is not empty on any."""
-    if ranks.any(bool(failure)):
+@contextmanager
+def _only_warning(what: str) -> Iterator[None]:
+    """Errors of the file system in here end no training: the new checkpoint is there."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("%s, and the next save tries again: %s", what, error)
+
+
+def _end_together(ranks: Peers, failure: str, staging: Path) -> None:
+    """Raises SaveError on all ranks when `failure` is not empty on any; nothing staged stays."""
+    try:
+        raise_together(ranks, failure, SaveError)
+    except SaveError:
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
-        raise CheckpointError(failure or "another rank could not write its part of the checkpoint")
+        raise
 
 
 # -----------------------------------------------------------------------------------------------
@@ -180,28 +213,30 @@ def _raise_together(ranks: Peers, failure: str, staging: Path) -> None:
 def load_latest(checkpoints: Path, engine: Engine) -> int:
     """Steps done: loads the newest checkpoint that verifies into the engine; 0 when there is none.
 
-    Collective. Rank 0 verifies and decides for all.
+    Collective.
 
     Raises:
-        CheckpointError: checkpoints exist and none verifies, or it is of another network.
+        CheckpointError: on every rank: checkpoints exist and none verifies, or it is of another
+            network.
     """
-    step, failure = 0, ""
-    if engine.rank == 0:
-        try:
-            found = latest_verified(checkpoints)
-            step = found[0] if found else 0
-        except CheckpointError as error:
-            failure = str(error)
-    if engine.any(bool(failure)):
-        raise CheckpointError(failure or "rank 0 found no checkpoint that verifies")
-    step = int(engine.gather(torch.tensor(step))[0])
-    if step > 0:
-        folder = checkpoints / step_name(step)
-        ours, theirs = engine.describe()["parameters"], read_manifest(folder)["parameters"]
-        if ours != theirs:
-            raise CheckpointError(f"{folder}: its parameters are not those of this network")
-        engine.load(fragment_reader(folder), step)
+    step = agreed_latest(checkpoints, engine)
+    load_verified(checkpoints, step, engine)
     return step
+
+
+def load_verified(checkpoints: Path, step: int, engine: Engine) -> None:
+    """Loads the checkpoint of `step`, which `agreed_latest` has verified; none when `step` is 0.
+
+    Raises:
+        CheckpointError: on every rank: it is of another network.
+    """
+    if step == 0:
+        return
+    folder = checkpoints / step_name(step)
+    ours, theirs = engine.describe()["parameters"], read_manifest(folder)["parameters"]
+    if ours != theirs:
+        raise CheckpointError(f"{folder}: its parameters are not those of this network")
+    engine.load(fragment_reader(folder), step)
 
 
 def fragment_reader(folder: Path) -> FragmentReader:

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint import latest_verified, read_average
+from distill.checkpoint import read_average
 from distill.config import ConfigError, ImageSpec, NetworkConfig, check
+from distill.manifest import latest_verified
 from distill.models import DESCRIPTION, network_config, save_model
 from distill.networks import build_network
 from distill.rundir import RunDir

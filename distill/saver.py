@@ -15,9 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from distill.agree import raise_together
 from distill.checkpoint import Snapshot, commit, take_snapshot
 from distill.config import TrainConfig
 from distill.engine import Engine, Peers
+from distill.manifest import SaveError
 
 
 class Saver:
@@ -60,7 +62,7 @@ class Saver:
         """Waits for the last save.
 
         Raises:
-            CheckpointError: it failed.
+            SaveError: it failed, on every rank.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -70,7 +72,7 @@ class Saver:
         """Saves the state after `step` steps.
 
         Raises:
-            CheckpointError: that failed, or the save before it did.
+            SaveError: that failed, or the save before it did, on every rank.
         """
         started = time.monotonic()
         self.wait()
@@ -89,4 +91,9 @@ class Saver:
         seconds = time.monotonic() - started
         stalled = seconds if stall_s is None else stall_s
         times = {"seconds": round(seconds, 4), "stall_s": round(stalled, 4)}
-        self._committed({"kind": "save", "step": snapshot.step, "bytes": size, **times})
+        failure = ""
+        try:
+            self._committed({"kind": "save", "step": snapshot.step, "bytes": size, **times})
+        except OSError as error:  # rank 0 alone writes events, and the others must not go on
+            failure = f"step {snapshot.step} is saved, and no event could say so: {error}"
+        raise_together(ranks, failure, SaveError)

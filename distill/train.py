@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from distill.checkpoint import load_latest
+from distill.checkpoint import load_latest, load_verified
 from distill.config import TrainConfig
 from distill.engine import Engine
 from distill.objectives.base import Objective
@@ -43,20 +43,26 @@ def train(
     wait_s: Callable[[], float],
     should_stop: Callable[[], bool],
     work: Work | None = None,
+    start: int | None = None,
 ) -> int:
     """Steps done when it stopped: `config.max_steps`, or fewer when asked to stop.
 
-    Resumes from the newest checkpoint that verifies. `read(step)` gives this rank's part of global
-    batch `step`, or None when it was told to stop while it waited for data; `wait_s()` the seconds
-    spent waiting for data so far; `origin` is what manifests say of the run; `work` what a sample
-    costs, if a formula knows. Collective: every rank of the engine calls it; rank 0 writes logs.
+    Resumes from the newest checkpoint that verifies. Who has just asked `agreed_latest` for it
+    gives its step as `start`, and nothing is verified twice. `read(step)` gives this rank's part of
+    global batch `step`, or None when it was told to stop while it waited for data; `wait_s()` the
+    seconds spent waiting for data so far; `origin` is what manifests say of the run; `work` what a
+    sample costs, if a formula knows. Collective: every rank calls it; rank 0 writes the logs.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the state before that step is saved.
-        CheckpointError: a save failed, or no checkpoint can be opened.
+        SaveError: on every rank: a save failed on one of them, with its reason.
+        CheckpointError: on every rank: no checkpoint can be opened.
     """
     accumulation = config.accumulation(engine.world_size)
-    start = load_latest(run.checkpoints, engine)
+    if start is None:
+        start = load_latest(run.checkpoints, engine)
+    else:
+        load_verified(run.checkpoints, start, engine)
     with (
         TrainLog(engine, run, start, wait_s, work, config) as log,
         Saver(run.checkpoints, engine, config, origin, log.event) as saver,

@@ -24,10 +24,11 @@ PAGE = 5
 TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
 MEASURED = pytest.StashKey[list[str]]()
 
-# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds; and
-# what a first engine of DeepSpeed imports besides.
+# Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds. What a
+# first engine of DeepSpeed imports besides takes seconds more.
+LAZY = ["torch._inductor.compile_fx", "networkx"]
 multiprocessing.set_forkserver_preload(
-    ["cluster.zero", "distill.testing", "torch._inductor.compile_fx"]
+    ["cluster.zero", "distill.testing", "distill.objectives", "distill.train", *LAZY]
 )
 
 

@@ -1,13 +1,17 @@
 """What a run has already got: results count only for the checkpoint and settings asked for."""
 
 import json
+import os
 import shutil
 
 import pytest
 
 from cluster.compose import compose
-from cluster.facts import results_are_current
+from cluster.eviction import oldest_verified
+from cluster.facts import results_are_current, steps_done
+from distill import manifest
 from distill.evaluate import evaluate
+from distill.manifest import sha256_file
 from distill.rundir import RunDir, write_json
 
 TEACHER = "teacher.pretrained.path"
@@ -58,3 +62,20 @@ def test_results_of_another_step_or_of_an_older_version_are_not_current(run):
             assert not results_are_current(tiny(run), run)
     finally:
         write_json(run.results, results)
+
+
+def test_a_supervisor_reads_a_checkpoint_once_until_somebody_touches_it(
+    tmp_path, monkeypatch, write_checkpoint
+):
+    run, read = RunDir(tmp_path / "run"), []
+    monkeypatch.setattr(
+        manifest, "sha256_file", lambda path: read.append(path.parent.name) or sha256_file(path)
+    )
+    old, new = (write_checkpoint(run, step) for step in (2, 4))
+    os.utime(new / "data", (1e9, 1e9))  # long ago: a file system's clock may tick slowly
+    assert [steps_done(run) for _ in range(3)] == [4] * 3
+    assert [oldest_verified(run.checkpoints) for _ in range(3)] == [2] * 3
+    assert read == [new.name, old.name]
+    (new / "data").write_bytes(b"weighty")
+    assert steps_done(run) == 2
+    assert read == [new.name, old.name, new.name]

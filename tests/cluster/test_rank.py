@@ -9,9 +9,11 @@ from cluster.compose import compose
 from cluster.job import TrainJob
 from cluster.plan import estimate
 from cluster.rank import Images, initial_network, train_with_exports, work_of
+from distill import manifest
 from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import TorchEngine
+from distill.manifest import sha256_file
 from distill.models import load_model
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
@@ -64,6 +66,18 @@ def test_a_stop_saves_and_the_next_start_goes_on(tmp_path):
     job = job_in(tmp_path, "pretrain.export_steps=[2]")
     assert run(job, stop_at=1)[1:] == (1, [0])
     assert run(job)[1:] == (4, [1, 2, 3])
+
+
+def test_a_start_reads_the_checkpoint_once(tmp_path, monkeypatch):
+    """Before it is loaded. What the start itself saves is read once too."""
+    job = job_in(tmp_path, "pretrain.export_steps=[]")
+    run(job, stop_at=2)
+    read = []
+    monkeypatch.setattr(
+        manifest, "sha256_file", lambda path: read.append(path.parent.name) or sha256_file(path)
+    )
+    assert run(job)[1:] == (4, [2, 3])
+    assert read == ["step_00000002", "step_00000004"]
 
 
 def test_a_kill_between_save_and_export_costs_no_training(tmp_path):

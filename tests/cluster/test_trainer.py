@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import (
     DefaultFailurePolicy,
@@ -16,12 +17,13 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 from small_training import config_of, read_share, single_engine, zero_engine
 
-from cluster import rank as rank_module
+from cluster import rank, trainer
 from cluster.rank import _only_trainer
 from cluster.signals import stop_signal
-from cluster.trainer import NEVER_AGAIN, is_told_to_stop
+from cluster.trainer import NEVER_AGAIN, final_error, is_told_to_stop, train_rank
+from distill.config import ConfigError
 from distill.engine import TorchEngine
-from distill.manifest import committed_steps
+from distill.manifest import CheckpointError, SaveError, committed_steps
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.rundir import RunDir, read_lines
@@ -51,6 +53,33 @@ def test_a_signal_to_one_rank_reaches_those_that_wait(job):
     finally:
         stop_signal.clear()
     assert is_told_to_stop(job)  # as the others see it
+
+
+@pytest.fixture
+def fail(job, monkeypatch):
+    """error -> the final one that a rank leaves behind when it raises that."""
+    monkeypatch.setattr(trainer, "get_device", lambda: torch.device("cpu"))
+
+    def leave(error):
+        def raise_it(*args):
+            raise error
+
+        monkeypatch.setattr(rank, "run_rank", raise_it)
+        with pytest.raises(type(error), match=str(error)):
+            train_rank({"job": job})
+        return final_error(job)
+
+    return leave
+
+
+@pytest.mark.parametrize("kind", [ConfigError, CheckpointError])
+def test_what_a_restart_would_only_repeat_is_left_behind(fail, kind):
+    found = fail(kind("no checkpoint can be opened"))
+    assert type(found) is kind and str(found) == "no checkpoint can be opened"
+
+
+def test_a_save_that_failed_lets_the_ranks_start_again(fail):
+    assert fail(SaveError("rank 1 could not write step 4: Input/output error")) is None
 
 
 # -----------------------------------------------------------------------------------------------
@@ -122,7 +151,7 @@ def test_a_second_group_waits_for_the_ranks_of_the_first(tmp_path, other_group):
 
 
 def test_a_second_group_says_what_it_waited_for(tmp_path, other_group, monkeypatch):
-    monkeypatch.setattr(rank_module, "LOCK_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(rank, "LOCK_TIMEOUT_S", 0.3)
     process = other_group(60)
     words = rf"ranks of an earlier start have held {RunDir(tmp_path).trainer_lock} for 0\.3 s"
     with pytest.raises(RuntimeError, match=words), _only_trainer(RunDir(tmp_path), engine()):

@@ -21,6 +21,7 @@ from distill.engine import TorchEngine
 from distill.manifest import (
     KEPT,
     CheckpointError,
+    SaveError,
     committed_steps,
     latest_verified,
     read_manifest,
@@ -99,7 +100,7 @@ def test_a_full_disk_leaves_no_trace_and_says_so(tmp_path, monkeypatch, fit):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_atomic", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(SaveError, match="No space left on device"):
         fit(tmp_path, 10, save_every=4)
     assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
 
@@ -274,7 +275,7 @@ def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatc
 
     monkeypatch.setattr("distill.train.Saver", Known)
     monkeypatch.setattr(checkpoint, "write_atomic", full)
-    with pytest.raises(CheckpointError, match="No space left on device"):
+    with pytest.raises(SaveError, match="No space left on device"):
         fit(tmp_path, 100, read, save_every=4, save_async=True)
     assert seen[0] == 2 and seen[-1] in (4, 5)
     assert {path.name for path in RunDir(tmp_path).checkpoints.iterdir()} == {
