@@ -2,7 +2,7 @@
 so --help is instant.
 
 Exit codes: 0 done, 1 the work failed or an audit found something, 2 a wrong command line or
-setting, 130 interrupted.
+setting, 75 stopped as asked with steps lost, 130 interrupted.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from cluster.session import Session
 from cluster.trainer import final_error, fit
 from cluster.watchdog import stacks_bytes
 from distill.config import ConfigError
+from distill.manifest import committed_steps
 from distill.rundir import append_line, write_atomic
 
 POLL_PERIOD_S = 0.1
@@ -67,6 +68,7 @@ class TrainerGroup:
         self._starts = self._failures = self._size = 0
         self._verified = steps_done(job.run)
         self._future: Future[int] | None = None
+        self._why = ""  # why it failed after the run was told to stop
         self._ended_s, self._next_look_s, self._grows = time.monotonic(), 0.0, False
 
     def poll(self) -> bool:
@@ -96,24 +98,27 @@ class TrainerGroup:
         return False
 
     def wait(self, timeout_s: float) -> str:
-        """Gives the ranks time to save after the stop file was made; why they did not, or "".
+        """Gives the ranks time to save after the stop file was made; why they lost steps, or "".
 
         SIGTERM to the whole process group (timeout, systemd) ends Ray's daemons a little later, and
         no rank is heard of again.
+
+        Raises:
+            ConfigError, CheckpointError, TrainingError: what the next start would only repeat.
         """
-        if self._future is None:
-            return ""
-        deadline = time.monotonic() + timeout_s
-        while not self._future.done():
+        why, deadline = self._why, time.monotonic() + timeout_s
+        while self._future and not self._future.done() and not why:
             if lost := self._session.lost_daemon():
-                return f"Ray's {lost} ended before they had"
-            if time.monotonic() > deadline:
-                return f"they had not after {timeout_s:g} s"
+                why = f"Ray's {lost} ended before they had"
+            elif time.monotonic() > deadline:
+                why = f"they had not after {timeout_s:g} s"
             time.sleep(POLL_PERIOD_S)
-        error = self._future.exception()
-        if error is None:
-            return ""
-        return last_line(str(final_error(self.job) or self._said(error)))
+        if self._future and self._future.done() and (error := self._future.exception()):
+            why = last_line(self._said(error))
+        if why and (final := final_error(self.job)) is not None:
+            raise final
+        saved = max(committed_steps(self.job.run.checkpoints), default=0)
+        return why if saved < last_step(self.job.run.metrics) else ""
 
     # -- Its size
 
@@ -177,6 +182,7 @@ class TrainerGroup:
         self._stacks_bytes = stacks_bytes(self.job.run.hangs)
         self._size, self._from, self.note = size, last_step(self.job.run.metrics), ""
         name = f"{self.job.stage}-{self._starts}"
+        self.job.stop.unlink(missing_ok=True)  # a rank of the group before may have left it
         append_line(self.job.run.events, {"kind": "group", "ranks": size})
         if size < self._most:
             self._session.bars.say(f"trains on {size} ranks; there is no room for {self._most} now")
@@ -193,8 +199,6 @@ class TrainerGroup:
     def _end(self) -> bool:
         """Forgets the group that has ended; whether it was asked to make way."""
         grows, self._grows, self._future = self._grows, False, None
-        if grows:
-            self.job.stop.unlink()
         self._ended_s, self._next_look_s = time.monotonic(), 0.0
         return grows
 
@@ -204,6 +208,7 @@ class TrainerGroup:
         if final is not None:
             raise final
         if self._session.stop_signal:
+            self._why = last_line(self._said(error))
             return
         check_disk(self._session.scratch)
         verified, said = steps_done(self.job.run), self._said(error)

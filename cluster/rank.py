@@ -59,7 +59,12 @@ def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool
                 append_line(job.run.events, {"kind": "init", "weights": origin})
             config = objective_of(job)
             objective = build_objective(config, job.config.seed, device, engine.gradient_norms)
-            source = Watched(open_source(job, engine, should_stop), beat)
+
+            def should_stop_waiting() -> bool:
+                beat()  # to wait for data is no hang, and the stream has a limit of its own
+                return should_stop()
+
+            source = Watched(open_source(job, engine, should_stop_waiting), beat)
             return train_with_exports(job, engine, source, objective, should_stop)
 
 
@@ -153,13 +158,9 @@ class Images:
 
 
 class Watched:
-    """A source that says at every step that its rank goes on.
+    """A source that says at every step that its rank goes on."""
 
-    To wait for data is no hang: the stream has a limit of its own, which begins again with every
-    shard that comes.
-    """
-
-    def __init__(self, source: Source, beat: Callable[[bool], None]) -> None:
+    def __init__(self, source: Source, beat: Callable[[], None]) -> None:
         self._source, self._beat = source, beat
 
     @property
@@ -169,9 +170,8 @@ class Watched:
 
     def read(self, step: int) -> TrajectoryBatch | None:
         """This rank's part of global batch `step`; None when told to stop while it waited."""
-        self._beat(True)
         batch = self._source.read(step)
-        self._beat(False)
+        self._beat()
         return batch
 
 

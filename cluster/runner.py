@@ -112,7 +112,8 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
 def _say_stopped(session: Session, folder: str) -> int:
     """Says that a signal ended the run; the exit code."""
     if session.unsaved:
-        append_line(session.run.events, {"kind": "unsaved", "error": session.unsaved})
+        with suppress(OSError):
+            append_line(session.run.events, {"kind": "unsaved", "error": session.unsaved})
         session.bars.say(f"the ranks did not save: {session.unsaved}")
     session.bars.say(f"stopped; the same command goes on with {folder}")
     if session.stop_signal == signal.SIGINT:
@@ -163,9 +164,11 @@ def _work(session: Session, work: Work) -> None:
         answers = not session.lost_daemon()
         if pool is not None and answers:
             pool.close()
-        if group is not None:
-            session.unsaved = group.wait(session.config.cluster.stop_grace_s)
-        stop_file(session.scratch).unlink()
+        try:
+            if group is not None:
+                session.unsaved = group.wait(session.config.cluster.stop_grace_s)
+        finally:
+            stop_file(session.scratch).unlink()
 
 
 def _show(

@@ -15,7 +15,7 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+RANK_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 stop_signal = threading.Event()
 
 
@@ -42,7 +42,7 @@ class SignalConfig(TorchConfig):
 
 def catch_stop_signals() -> None:
     """From now on a stop signal sets `stop_signal` in this process. For its main thread."""
-    for number in STOP_SIGNALS:
+    for number in RANK_STOP_SIGNALS:
         signal.signal(number, _note)
     os.register_at_fork(after_in_child=_leave_to_the_system)
 
@@ -53,6 +53,6 @@ def _note(*_: Any) -> None:
 
 def _leave_to_the_system() -> None:
     """In a forked child: the flag there is a copy that nobody reads, and no signal would end it."""
-    for number in STOP_SIGNALS:
+    for number in RANK_STOP_SIGNALS:
         if signal.getsignal(number) is _note:
             signal.signal(number, signal.SIG_DFL)

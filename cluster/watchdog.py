@@ -15,7 +15,6 @@ one that answers nothing for as long as a step may take (cluster.runner).
 from __future__ import annotations
 
 import faulthandler
-import math
 import os
 import threading
 import time
@@ -28,12 +27,12 @@ GRACE_S, POLL_PERIOD_S = 10.0, 1.0
 
 
 @contextmanager
-def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[bool], None]]:
-    """A function to be called at every step with False, and with True before a wait that may last.
+def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[], None]]:
+    """A function to be called at every step, and again and again in a wait that is meant to last.
 
-    `timeout_s` after the last call, unless that was with True, the stacks are added to `path`, and
-    after GRACE_S the process ends with exit code 1, unless the block has ended by then; after half
-    of it where the lock is held, so that these stacks too are there before the others end.
+    `timeout_s` after the last call the stacks are added to `path`, and after GRACE_S the process
+    ends with exit code 1, unless the block has ended by then; after half of it where the lock is
+    held, so that these stacks too are there before the others end.
 
     Raises:
         OSError: the file cannot be made.
@@ -42,13 +41,10 @@ def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[bool], 
     path.parent.mkdir(parents=True, exist_ok=True)
     file = path.open("a")
 
-    def beat(waits: bool) -> None:
+    def beat() -> None:
         nonlocal deadline
-        deadline = math.inf if waits else time.monotonic() + timeout_s
-        if waits:
-            faulthandler.cancel_dump_traceback_later()
-        else:
-            faulthandler.dump_traceback_later(timeout_s + GRACE_S / 2, exit=True, file=file)
+        deadline = time.monotonic() + timeout_s
+        faulthandler.dump_traceback_later(timeout_s + GRACE_S / 2, exit=True, file=file)
 
     def watch() -> None:
         while time.monotonic() < deadline:
@@ -64,7 +60,7 @@ def ending_when_hung(path: Path, timeout_s: float) -> Iterator[Callable[[bool], 
                 os._exit(1)
 
     thread = threading.Thread(target=watch, name="watchdog", daemon=True)
-    beat(False)
+    beat()
     thread.start()
     try:
         yield beat

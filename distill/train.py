@@ -63,6 +63,7 @@ def train(
         start = load_latest(run.checkpoints, engine)
     else:
         load_verified(run.checkpoints, start, engine)
+    saved = start
     with (
         TrainLog(engine, run, start, wait_s, work, config) as log,
         Saver(run.checkpoints, engine, config, origin, log.event) as saver,
@@ -72,7 +73,7 @@ def train(
             log.clock.enter("data")
             batch = read(step)
             if engine.any(batch is None):  # one rank may have waited, and another not
-                if step > start:
+                if step > saved:
                     log.write(step)
                     saver.save(step)
                 return step
@@ -106,6 +107,7 @@ def train(
             if due:
                 log.clock.enter("save")
                 saver.save(done)
+                saved = done
                 log.skip_save()
             traced()
             if stop:

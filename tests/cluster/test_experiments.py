@@ -141,7 +141,7 @@ def train_here(job, objective):
     network, origin = initial_network(job)
     engine = TorchEngine(network, job.train, torch.device("cpu"))
     built = build_objective(objective, job.config.seed, engine.device, engine.gradient_norms)
-    source = open_source(job, engine)
+    source = open_source(job, engine, lambda: False)
     assert train_with_exports(job, engine, source, built, lambda: False) == job.train.max_steps
     return origin
 

@@ -57,6 +57,23 @@ def test_a_group_that_hung_says_where(session, job, trainings, monkeypatch):
     assert errors == ["boom", f"no step for more than 1200 s; {hangs} says where the ranks stood"]
 
 
+def test_a_stop_that_a_lost_group_was_told_of_is_not_for_the_next(
+    session, job, trainings, monkeypatch
+):
+    """A rank passes its own signal on by the stop file, and dies before it has saved."""
+    made, seen = trainings([0, 6]), []
+    once = made.fit
+
+    def fit(job, ranks, name):
+        seen.append(job.stop.exists())
+        job.stop.touch()
+        return once(job, ranks, name)
+
+    monkeypatch.setattr(group, "fit", fit)
+    run_to_end(TrainerGroup(session, job))
+    assert seen == [False, False] and session.stop_signal == 0
+
+
 def test_an_error_that_would_only_repeat_ends_the_run_at_once(session, job, trainings):
     made = trainings([0])
     job.final.write_text('{"kind": "ConfigError", "message": "train.batch_size=7 ..."}')

@@ -60,6 +60,8 @@ def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     monkeypatch.setattr(group, "fit", lambda job, ranks, name: threading.Event().wait())
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
 
+    append_line(session.run.metrics, {"step": 7})
+
     def signalled(*_):
         session.stop_signal = signal.SIGTERM
 
@@ -107,17 +109,8 @@ def never_ends(job, ranks, name):
     threading.Event().wait()
 
 
-@pytest.mark.parametrize(
-    ("fit", "why"),
-    [
-        (fails_on_disk, "OSError: [Errno 28] No space left on device"),
-        (leaves_a_final_error, "step 7: the loss is not finite"),
-        (never_ends, "they had not after 2 s"),
-        (lambda job, ranks, name: 3, ""),  # saved
-    ],
-)
-def test_a_stop_without_a_save_is_not_called_one(fit, why, session, job, monkeypatch):
-    """It ends with 75, which a Slurm job takes for "again", as it does 0, and says why."""
+def stopped_run(session, job, fit, monkeypatch):
+    """Exit code of a run that is told to stop in its first round."""
     monkeypatch.setattr(group, "fit", fit)
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
     monkeypatch.setattr(runner, "_show", lambda *_: setattr(session, "stop_signal", signal.SIGTERM))
@@ -127,13 +120,41 @@ def test_a_stop_without_a_save_is_not_called_one(fit, why, session, job, monkeyp
     settings = replace(session.config.cluster.trainer, step_timeout_s=2.0)
     cluster = replace(session.config.cluster, trainer=settings)
     session.config = replace(session.config, cluster=cluster)
-    with pytest.raises(SystemExit) as stopped:
-        runner.supervise(session.config, lambda session: Work(None, job))
-    assert stopped.value.code == (75 if why else 0)
+    try:
+        return runner.supervise(session.config, lambda session: Work(None, job))
+    except SystemExit as stopped:
+        return stopped.code
+
+
+@pytest.mark.parametrize(
+    ("fit", "why"),
+    [
+        (fails_on_disk, "OSError: [Errno 28] No space left on device"),
+        (never_ends, "they had not after 2 s"),
+        (lambda job, ranks, name: 3, ""),  # saved
+    ],
+)
+def test_a_stop_without_a_save_is_not_called_one(fit, why, session, job, monkeypatch):
+    """It ends with 75, which a Slurm job takes for "again", as it does 0, and says why."""
+    append_line(session.run.metrics, {"step": 7})
+    assert stopped_run(session, job, fit, monkeypatch) == (75 if why else 0)
     said = [line for line in session.bars.lines if "did not save" in line]
     assert said == ([f"the ranks did not save: {why}"] if why else [])
     errors = [e["error"] for e in read_lines(session.run.events) if e["kind"] == "unsaved"]
     assert errors == ([why] if why else [])
+    assert not job.stop.exists()
+
+
+def test_a_stop_loses_nothing_that_a_checkpoint_has(session, job, write_checkpoint, monkeypatch):
+    """Ray ended between the save and the ranks' end."""
+    append_line(session.run.metrics, {"step": 7})
+    write_checkpoint(session.run, 7)
+    assert stopped_run(session, job, fails_on_disk, monkeypatch) == 0
+
+
+def test_an_error_that_would_only_repeat_is_a_failure_at_a_stop_too(session, job, monkeypatch):
+    assert stopped_run(session, job, leaves_a_final_error, monkeypatch) == 1
+    assert "error: step 7: the loss is not finite" in session.bars.lines
     assert not job.stop.exists()
 
 

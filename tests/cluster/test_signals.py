@@ -12,13 +12,13 @@ import torch
 from ray.train.torch.config import _TorchBackend
 from small_training import EVERY_TERM, config_of, fit, manifest, zero_engine
 
-from cluster.signals import STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
+from cluster.signals import RANK_STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
 from distill.manifest import latest_verified
 from distill.objectives import build_objective
 from distill.rundir import RunDir
 from distill.testing import run_ranks
 
-LATEST = 50  # far beyond what a stop should take
+MAX_STEPS = 50  # far beyond what a stop should take
 
 
 class Signalling:
@@ -37,7 +37,7 @@ class Signalling:
 def stopped_rank(rank: int, world_size: int, root: str, number: int) -> tuple[int, bool]:
     """Steps done, and whether this rank had the signal, which rank 0 sends to rank 1."""
     catch_stop_signals()
-    config = config_of(max_steps=LATEST, save_every=LATEST)
+    config = config_of(max_steps=MAX_STEPS, save_every=MAX_STEPS)
     engine = zero_engine(config)
     pids = engine.gather(torch.tensor(os.getpid())).tolist()
     objective = Signalling(pids[1] if rank == 0 else 0, number)
@@ -76,7 +76,7 @@ def forking_rank(rank: int, world_size: int) -> list[tuple[int, bool]]:
         found.append((child.exitcode, stop_signal.is_set()))
         child.kill()
 
-    for number in STOP_SIGNALS:
+    for number in RANK_STOP_SIGNALS:
         fork(number)
         # Ray Train runs a rank beside the main thread, and so its loader.
         thread = threading.Thread(target=fork, args=(number,))
@@ -88,7 +88,7 @@ def forking_rank(rank: int, world_size: int) -> list[tuple[int, bool]]:
 
 def test_a_forked_child_ends_by_the_signal_and_the_training_goes_on(tmp_path):
     (found,) = run_ranks(forking_rank, 1, tmp_path / "ranks")
-    ended = [(-number, False) for number in STOP_SIGNALS for _ in range(2)]
+    ended = [(-number, False) for number in RANK_STOP_SIGNALS for _ in range(2)]
     assert found == [*ended, (0, True)]
 
 

@@ -145,9 +145,10 @@ def engine() -> TorchEngine:
 
 
 def test_a_second_group_waits_for_the_ranks_of_the_first(tmp_path, other_group):
-    process = other_group(1.5)
+    started = time.monotonic()
+    other_group(1.5)
     with _only_trainer(RunDir(tmp_path), engine()):
-        assert process.poll() is not None or process.wait(5) is not None
+        assert time.monotonic() - started >= 1.5
 
 
 def test_a_second_group_says_what_it_waited_for(tmp_path, other_group, monkeypatch):
