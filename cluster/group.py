@@ -159,13 +159,14 @@ class TrainerGroup:
     def _grow_if_more_fit(self) -> None:
         """Asks the ranks to save and end when a larger group would fit; the next one is that.
 
-        Not before this one has got further, or nodes that come and go would stop all progress.
+        Not before this one has logged a step, or nodes that come and go would stop all progress. It
+        began at a checkpoint, so that step may be behind the last one of the group before.
         """
         if self._size == self._most or self._grows or time.monotonic() < self._grow_s:
             return
         nodes = self._session.nodes()
         size = group_size(self.job.config.cluster, self.job.train, nodes)
-        if size > self._size and last_step(self.job.run.metrics) > self._from:
+        if size > self._size and last_step(self.job.run.metrics) != self._seen:
             if silent_nodes(nodes):
                 return
             self._session.bars.say(f"nodes for {size} trainer ranks are there: saves, and goes on")
@@ -180,7 +181,7 @@ class TrainerGroup:
         self._starts += 1
         self._grow_s = time.monotonic() + GROW_AFTER_S
         self._stacks_bytes = stacks_bytes(self.job.run.hangs)
-        self._size, self._from, self.note = size, last_step(self.job.run.metrics), ""
+        self._size, self._seen, self.note = size, last_step(self.job.run.metrics), ""
         name = f"{self.job.stage}-{self._starts}"
         self.job.stop.unlink(missing_ok=True)  # a rank of the group before may have left it
         append_line(self.job.run.events, {"kind": "group", "ranks": size})

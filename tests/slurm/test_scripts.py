@@ -38,6 +38,15 @@ echo "supervisor at $RAY_ADDRESS"
 trap 'sleep 1; echo saved; exit 0' TERM
 while [ ! -e "$2/../done" ]; do sleep 0.2 & wait $!; done
 """
+# It ends with 75 the first time, told to or not: steps are lost.
+LOSES = """#!/bin/bash
+echo "supervisor at $RAY_ADDRESS"
+trap 'exit 75' TERM
+while [ ! -e "$2/../done" ]; do
+  if [ -e "$2/../lose" ]; then rm "$2/../lose"; exit 75; fi
+  sleep 0.2 & wait $!
+done
+"""
 APART = "cluster.slurm.train.options=[--exclusive]"
 
 
@@ -52,12 +61,12 @@ def scratch():
 def case(submitted, scratch):
     """Makes runs whose jobs find the stand-ins."""
 
-    def make(*settings, ray=RAY):
+    def make(*settings, ray=RAY, supervisor=SUPERVISOR):
         place = f"cluster.slurm.scratch={scratch}"
         case = submitted("cluster.slurm.teachers.nodes=1", place, *settings)
         folder = case.folder / "bin"
         folder.mkdir()
-        for name, text in (("ray", ray), ("bowstring", SUPERVISOR)):
+        for name, text in (("ray", ray), ("bowstring", supervisor)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         case.env["PATH"] = f"{folder}:{os.environ['PATH']}"
@@ -87,6 +96,16 @@ def test_a_signal_saves_and_queues_again_and_teachers_rejoin(case, number):
     finish(case)
     case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
     assert case.said("the run has ended", "teachers") == 1
+
+
+def test_a_supervisor_that_has_lost_steps_is_queued_again(case):
+    case = case(supervisor=LOSES)
+    case.tell("scancel", "--batch", "--signal=USR1", case.train.id)
+    case.until(lambda: case.said("supervisor at") == 2)
+    (case.folder / "lose").touch()  # stopped by a signal that only its ranks got
+    case.until(lambda: case.said("supervisor at") == 3)
+    assert case.train.restarts == 2 and case.said("train: queued again") == 2
+    finish(case)
 
 
 def test_ray_is_started_again_where_it_gave_up(case):
