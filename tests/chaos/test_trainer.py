@@ -10,23 +10,35 @@ from distill.manifest import committed_steps
 from distill.rundir import read_lines
 
 
+@pytest.fixture
+def elastic(chaos, nodes):
+    """(settings) -> a started run of one or two ranks on two machines, and the second of these."""
+
+    def start(*settings):
+        head, node = nodes(trainer=1, teacher=1), nodes(trainer=1)
+        case = chaos(
+            f"cluster.address={head.address}",
+            "cluster.trainer.num_workers=[1,2]",
+            "cluster.teachers.num_workers=1",
+            *settings,
+        )
+        case.env = nodes.env
+        case.start()
+        return case, node
+
+    return start
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # 4 minutes on two idle cores, one of them waiting
-def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measured):
+def test_a_node_of_the_trainer_is_lost_and_another_one_comes(elastic, nodes, measured):
     """Two ranks on two machines; kill -9 of one, and one rank goes on; a new one, and there are two
     again. The new ones begin where the one rank stopped.
     """
-    head = nodes(trainer=1, teacher=1)
-    node = nodes(trainer=1)
-    case = chaos(
-        f"cluster.address={head.address}",
-        "cluster.trainer.num_workers=[1,2]",
-        "cluster.teachers.num_workers=1",
+    case, node = elastic(
         "train.max_steps=3000",  # one worker feeds some 20 a second
         "train.save_every=100",
     )
-    case.env = nodes.env
-    case.start()
     case.until_step(40)
     killed = time.time()
     node.kill()
@@ -53,17 +65,9 @@ def test_a_node_of_the_trainer_is_lost_and_another_one_comes(chaos, nodes, measu
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_node_dies_while_its_ranks_start(chaos, nodes, measured):
+def test_a_node_dies_while_its_ranks_start(elastic, measured):
     """Ray would ask for the lost node's rank for ever; the group goes on with those that fit."""
-    head = nodes(trainer=1, teacher=1)
-    node = nodes(trainer=1)
-    case = chaos(
-        f"cluster.address={head.address}",
-        "cluster.trainer.num_workers=[1,2]",
-        "cluster.teachers.num_workers=1",
-    )
-    case.env = nodes.env
-    case.start()
+    case, node = elastic()
     case.until(lambda: len(case.events("group")) == 1)
     struck = time.time()
     node.kill()

@@ -59,7 +59,6 @@ def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     """The supervisor takes SIGTERM to its process group long before a daemon has died of it."""
     monkeypatch.setattr(group, "fit", lambda job, ranks, name: threading.Event().wait())
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
-
     append_line(session.run.metrics, {"step": 7})
 
     def signalled(*_):
