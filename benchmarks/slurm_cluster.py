@@ -24,7 +24,7 @@ from cluster.job import stream_order
 from cluster.jobs import Job, read_ids, read_jobs
 from cluster.progress import last_step
 from cluster.verify import audit
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 
 MINI = Path(__file__).resolve().parents[1] / "tests" / "slurm" / "minislurm.sh"
 BOWSTRING = [sys.executable, "-m", "cluster.cli"]

@@ -32,7 +32,7 @@ from cluster.messages import (
 )
 from distill.layout import state_bytes, state_offset, tar_bytes
 from distill.ledger import ShardSpec, Sidecar, TeacherSpec, sidecar_path, tar_path
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.store import committed
 
 LEASE_TIMEOUT_S = 120.0

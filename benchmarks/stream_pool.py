@@ -11,7 +11,7 @@ from cluster.compose import compose
 from cluster.plan import stream_plan
 from cluster.pool import TeacherPool
 from distill.ledger import shard_spec
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 SHARD_BYTES = 4_000_000
 PERIOD_S = 10.0  # a shard of every worker

@@ -26,8 +26,8 @@ from cluster.worker import TeacherWorker  # noqa: E402
 from distill.config import ImageSpec  # noqa: E402
 from distill.models import save_model  # noqa: E402
 from distill.networks import build_network  # noqa: E402
-from distill.rundir import RunDir, read_lines  # noqa: E402
-from distill.workers import WorkerHistory, worker_history  # noqa: E402
+from distill.run.dir import RunDir, read_lines  # noqa: E402
+from distill.run.events import WorkerHistory, worker_history  # noqa: E402
 
 DEADLINE_S = 900.0
 

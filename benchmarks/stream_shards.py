@@ -23,7 +23,7 @@ from benchmarks.sections import markdown
 from distill.generate import GeneratedShard
 from distill.layout import stored_dtype, tar_bytes
 from distill.ledger import ShardSpec, TeacherSpec
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import read_shard, write_shard
 
 

@@ -30,7 +30,7 @@ from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, network
 from distill.allocator import keep_freed_memory
 from distill.config import TeacherConfig
-from distill.rundir import read_lines
+from distill.run.dir import read_lines
 from distill.solvers import solve
 from distill.teachers import build_field, build_teacher
 

@@ -29,7 +29,7 @@ from distill.networks import build_network
 from distill.objective_config import EndpointConfig
 from distill.objectives import build_objective
 from distill.order import Order
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.shards import write_shard
 from distill.stream import TrajectoryStream
 from distill.train import train

@@ -20,7 +20,7 @@ from distill.engine import MASTER
 from distill.manifest import latest_verified, verify
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
-from distill.rundir import RunDir, write_atomic
+from distill.run.dir import RunDir, write_atomic
 from distill.saver import Saver
 from distill.testing import run_ranks
 

@@ -22,7 +22,7 @@ from distill.engine import frozen_copy, new_optimizer
 from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.testing import run_ranks
 from distill.train import train
 from distill.trajectory import TrajectoryBatch

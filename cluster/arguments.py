@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cluster.config import RunConfig
-    from distill.rundir import RunDir
+    from distill.run.dir import RunDir
 
 USAGE_ERROR = 2
 LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
@@ -74,7 +74,7 @@ def read_settings(args: list[str]) -> list[RunConfig]:
 def open_run(folder: str) -> RunDir:
     """The run in an existing folder. Raises ConfigError with a sentence when there is none."""
     from distill.config import ConfigError
-    from distill.rundir import RunDir
+    from distill.run.dir import RunDir
 
     root = Path(folder.rstrip("/") or "/")
     if not root.is_dir():

@@ -21,7 +21,7 @@ from distill.config import (
     check_positive,
 )
 from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 @dataclass

@@ -24,7 +24,7 @@ from distill.objective_config import (
     ReflowConfig,
     TraFlowConfig,
 )
-from distill.rundir import RunDir, write_atomic
+from distill.run.dir import RunDir, write_atomic
 
 NETWORKS: dict[str, type[NetworkConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {

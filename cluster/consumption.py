@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 from distill.order import Order
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 
 HASH_STEPS = 4096  # steps whose ids are in memory at once
 

@@ -13,7 +13,7 @@ import threading
 from typing import Generic, Protocol, TypeVar
 
 from distill.order import Order
-from distill.rundir import RunDir, write_json
+from distill.run.dir import RunDir, write_json
 
 PERIOD_S = 1.0  # a change of the waiting reason is written this often at most
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from distill.rundir import RunDir, append_lines
+from distill.run.dir import RunDir, append_lines
 
 
 class EventLog:

@@ -24,7 +24,7 @@ from cluster.plan import StreamPlan
 from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check
 from distill.manifest import committed_steps, verify_once
 from distill.order import Order
-from distill.rundir import RunDir, append_line, write_json
+from distill.run.dir import RunDir, append_line, write_json
 from distill.store import committed, open_store
 
 # -----------------------------------------------------------------------------------------------

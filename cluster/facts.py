@@ -12,7 +12,7 @@ from cluster.identity import check_identity, is_own
 from cluster.plan import stream_plan
 from distill.config import TeacherConfig
 from distill.manifest import latest_verified
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.store import committed
 
 

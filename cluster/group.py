@@ -22,7 +22,7 @@ from cluster.trainer import final_error, fit
 from cluster.watchdog import stacks_bytes
 from distill.config import ConfigError
 from distill.manifest import committed_steps
-from distill.rundir import append_line, write_atomic
+from distill.run.dir import append_line, write_atomic
 
 POLL_PERIOD_S = 0.1
 FROZEN = "health check has been hanging"  # Ray Train's words

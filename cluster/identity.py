@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 
 from cluster.config import RunConfig
 from distill.config import ConfigError
-from distill.rundir import RunDir, write_json
+from distill.run.dir import RunDir, write_json
 
 FORMAT = 1
 PACKAGES = (

@@ -10,7 +10,7 @@ from cluster.identity import hash_of, identity_of
 from distill.config import TrainConfig
 from distill.ledger import ShardSpec
 from distill.order import Order
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 @dataclass(frozen=True)

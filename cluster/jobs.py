@@ -13,7 +13,7 @@ import subprocess
 from dataclasses import dataclass
 
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 COLUMNS = {
     "JobArrayID": 60,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from distill.config import ConfigError
-from distill.rundir import RunDir, lock_file
+from distill.run.dir import RunDir, lock_file
 
 PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
 

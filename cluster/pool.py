@@ -28,7 +28,7 @@ from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, Device, most_workers, 
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.ledger import ShardSpec
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.store import committed, is_committed
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints

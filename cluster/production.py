@@ -14,7 +14,7 @@ from cluster.plan import StreamPlan
 from cluster.scale import Device, gpus_of_worker
 from distill.config import check
 from distill.ledger import ShardSpec
-from distill.rundir import RunDir, write_json
+from distill.run.dir import RunDir, write_json
 
 
 def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) -> Limits:

@@ -34,7 +34,7 @@ from distill.objective_config import ObjectiveConfig, ReflowConfig
 from distill.objectives import build_objective
 from distill.objectives.base import Objective
 from distill.pretrain import ImageStream
-from distill.rundir import RunDir, append_line, lock_file
+from distill.run.dir import RunDir, append_line, lock_file
 from distill.stream import TrajectoryStream
 from distill.teachers.sit import load_sit
 from distill.train import train

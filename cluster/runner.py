@@ -31,7 +31,7 @@ from cluster.session import Session, Stopped, open_session
 from cluster.stages import Work
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
-from distill.rundir import append_line
+from distill.run.dir import append_line
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 from cluster.config import ClusterConfig, TeacherPoolConfig
 from cluster.places import fitting, needs
 from distill.config import ConfigError, check
-from distill.rundir import RunDir, read_lines, write_json
+from distill.run.dir import RunDir, read_lines, write_json
 
 Device = Literal["cuda", "cpu"]
 

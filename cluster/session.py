@@ -29,7 +29,7 @@ from cluster.lock import held
 from cluster.progress import StageBars
 from cluster.scale import most_workers
 from distill.config import check
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 JOIN_PERIOD_S = 0.5
 LONGEST_TEMP = 40  # characters; Ray's socket paths below it must stay under 107

@@ -28,7 +28,7 @@ from distill.ledger import ShardSpec, shard_spec
 from distill.manifest import latest_verified
 from distill.models import DESCRIPTION
 from distill.report import write_report
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.store import open_store
 from distill.teachers import build_teacher
 from distill.wandb import check_wandb

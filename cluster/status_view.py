@@ -15,7 +15,7 @@ from rich.table import Table
 from cluster.identity import flatten
 from cluster.status import status
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 def _number(value: float | None, unit: str = "") -> str:

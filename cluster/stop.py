@@ -8,7 +8,7 @@ import socket
 
 from cluster.lock import holder
 from distill.config import ConfigError, check
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 def stop_here(run: RunDir) -> str:

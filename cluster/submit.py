@@ -20,7 +20,7 @@ from cluster.scale import staff, write_target
 from cluster.slurm import KINDS, render, slurm_of
 from cluster.stop import stop_here
 from distill.config import ConfigError, check
-from distill.rundir import RunDir, read_lines, write_atomic, write_json
+from distill.run.dir import RunDir, read_lines, write_atomic, write_json
 
 # -----------------------------------------------------------------------------------------------
 # Submit

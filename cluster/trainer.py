@@ -18,7 +18,7 @@ from cluster.job import TrainJob
 from cluster.signals import SignalConfig, stop_signal
 from distill.config import ConfigError
 from distill.manifest import CheckpointError
-from distill.rundir import write_json
+from distill.run.dir import write_json
 from distill.stream import StreamError
 from distill.train import TrainingError
 

@@ -29,7 +29,7 @@ from distill.config import ConfigError
 from distill.ledger import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.manifest import KEPT, committed_steps, verify
 from distill.order import Order
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.store import open_store, read_sidecar, verify_shard
 
 

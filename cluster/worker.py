@@ -18,7 +18,7 @@ from cluster.scale import Device
 from distill.allocator import keep_freed_memory
 from distill.generate import generate_shard
 from distill.ledger import ShardSpec
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import write_shard
 from distill.teachers import build_teacher
 from distill.teachers.base import FrozenTeacher

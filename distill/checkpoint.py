@@ -37,7 +37,7 @@ from distill.manifest import (
     read_manifest,
     step_name,
 )
-from distill.rundir import sync_directory, write_atomic, write_json
+from distill.run.dir import sync_directory, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.store import open_store
 
 

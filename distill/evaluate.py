@@ -40,7 +40,7 @@ from distill.metrics import FeatureDistance, distance_name, relative_distance
 from distill.models import fingerprint
 from distill.paths import MeanVelocity
 from distill.pictures import tile, write_npz, write_png
-from distill.rundir import RunDir, write_json
+from distill.run.dir import RunDir, write_json
 from distill.sample import load_student, to_uint8
 from distill.teachers import build_field, build_teacher
 from distill.teachers.base import FrozenTeacher

@@ -15,7 +15,7 @@ from distill.config import ConfigError, ImageSpec, NetworkConfig, check
 from distill.manifest import latest_verified
 from distill.models import DESCRIPTION, network_config, save_model
 from distill.networks import build_network
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 def read_identity(run: RunDir) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from distill.export import read_identity
 from distill.layout import stored_dtype
 from distill.ledger import ShardSpec
 from distill.noise import sample_noise
-from distill.rundir import RunDir, sync_directory, write_json
+from distill.run.dir import RunDir, sync_directory, write_json
 from distill.shards import as_tensor, read_shard
 from distill.store import committed, read_sidecar
 from distill.temporaries import clean_temporaries, temporary_path

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 FORMAT = 1
 OPTIONAL = {"tar": "", "batch_size": 0}  # keys of a sidecar that are left out at this value

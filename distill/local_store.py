@@ -39,7 +39,7 @@ from distill.ledger import (
     tar_path,
 )
 from distill.manifest import sha256_file
-from distill.rundir import RunDir, sync_directory, write_json
+from distill.run.dir import RunDir, sync_directory, write_json
 from distill.temporaries import clean_temporaries, temporary_path
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)

@@ -38,7 +38,7 @@ from distill.ledger import (
 )
 from distill.local_store import local_reasons
 from distill.objects import Objects
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shard_cache import ShardCache
 from distill.temporaries import STALE_S
 

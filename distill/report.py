@@ -26,8 +26,8 @@ from distill.figures import (
     write_overview,
 )
 from distill.page import STYLE, duration, missing, number, size, table
-from distill.rundir import RunDir, read_lines, write_atomic
-from distill.workers import WorkerHistory, worker_history
+from distill.run.dir import RunDir, read_lines, write_atomic
+from distill.run.events import WorkerHistory, worker_history
 
 
 @dataclass(frozen=True)

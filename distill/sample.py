@@ -25,7 +25,7 @@ from distill.models import load_model
 from distill.noise import sample_labels, sample_noise
 from distill.paths import MeanVelocity
 from distill.pictures import tile, write_npz, write_png
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.solvers import solve_by_jumps
 from distill.times import sampler_times
 

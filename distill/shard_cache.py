@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill.ledger import Sidecar
-from distill.rundir import write_atomic
+from distill.run.dir import write_atomic
 
 CACHE_BYTES = 4 * 2**30  # those that were not read for longest are deleted beyond this
 

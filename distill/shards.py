@@ -28,7 +28,7 @@ from distill.layout import (
     tar_bytes,
 )
 from distill.ledger import CorruptShard, ShardSpec, Sidecar, check_spec
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.store import ShardStore, open_store, read_sidecar
 
 

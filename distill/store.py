@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from distill.ledger import Listing, Sidecar, parse_sidecar
 from distill.local_store import LocalStore
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ from distill.layout import stored_dtype
 from distill.ledger import CorruptShard, ShardSpec
 from distill.noise import sample_noise
 from distill.order import Order
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import as_tensor, read_shard
 from distill.store import open_store
 from distill.trajectory import TrajectoryBatch

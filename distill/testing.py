@@ -22,7 +22,7 @@ from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
 from distill.noise import sample_labels, sample_noise
 from distill.paths import expand_as
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import write_shard
 from distill.teachers.analytic import MixtureTeacher
 from distill.trajectory import TrajectoryBatch

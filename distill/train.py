@@ -14,7 +14,7 @@ from distill.engine import Engine
 from distill.objectives.base import Objective
 from distill.phases import PhaseClock
 from distill.profiler import traced_steps
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.saver import Saver
 from distill.train_log import Losses, TrainLog, Work
 from distill.trajectory import TrajectoryBatch

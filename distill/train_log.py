@@ -19,7 +19,7 @@ from distill.engine import Engine
 from distill.manifest import committed_steps
 from distill.objectives.base import LossTerms
 from distill.phases import PhaseClock
-from distill.rundir import RunDir, append_line
+from distill.run.dir import RunDir, append_line
 from distill.tensorboard import EventFile, scalars
 from distill.trajectory import TrajectoryBatch
 from distill.wandb import WandbRun

@@ -16,7 +16,7 @@ from typing import Any
 from uuid import uuid4
 
 from distill.config import ConfigError, check
-from distill.rundir import RunDir, write_atomic
+from distill.run.dir import RunDir, write_atomic
 
 FINISH_TIMEOUT_S = 60.0  # for what is still to be sent at the end
 

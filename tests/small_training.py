@@ -14,7 +14,7 @@ from distill.networks import build_network
 from distill.noise import sample_noise
 from distill.objective_config import TraFlowConfig
 from distill.objectives import build_objective
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.testing import GaussianFlow
 from distill.train import train
 from distill.trajectory import TrajectoryBatch

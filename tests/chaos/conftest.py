@@ -25,7 +25,7 @@ from distill.generate import generate_shard
 from distill.layout import stored_dtype
 from distill.ledger import shard_spec
 from distill.manifest import read_manifest, step_name
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.shards import read_shard, write_shard
 from distill.store import read_sidecar
 from distill.teachers import build_teacher

@@ -7,7 +7,7 @@ import pytest
 from cluster.cursor import read_cursor
 from cluster.scale import write_target
 from distill.manifest import committed_steps
-from distill.rundir import read_lines
+from distill.run.dir import read_lines
 
 
 @pytest.fixture

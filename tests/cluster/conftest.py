@@ -9,7 +9,7 @@ from cluster import group, runner
 from cluster.compose import compose
 from cluster.job import TrainJob
 from distill.manifest import sha256_file, step_name
-from distill.rundir import RunDir, write_json
+from distill.run.dir import RunDir, write_json
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from distill import checkpoint
 from distill.config import TrainConfig
 from distill.engine import TorchEngine
 from distill.manifest import latest_verified
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
 from distill.train import learning_rate
 

@@ -7,7 +7,7 @@ import pytest
 from cluster.compose import compose
 from cluster.configfile import load_config, save_config
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 @pytest.fixture

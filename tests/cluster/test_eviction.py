@@ -22,7 +22,7 @@ from cluster.plan import stream_plan
 from distill.config import ConfigError
 from distill.ledger import sidecar_path, tar_path
 from distill.manifest import step_name
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.store import committed
 from distill.testing import tiny_spec, write_tiny_shards
 

@@ -31,7 +31,7 @@ from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.report import write_report
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 
 FOLDER = Path(__file__).parents[2] / "configs" / "experiment"
 DIT = DiTConfig(patch_size=2, width=16, depth=1, num_heads=2)

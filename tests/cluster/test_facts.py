@@ -12,7 +12,7 @@ from cluster.facts import results_are_current, steps_done
 from distill import manifest
 from distill.evaluate import evaluate
 from distill.manifest import sha256_file
-from distill.rundir import RunDir, write_json
+from distill.run.dir import RunDir, write_json
 
 TEACHER = "teacher.pretrained.path"
 

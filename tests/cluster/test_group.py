@@ -14,7 +14,7 @@ from cluster.group import RunFailed, TrainerGroup
 from cluster.job import TrainJob
 from cluster.places import group_size, silent_nodes
 from distill.config import ConfigError
-from distill.rundir import append_line, read_lines
+from distill.run.dir import append_line, read_lines
 
 
 def run_to_end(group):

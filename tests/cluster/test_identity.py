@@ -8,7 +8,7 @@ import pytest
 from cluster.compose import compose
 from cluster.identity import check_or_write, hash_of, identity_of, record_teachers
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 
 @pytest.fixture(autouse=True)

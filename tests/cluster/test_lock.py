@@ -10,13 +10,13 @@ import pytest
 
 from cluster.lock import Holder, held, holder, is_live
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from cluster.lock import held
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 with held(RunDir(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)

@@ -24,7 +24,7 @@ from distill.config import ConfigError
 from distill.generate import generate_shard
 from distill.ledger import tar_path
 from distill.objects import Objects
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.shards import write_shard
 from distill.store import committed, open_store, read_sidecar
 from distill.stream import TrajectoryStream
@@ -38,7 +38,7 @@ from pathlib import Path
 from cluster import pool, runner
 from cluster.configfile import load_config
 from cluster.worker import TeacherWorker
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 class MortalWorker(TeacherWorker):
     def produce(self, shard):

@@ -27,7 +27,7 @@ from distill.objective_config import (
     TraFlowConfig,
 )
 from distill.objectives import build_objective
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import write_shard
 from distill.trajectory import TrajectoryBatch
 

@@ -22,7 +22,7 @@ from distill.config import ConfigError
 from distill.evaluate import evaluate
 from distill.export import export_run
 from distill.models import file_sha256, load_model
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import read_sample
 from distill.solvers import solve
 from distill.store import read_sidecar

@@ -17,7 +17,7 @@ from cluster.group import RunFailed
 from cluster.runner import Stopped
 from cluster.stages import Work
 from distill.config import ConfigError
-from distill.rundir import RunDir, append_line, read_lines
+from distill.run.dir import RunDir, append_line, read_lines
 
 
 class EndlessPool:

@@ -16,7 +16,7 @@ from cluster.scale import wanted_workers
 from cluster.status import open_leases, status
 from cluster.verify import audit
 from distill.config import ConfigError
-from distill.rundir import RunDir, read_lines, write_json
+from distill.run.dir import RunDir, read_lines, write_json
 
 BOWSTRING = [sys.executable, "-m", "cluster.cli"]
 SHARDS = 20_000  # more than can be made while the test runs

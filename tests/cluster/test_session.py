@@ -13,7 +13,7 @@ from cluster.lock import holder, is_live
 from cluster.progress import last_step
 from cluster.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
-from distill.rundir import RunDir, append_line
+from distill.run.dir import RunDir, append_line
 
 
 @pytest.fixture

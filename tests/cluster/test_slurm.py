@@ -13,7 +13,7 @@ from cluster.compose import compose
 from cluster.jobs import read_ids
 from cluster.slurm import KINDS, render
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")

@@ -13,14 +13,14 @@ from cluster.cli import dispatch
 from cluster.compose import compose
 from cluster.configfile import save_config
 from distill.config import ConfigError
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 SUPERVISOR = """
 import sys, time
 from pathlib import Path
 from cluster.compose import compose
 from cluster.session import open_session
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 (config,) = compose(["experiment=tiny", f"run.dir={sys.argv[1]}"])
 with open_session(config, RunDir(Path(sys.argv[1]))) as session, session.stopping_at_once():
     print("at work", flush=True)

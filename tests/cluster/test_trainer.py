@@ -26,7 +26,7 @@ from distill.engine import TorchEngine
 from distill.manifest import CheckpointError, SaveError, committed_steps
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
 from distill.train import train
 

@@ -17,7 +17,7 @@ from distill.config import ConfigError
 from distill.ledger import sidecar_path, tar_path
 from distill.manifest import KEPT
 from distill.order import Order
-from distill.rundir import RunDir, append_line, write_json
+from distill.run.dir import RunDir, append_line, write_json
 from distill.store import open_store
 from distill.testing import tiny_spec, write_tiny_shards
 

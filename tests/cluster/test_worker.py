@@ -15,7 +15,7 @@ from cluster.compose import compose
 from cluster.worker import TeacherWorker
 from distill.layout import stored_dtype
 from distill.ledger import shard_spec
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import read_shard
 from distill.store import read_sidecar
 from distill.teachers import build_teacher

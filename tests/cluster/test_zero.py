@@ -33,7 +33,7 @@ from distill.objective_config import (
     ReflowConfig,
 )
 from distill.objectives import build_objective
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.testing import run_ranks
 from distill.train import TrainingError
 

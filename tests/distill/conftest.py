@@ -11,7 +11,7 @@ from distill.engine import TorchEngine
 from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.testing import StraightFlow, flow_batch
 from distill.train import train
 from distill.train_log import Work

@@ -28,7 +28,7 @@ from distill.manifest import (
     verify,
 )
 from distill.networks import build_network
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 
 
 @pytest.fixture

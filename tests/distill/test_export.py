@@ -9,7 +9,7 @@ from distill import checkpoint
 from distill.config import ConfigError
 from distill.export import export_run, latest_student
 from distill.manifest import latest_verified
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.sample import few_step, load_student
 
 

@@ -28,7 +28,7 @@ from distill import checkpoint, saver
 from distill.agree import agreed_latest
 from distill.engine import TorchEngine
 from distill.manifest import KEPT, LATEST, SaveError, committed_steps, latest_verified, verify
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
 
 STEPS, EVERY = 8, 2

@@ -10,7 +10,7 @@ import webdataset
 
 from distill.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
 from distill.ledger import sidecar_path, tar_path
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import write_shard
 from distill.testing import tiny_shard, tiny_spec
 

@@ -23,7 +23,7 @@ from distill.layout import stored_dtype
 from distill.ledger import CorruptShard, ForeignShard, MisplacedShard, tar_path
 from distill.objects import Objects
 from distill.order import Order
-from distill.rundir import RunDir, write_json
+from distill.run.dir import RunDir, write_json
 from distill.shards import read_sample, read_shard, write_shard
 from distill.store import committed, is_committed, open_store, read_sidecar, verify_shard
 from distill.stream import TrajectoryStream

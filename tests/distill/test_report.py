@@ -10,7 +10,7 @@ from distill.cost import train_device_s
 from distill.evaluate import evaluate
 from distill.page import duration, size
 from distill.report import SECTIONS, headline, read_facts, write_report
-from distill.rundir import RunDir, append_line, write_atomic
+from distill.run.dir import RunDir, append_line, write_atomic
 
 COMMAND = "bowstring run experiment=digits run.name='<tiny>'"
 

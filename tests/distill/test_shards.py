@@ -19,7 +19,7 @@ import webdataset
 from distill import ledger
 from distill.layout import stored_dtype
 from distill.ledger import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.shards import as_tensor, read_sample, read_shard, write_shard
 from distill.store import committed, open_store, read_sidecar, verify_shard
 from distill.temporaries import clean_temporaries, temporary_path
@@ -206,7 +206,7 @@ KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
 from distill import shards
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.testing import tiny_spec, write_tiny_shards
 
 count = 0

@@ -13,7 +13,7 @@ from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConf
 from distill.ledger import ForeignShard, ShardSpec, shard_spec, tar_path
 from distill.noise import sample_noise
 from distill.order import Order
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 from distill.store import committed
 from distill.stream import StreamError, TrajectoryStream
 from distill.testing import tiny_shard, tiny_spec, write_tiny_shards

@@ -16,7 +16,7 @@ from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.objectives.base import LossTerms
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.train import TrainingError, learning_rate, train
 from distill.trajectory import TrajectoryBatch
 

@@ -19,7 +19,7 @@ from distill.noise import sample_noise
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.phases import PHASES, PhaseClock
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.tensorboard import scalars
 from distill.train_log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
 

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from distill.config import ConfigError
-from distill.rundir import RunDir, read_lines
+from distill.run.dir import RunDir, read_lines
 from distill.tensorboard import scalars
 from distill.wandb import WandbRun, check_wandb
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from distill.workers import worker_history
+from distill.run.events import worker_history
 
 
 def event(time, kind, **values):

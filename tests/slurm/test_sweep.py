@@ -8,7 +8,7 @@ import pytest
 from benchmarks.slurm_cluster import BOWSTRING, hosts
 from cluster.configfile import load_config
 from cluster.verify import audit
-from distill.rundir import RunDir
+from distill.run.dir import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 
