@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import ImageSpec, NetworkConfig
+from distill.flow.noise import permutation, sample_labels, sample_noise, uniform
+from distill.flow.solvers import solve
+from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.layers import AbstractNetwork
-from distill.noise import permutation, sample_labels, sample_noise, uniform
-from distill.solvers import solve
 from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
-from distill.trajectory import TrajectoryBatch
 
 GRID = 8  # K, the product's default
 TRAIN_SEED, TRUTH_SEED, DATA_SEED = 11, 12345, 99

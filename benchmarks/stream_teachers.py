@@ -30,8 +30,8 @@ from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, network
 from distill.allocator import keep_freed_memory
 from distill.config import TeacherConfig
+from distill.flow.solvers import solve
 from distill.run.dir import read_lines
-from distill.solvers import solve
 from distill.teachers import build_field, build_teacher
 
 SHARD, GRID = 256, 8  # samples, intervals of the grid

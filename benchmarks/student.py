@@ -12,13 +12,13 @@ from torch import Tensor
 from benchmarks.problems import Pairs, Problem
 from distill.config import TrainConfig
 from distill.engine import EVALUATION, TorchEngine, average_kind
+from distill.flow.trajectory import TrajectoryBatch
 from distill.metrics import relative_distance
 from distill.networks.layers import AbstractNetwork
 from distill.objective_config import ObjectiveConfig
 from distill.objectives import build_objective
 from distill.sample import few_step
 from distill.train import learning_rate
-from distill.trajectory import TrajectoryBatch
 
 NFE = (1, 2, 4, 8)
 

@@ -19,13 +19,13 @@ from benchmarks.trainer_cases import CASES, WARM_UP, Case, new_engine, seconds_o
 from distill.allocator import keep_freed_memory
 from distill.config import TrainConfig
 from distill.engine import frozen_copy, new_optimizer
+from distill.flow.trajectory import TrajectoryBatch
 from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.run.dir import RunDir
 from distill.testing import run_ranks
 from distill.train import train
-from distill.trajectory import TrajectoryBatch
 
 STAGES = (0, 1, 2)
 

@@ -26,6 +26,7 @@ from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import Engine
 from distill.export import export_checkpoint
+from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import step_name
 from distill.models import DESCRIPTION, load_model
 from distill.networks import build_network
@@ -39,7 +40,6 @@ from distill.stream import TrajectoryStream
 from distill.teachers.sit import load_sit
 from distill.train import train
 from distill.train_log import Work
-from distill.trajectory import TrajectoryBatch
 
 # Ranks of a killed supervisor are gone within seconds; a file server gives the lock of a dead node
 # free after its lease, usually 90 s.

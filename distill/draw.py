@@ -14,10 +14,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import NFE_PER_STEP, EvalConfig, ImageSpec
-from distill.noise import sample_labels, sample_noise
-from distill.paths import MeanVelocity
+from distill.flow.noise import sample_labels, sample_noise
+from distill.flow.paths import MeanVelocity
+from distill.flow.solvers import solve
 from distill.sample import few_step
-from distill.solvers import solve
 
 # (noise [B, C, H, W], label [B]) -> image [B, C, H, W]
 Sampler = Callable[[Tensor, Tensor], Tensor]

@@ -29,9 +29,9 @@ from webdataset.writer import TarWriter
 
 from distill.config import check
 from distill.export import read_identity
+from distill.flow.noise import sample_noise
 from distill.layout import stored_dtype
 from distill.ledger import ShardSpec
-from distill.noise import sample_noise
 from distill.run.dir import RunDir, sync_directory, write_json
 from distill.shards import as_tensor, read_shard
 from distill.store import committed, read_sidecar

@@ -15,13 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig, check
-from distill.noise import sample_labels, sample_noise
-from distill.paths import MeanVelocity
-from distill.solvers import solve, solve_by_jumps
+from distill.flow.noise import sample_labels, sample_noise
+from distill.flow.paths import MeanVelocity
+from distill.flow.solvers import solve, solve_by_jumps
+from distill.flow.times import sampler_times
 from distill.teachers import build_field
 from distill.teachers.base import FrozenTeacher, Guided
 from distill.teachers.native import Jumps
-from distill.times import sampler_times
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from distill.config import check, check_choice, check_positive
-from distill.times import sampler_times
+from distill.flow.times import sampler_times
 
 
 @dataclass

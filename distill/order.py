@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from distill.noise import permutation
+from distill.flow.noise import permutation
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.noise import permutation, sample_noise, uniform
-from distill.trajectory import TrajectoryBatch
+from distill.flow.noise import permutation, sample_noise, uniform
+from distill.flow.trajectory import TrajectoryBatch
 
 # Noise of the images' stream starts here, so that no trajectory of the same seed starts from noise
 # that its teacher was trained on.

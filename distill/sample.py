@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from distill.config import ConfigError, ImageSpec, check
 from distill.export import latest_student
+from distill.flow.noise import sample_labels, sample_noise
+from distill.flow.paths import MeanVelocity
+from distill.flow.solvers import solve_by_jumps
+from distill.flow.times import sampler_times
 from distill.models import load_model
-from distill.noise import sample_labels, sample_noise
-from distill.paths import MeanVelocity
 from distill.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
-from distill.solvers import solve_by_jumps
-from distill.times import sampler_times
 
 
 @torch.no_grad()

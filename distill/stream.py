@@ -18,14 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, TrajectoryConfig, check
+from distill.flow.noise import sample_noise
+from distill.flow.trajectory import TrajectoryBatch
 from distill.layout import stored_dtype
 from distill.ledger import CorruptShard, ShardSpec
-from distill.noise import sample_noise
 from distill.order import Order
 from distill.run.dir import RunDir
 from distill.shards import as_tensor, read_shard
 from distill.store import open_store
-from distill.trajectory import TrajectoryBatch
 
 POLL_S = 0.1  # how often a missing shard is looked for
 

@@ -16,16 +16,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import DiTConfig, ImageSpec, NetworkConfig, UNetConfig
+from distill.flow.noise import sample_labels, sample_noise
+from distill.flow.paths import expand_as
+from distill.flow.trajectory import TrajectoryBatch
 from distill.generate import GeneratedShard
 from distill.ledger import ShardSpec, TeacherSpec
 from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
-from distill.noise import sample_labels, sample_noise
-from distill.paths import expand_as
 from distill.run.dir import RunDir
 from distill.shards import write_shard
 from distill.teachers.analytic import MixtureTeacher
-from distill.trajectory import TrajectoryBatch
 
 # -----------------------------------------------------------------------------------------------
 # Analytic flows

@@ -11,13 +11,13 @@ import torch
 from distill.checkpoint import load_latest, load_verified
 from distill.config import TrainConfig
 from distill.engine import Engine
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import Objective
 from distill.phases import PhaseClock
 from distill.profiler import traced_steps
 from distill.run.dir import RunDir
 from distill.saver import Saver
 from distill.train_log import Losses, TrainLog, Work
-from distill.trajectory import TrajectoryBatch
 
 
 class TrainingError(RuntimeError):

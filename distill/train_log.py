@@ -16,12 +16,12 @@ from torch import Tensor
 
 from distill.config import TrainConfig
 from distill.engine import Engine
+from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import committed_steps
 from distill.objectives.base import LossTerms
 from distill.phases import PhaseClock
 from distill.run.dir import RunDir, append_line
 from distill.tensorboard import EventFile, scalars
-from distill.trajectory import TrajectoryBatch
 from distill.wandb import WandbRun
 
 # Of a loss that stands out: steps it is compared with, at most and at least; how far it stands out.

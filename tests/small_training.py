@@ -10,14 +10,14 @@ import torch
 from distill import checkpoint
 from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
+from distill.flow.noise import sample_noise
+from distill.flow.trajectory import TrajectoryBatch
 from distill.networks import build_network
-from distill.noise import sample_noise
 from distill.objective_config import TraFlowConfig
 from distill.objectives import build_objective
 from distill.run.dir import RunDir, read_lines
 from distill.testing import GaussianFlow
 from distill.train import train
-from distill.trajectory import TrajectoryBatch
 
 IMAGE = ImageSpec(1, 4, 3)
 NETWORK = DiTConfig(patch_size=2, width=16, depth=2, num_heads=2)

@@ -1,4 +1,4 @@
-"""Networks by configuration. Each is a `MeanVelocity` u(x, t, s, label) of `distill.paths`."""
+"""Networks by configuration. Each is a `MeanVelocity` u(x, t, s, label) of `distill.flow.paths`."""
 
 import torch
 

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from distill.config import ConfigError
+from distill.flow.paths import MeanVelocity
 from distill.networks.layers import AbstractNetwork
-from distill.paths import MeanVelocity
 
 
 def compiled(network: AbstractNetwork) -> MeanVelocity:

@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from distill.noise import uniform
+from distill.flow.noise import uniform
+from distill.flow.paths import MeanVelocity, expand_as
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objective_config import ObjectiveConfig
-from distill.paths import MeanVelocity, expand_as
-from distill.trajectory import TrajectoryBatch
 
 # Step of the finite difference of u along a path. Float32 rounding grows as 1/h, the error as h.
 FINITE_STEP = 5e-3

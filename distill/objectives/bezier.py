@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distill.flow.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objective_config import BezierConfig
 from distill.objectives.base import (
     Call,
@@ -29,8 +31,6 @@ from distill.objectives.base import (
     eulerian_target,
     loss_terms,
 )
-from distill.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity
-from distill.trajectory import TrajectoryBatch
 
 
 def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[Tensor, "B n1 *S"]:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.flow.paths import MeanVelocity, jump
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objective_config import ConsistencyConfig
 from distill.objectives.base import (
     Call,
@@ -23,8 +25,6 @@ from distill.objectives.base import (
     loss_terms,
     pick,
 )
-from distill.paths import MeanVelocity, jump
-from distill.trajectory import TrajectoryBatch
 
 
 def consistency_term(

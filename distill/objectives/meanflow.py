@@ -7,6 +7,8 @@ which is plain flow matching.
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.flow.paths import MeanVelocity, interpolate
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objective_config import MeanFlowConfig
 from distill.objectives.base import (
     Call,
@@ -17,8 +19,6 @@ from distill.objectives.base import (
     eulerian_target,
     loss_terms,
 )
-from distill.paths import MeanVelocity, interpolate
-from distill.trajectory import TrajectoryBatch
 
 
 class MeanFlow:

@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.flow.paths import MeanVelocity, interpolate
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objective_config import ReflowConfig
 from distill.objectives.base import (
     Call,
@@ -20,8 +22,6 @@ from distill.objectives.base import (
     draw,
     loss_terms,
 )
-from distill.paths import MeanVelocity, interpolate
-from distill.trajectory import TrajectoryBatch
 
 U_SHAPE = 4.0  # a in p(t) ~ cosh(a (t - 1/2)) (Lee et al., 2024, section 4.1)
 

@@ -18,6 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError
+from distill.flow.paths import MeanVelocity, expand_as, interpolate
+from distill.flow.times import sampler_times
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objective_config import TraFlowConfig
 from distill.objectives.base import (
     Call,
@@ -36,9 +39,6 @@ from distill.objectives.base import (
 from distill.objectives.consistency import consistency_term
 from distill.objectives.endpoint import output_term
 from distill.objectives.reflow import flow_matching_term
-from distill.paths import MeanVelocity, expand_as, interpolate
-from distill.times import sampler_times
-from distill.trajectory import TrajectoryBatch
 
 ADAPTIVE_RANGE = (0.01, 10.0)  # of the ratio of gradient norms, as SCoT clips it
 

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
-from distill.paths import expand_as
+from distill.flow.paths import expand_as
 
 
 class MixtureTeacher:

@@ -18,8 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
+from distill.flow.paths import expand_as
 from distill.models import fingerprint, load_model
-from distill.paths import expand_as
 
 
 class EdmTeacher:

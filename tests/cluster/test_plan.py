@@ -14,6 +14,7 @@ from cluster.plan import estimate, stream_plan, teacher_forwards
 from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNetConfig
 from distill.engine import TorchEngine
 from distill.evaluate import evaluate
+from distill.flow.trajectory import TrajectoryBatch
 from distill.generate import GeneratedShard
 from distill.ledger import shard_spec, sidecar_path
 from distill.networks import build_network
@@ -29,7 +30,6 @@ from distill.objective_config import (
 from distill.objectives import build_objective
 from distill.run.dir import RunDir
 from distill.shards import write_shard
-from distill.trajectory import TrajectoryBatch
 
 
 @pytest.mark.parametrize(

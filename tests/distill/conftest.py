@@ -8,6 +8,7 @@ import torch
 
 from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
+from distill.flow.trajectory import TrajectoryBatch
 from distill.networks import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
@@ -15,7 +16,6 @@ from distill.run.dir import RunDir
 from distill.testing import StraightFlow, flow_batch
 from distill.train import train
 from distill.train_log import Work
-from distill.trajectory import TrajectoryBatch
 
 
 class TinyTraining(NamedTuple):

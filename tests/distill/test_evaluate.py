@@ -10,8 +10,8 @@ import torch
 from distill.config import ConfigError, EvalConfig
 from distill.draw import Interrupt, Samples, draw, teacher_sampler
 from distill.evaluate import evaluate
+from distill.flow.noise import sample_noise
 from distill.metrics import relative_distance
-from distill.noise import sample_noise
 from distill.testing import GaussianFlow
 
 FLOW = GaussianFlow(torch.tensor([0.5, -0.5], dtype=torch.float64), 0.4)

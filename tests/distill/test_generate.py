@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.flow.noise import sample_labels, sample_noise
+from distill.flow.paths import jump
+from distill.flow.solvers import solve
 from distill.generate import generate_shard
 from distill.models import save_model
-from distill.noise import sample_labels, sample_noise
-from distill.paths import jump
 from distill.sample import few_step
-from distill.solvers import solve
 from distill.teachers import build_teacher
 from distill.testing import FaultInjector, GaussianFlow, random_network, tiny_teacher
 

@@ -8,7 +8,14 @@ from statistics import NormalDist
 import numpy as np
 import pytest
 
-from distill.noise import _inverse_normal, _Words, permutation, sample_labels, sample_noise, uniform
+from distill.flow.noise import (
+    _inverse_normal,
+    _Words,
+    permutation,
+    sample_labels,
+    sample_noise,
+    uniform,
+)
 
 SHAPE = (3, 5, 7)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from distill.paths import bezier_fit, bezier_point, bezier_velocity, interpolate, jump
+from distill.flow.paths import bezier_fit, bezier_point, bezier_velocity, interpolate, jump
 
 
 def points(degree: int) -> torch.Tensor:

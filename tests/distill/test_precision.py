@@ -11,6 +11,8 @@ import torch
 from torch.nn import functional as F
 
 from distill.config import DiTConfig, ImageSpec, UNetConfig
+from distill.flow.paths import jump
+from distill.flow.trajectory import TrajectoryBatch
 from distill.networks import build_network
 from distill.networks.layers import AbstractNetwork
 from distill.objective_config import (
@@ -22,8 +24,6 @@ from distill.objective_config import (
     TraFlowConfig,
 )
 from distill.objectives import build_objective
-from distill.paths import jump
-from distill.trajectory import TrajectoryBatch
 
 IMAGE = ImageSpec(channels=2, size=8, num_classes=3)
 NETWORKS = {

@@ -2,7 +2,7 @@
 
 import torch
 
-from distill.noise import sample_noise
+from distill.flow.noise import sample_noise
 from distill.pretrain import FIRST_NOISE, ImageStream
 
 N = 10

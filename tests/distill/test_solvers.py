@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from distill.config import NFE_PER_STEP, ConfigError
+from distill.flow.solvers import ODE_SOLVERS, dopri5, solve, solve_by_jumps
 from distill.sample import few_step
-from distill.solvers import ODE_SOLVERS, dopri5, solve, solve_by_jumps
 from distill.testing import GaussianFlow
 
 

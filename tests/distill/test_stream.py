@@ -10,8 +10,8 @@ import torch
 
 from distill import stream as stream_module
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.flow.noise import sample_noise
 from distill.ledger import ForeignShard, ShardSpec, shard_spec, tar_path
-from distill.noise import sample_noise
 from distill.order import Order
 from distill.run.dir import RunDir
 from distill.store import committed

@@ -11,6 +11,7 @@ from small_training import EVERY_TERM, IMAGE, NETWORK, read_share
 
 from distill.config import ConfigError, TrainConfig
 from distill.engine import TorchEngine
+from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import committed_steps
 from distill.networks import build_network
 from distill.objective_config import ReflowConfig
@@ -18,7 +19,6 @@ from distill.objectives import build_objective
 from distill.objectives.base import LossTerms
 from distill.run.dir import RunDir, read_lines
 from distill.train import TrainingError, learning_rate, train
-from distill.trajectory import TrajectoryBatch
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 

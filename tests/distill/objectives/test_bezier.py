@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from distill.config import ImageSpec
+from distill.flow.paths import bezier_point, bezier_velocity, expand_as, interpolate
+from distill.flow.solvers import solve
+from distill.flow.trajectory import TrajectoryBatch
 from distill.objective_config import BezierConfig
 from distill.objectives import build_objective
 from distill.objectives.base import draw, l2, loss_terms
 from distill.objectives.bezier import control_points
 from distill.objectives.reflow import flow_matching_term
-from distill.paths import bezier_point, bezier_velocity, expand_as, interpolate
-from distill.solvers import solve
 from distill.testing import (
     NETWORKS,
     GaussianFlow,
@@ -22,7 +23,6 @@ from distill.testing import (
     flow_batch,
     random_network,
 )
-from distill.trajectory import TrajectoryBatch
 
 IMAGE = ImageSpec(1, 4, 3)
 ONES = torch.ones(IMAGE.shape, dtype=torch.float64)

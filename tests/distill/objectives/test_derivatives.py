@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import ImageSpec
+from distill.flow.paths import jump
 from distill.objective_config import BezierConfig, MeanFlowConfig, TraFlowConfig
 from distill.objectives import base, build_objective
 from distill.objectives.base import (
@@ -24,7 +25,6 @@ from distill.objectives.traflow import (
     last_change,
     state_derivative,
 )
-from distill.paths import jump
 from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, random_network
 
 IMAGE = ImageSpec(1, 4, 3)

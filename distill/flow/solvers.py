@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import check_choice, check_positive
-from distill.paths import MeanVelocity, jump
+from distill.flow.paths import MeanVelocity, jump
 
 ODE_SOLVERS = ("euler", "heun", "rk4")
 
