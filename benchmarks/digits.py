@@ -9,8 +9,8 @@ from benchmarks.problems import Problem, Solved
 from benchmarks.student import averaged, fit
 from distill.config import DataConfig, DiTConfig, TrainConfig
 from distill.datasets import load_images
-from distill.models import DESCRIPTION, load_model, save_model
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.files import DESCRIPTION, load_model, save_model
 from distill.networks.layers import AbstractNetwork
 from distill.objective_config import ReflowConfig
 from distill.pretrain import ImageStream

@@ -25,10 +25,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cluster.netcost import state_bytes  # noqa: E402
 from cluster.zero import DeepSpeedEngine  # noqa: E402
 from distill.config import OFFLOAD_STAGES, DiTConfig, ImageSpec, TrainConfig  # noqa: E402
-from distill.networks import build_network  # noqa: E402
+from distill.networks.build import build_network  # noqa: E402
+from distill.networks.cost import state_bytes  # noqa: E402
 from distill.testing import run_ranks  # noqa: E402
 
 IMAGE = ImageSpec(1, 8, 10)

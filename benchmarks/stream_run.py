@@ -24,8 +24,8 @@ from cluster.configfile import load_config, save_config  # noqa: E402
 from cluster.plan import stream_plan  # noqa: E402
 from cluster.worker import TeacherWorker  # noqa: E402
 from distill.config import ImageSpec  # noqa: E402
-from distill.models import save_model  # noqa: E402
-from distill.networks import build_network  # noqa: E402
+from distill.networks.build import build_network  # noqa: E402
+from distill.networks.files import save_model  # noqa: E402
 from distill.run.dir import RunDir, read_lines  # noqa: E402
 from distill.run.events import WorkerHistory, worker_history  # noqa: E402
 

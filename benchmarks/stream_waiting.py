@@ -25,7 +25,7 @@ from benchmarks.stream_run import Run, mixture
 from benchmarks.stream_shards import SHAPES, Shape
 from distill.config import DiTConfig, ImageSpec, TrainConfig, TrajectoryConfig
 from distill.engine import TorchEngine
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.objective_config import EndpointConfig
 from distill.objectives import build_objective
 from distill.order import Order

@@ -31,7 +31,7 @@ from cluster.compose import compose  # noqa: E402
 from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
 from distill.engine import TorchEngine  # noqa: E402
 from distill.flow.trajectory import TrajectoryBatch  # noqa: E402
-from distill.networks import build_network  # noqa: E402
+from distill.networks.build import build_network  # noqa: E402
 from distill.objective_config import (  # noqa: E402
     BezierConfig,
     ConsistencyConfig,

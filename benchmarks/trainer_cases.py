@@ -11,7 +11,7 @@ import torch
 from benchmarks.train_step import BATCH, IMAGE, NETWORK
 from cluster.zero import DeepSpeedEngine
 from distill.config import DiTConfig, TrainConfig
-from distill.networks import build_network
+from distill.networks.build import build_network
 
 
 class Case(NamedTuple):

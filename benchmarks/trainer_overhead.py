@@ -20,7 +20,7 @@ from distill.allocator import keep_freed_memory
 from distill.config import TrainConfig
 from distill.engine import frozen_copy, new_optimizer
 from distill.flow.trajectory import TrajectoryBatch
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.run.dir import RunDir

@@ -4,7 +4,7 @@ Samples are read B per step, each block of `block_shards` shards `passes` times,
 
     blocks = ceil( N B / (block_shards samples_per_shard passes) ),  shards = blocks * block_shards.
 
-Counts and bytes are exact. FLOP follow from the network's formula (`cluster.netcost`). Hours divide
+Counts and bytes are exact. FLOP follow from the network's formula (`distill.networks.cost`). Hours divide
 them by an assumed speed and leave out waiting, restarts and input; they are no more than that.
 """
 
@@ -20,11 +20,11 @@ from rich.table import Table
 from cluster.calls import objective_calls
 from cluster.config import RunConfig
 from cluster.identity import is_own
-from cluster.netcost import NetworkCost, network_cost, state_bytes
 from distill.config import NFE_PER_STEP, TeacherConfig, check
 from distill.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.layout import sidecar_bytes, tar_bytes
 from distill.ledger import shard_spec
+from distill.networks.cost import NetworkCost, network_cost, state_bytes
 from distill.order import Order
 
 # -----------------------------------------------------------------------------------------------

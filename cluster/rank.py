@@ -17,7 +17,6 @@ import torch.distributed as dist
 from cluster.calls import objective_calls
 from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
-from cluster.netcost import network_cost
 from cluster.watchdog import ending_when_hung
 from cluster.zero import DeepSpeedEngine
 from distill.agree import agreed_latest
@@ -28,8 +27,9 @@ from distill.engine import Engine
 from distill.export import export_checkpoint
 from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import step_name
-from distill.models import DESCRIPTION, load_model
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.cost import network_cost
+from distill.networks.files import DESCRIPTION, load_model
 from distill.networks.layers import AbstractNetwork
 from distill.objective_config import ObjectiveConfig, ReflowConfig
 from distill.objectives import build_objective

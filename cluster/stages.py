@@ -26,7 +26,7 @@ from distill.export import latest_student
 from distill.inception import check_inception
 from distill.ledger import ShardSpec, shard_spec
 from distill.manifest import latest_verified
-from distill.models import DESCRIPTION
+from distill.networks.files import DESCRIPTION
 from distill.report import write_report
 from distill.run.dir import RunDir
 from distill.store import open_store

@@ -20,7 +20,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.netcost import REDUCE_BUCKET
 from cluster.partition import (
     FlatPartition,
     FrozenCopy,
@@ -50,6 +49,7 @@ from distill.engine import (
     new_optimizer,
 )
 from distill.networks.compiled import compiled
+from distill.networks.cost import REDUCE_BUCKET
 from distill.networks.layers import AbstractNetwork
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

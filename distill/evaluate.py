@@ -38,7 +38,7 @@ from distill.draw import (
 from distill.export import latest_student, read_identity
 from distill.flow.paths import MeanVelocity
 from distill.metrics import FeatureDistance, distance_name, relative_distance
-from distill.models import fingerprint
+from distill.networks.files import fingerprint
 from distill.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir, write_json
 from distill.sample import load_student, to_uint8

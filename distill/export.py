@@ -13,8 +13,8 @@ from typing import Any
 from distill.checkpoint import read_average
 from distill.config import ConfigError, ImageSpec, NetworkConfig, check
 from distill.manifest import latest_verified
-from distill.models import DESCRIPTION, network_config, save_model
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.files import DESCRIPTION, network_config, save_model
 from distill.run.dir import RunDir
 
 

@@ -25,7 +25,7 @@ from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve_by_jumps
 from distill.flow.times import sampler_times
-from distill.models import load_model
+from distill.networks.files import load_model
 from distill.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
 

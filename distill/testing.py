@@ -21,7 +21,7 @@ from distill.flow.paths import expand_as
 from distill.flow.trajectory import TrajectoryBatch
 from distill.generate import GeneratedShard
 from distill.ledger import ShardSpec, TeacherSpec
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.networks.layers import AbstractNetwork
 from distill.run.dir import RunDir
 from distill.shards import write_shard

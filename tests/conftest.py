@@ -15,8 +15,8 @@ import torch
 from distill import checkpoint
 from distill.config import DataConfig, DiTConfig, TeacherConfig, TrainConfig
 from distill.engine import TorchEngine
-from distill.models import save_model
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.files import save_model
 from distill.run.dir import RunDir, append_line, write_json
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)

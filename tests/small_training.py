@@ -12,7 +12,7 @@ from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.objective_config import TraFlowConfig
 from distill.objectives import build_objective
 from distill.run.dir import RunDir, read_lines

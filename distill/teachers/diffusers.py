@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
-from distill.models import file_sha256
+from distill.networks.files import file_sha256
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
 from distill.flow.paths import expand_as
-from distill.models import fingerprint, load_model
+from distill.networks.files import fingerprint, load_model
 
 
 class EdmTeacher:

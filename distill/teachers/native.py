@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.models import fingerprint, load_model
+from distill.networks.files import fingerprint, load_model
 from distill.teachers.base import Guided
 
 

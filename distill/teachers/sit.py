@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, DiTConfig, ImageSpec
-from distill.models import file_sha256, load_weights, read_tensors
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.files import file_sha256, load_weights, read_tensors
 
 # Heads of the published sizes S, B, L, XL by width; the weights do not tell.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}

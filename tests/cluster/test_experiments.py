@@ -26,8 +26,8 @@ from cluster.worker import TeacherWorker
 from distill.config import ConfigError, DiTConfig, UNetConfig
 from distill.engine import TorchEngine
 from distill.evaluate import evaluate
-from distill.models import save_model
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.files import save_model
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.report import write_report

@@ -9,7 +9,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.calls import objective_calls
 from cluster.compose import compose
-from cluster.netcost import network_cost
 from cluster.plan import estimate, stream_plan, teacher_forwards
 from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNetConfig
 from distill.engine import TorchEngine
@@ -17,7 +16,8 @@ from distill.evaluate import evaluate
 from distill.flow.trajectory import TrajectoryBatch
 from distill.generate import GeneratedShard
 from distill.ledger import shard_spec, sidecar_path
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.cost import network_cost
 from distill.networks.dit import DiT
 from distill.objective_config import (
     BezierConfig,

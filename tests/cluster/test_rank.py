@@ -14,7 +14,7 @@ from distill.config import ConfigError
 from distill.datasets import load_images
 from distill.engine import TorchEngine
 from distill.manifest import sha256_file
-from distill.models import load_model
+from distill.networks.files import load_model
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.pretrain import ImageStream

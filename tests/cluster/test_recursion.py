@@ -22,7 +22,7 @@ from distill.config import ConfigError
 from distill.evaluate import evaluate
 from distill.export import export_run
 from distill.flow.solvers import solve
-from distill.models import file_sha256, load_model
+from distill.networks.files import file_sha256, load_model
 from distill.run.dir import RunDir
 from distill.shards import read_sample
 from distill.store import read_sidecar

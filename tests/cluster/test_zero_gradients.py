@@ -8,7 +8,7 @@ import torch
 
 from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.networks.compiled import compiled
 from distill.testing import NETWORKS, run_ranks
 

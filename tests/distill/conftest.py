@@ -9,7 +9,7 @@ import torch
 from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.run.dir import RunDir

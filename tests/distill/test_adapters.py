@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from distill.config import ConfigError, DiTConfig, ImageSpec, TeacherConfig, UNetConfig
-from distill.models import save_model
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.files import save_model
 from distill.teachers import build_teacher
 from distill.teachers.diffusers import DiffusersTeacher
 from distill.teachers.edm import EdmTeacher

@@ -27,7 +27,7 @@ from distill.manifest import (
     read_manifest,
     verify,
 )
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.run.dir import RunDir, read_lines
 
 

@@ -11,7 +11,7 @@ from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import jump
 from distill.flow.solvers import solve
 from distill.generate import generate_shard
-from distill.models import save_model
+from distill.networks.files import save_model
 from distill.sample import few_step
 from distill.teachers import build_teacher
 from distill.testing import FaultInjector, GaussianFlow, random_network, tiny_teacher

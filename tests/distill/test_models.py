@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from distill import models
 from distill.config import ConfigError, DiTConfig, ImageSpec, UNetConfig
-from distill.models import fingerprint, load_model, load_weights, save_model
-from distill.networks import build_network
+from distill.networks import files as models
+from distill.networks.build import build_network
+from distill.networks.files import fingerprint, load_model, load_weights, save_model
 
 IMAGE = ImageSpec(1, 8, 3)
 DIT = DiTConfig(patch_size=4, width=8, depth=1, num_heads=2)

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from distill.config import ConfigError, DiTConfig, ImageSpec, UNetConfig
-from distill.models import load_weights
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.networks.dit import grid_embedding
+from distill.networks.files import load_weights
 from distill.networks.layers import AbstractNetwork
 
 IMAGE = ImageSpec(channels=2, size=8, num_classes=3)

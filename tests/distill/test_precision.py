@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from distill.config import DiTConfig, ImageSpec, UNetConfig
 from distill.flow.paths import jump
 from distill.flow.trajectory import TrajectoryBatch
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.networks.layers import AbstractNetwork
 from distill.objective_config import (
     BezierConfig,

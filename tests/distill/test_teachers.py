@@ -8,8 +8,8 @@ import torch
 
 from distill.config import ConfigError, DiTConfig, ImageSpec, TeacherConfig
 from distill.flow.solvers import solve
-from distill.models import file_sha256, save_model
-from distill.networks import build_network
+from distill.networks.build import build_network
+from distill.networks.files import file_sha256, save_model
 from distill.teachers import build_field, build_teacher
 from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
 from distill.teachers.base import guided

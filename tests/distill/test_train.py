@@ -13,7 +13,7 @@ from distill.config import ConfigError, TrainConfig
 from distill.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import committed_steps
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.objectives.base import LossTerms

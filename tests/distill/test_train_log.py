@@ -15,7 +15,7 @@ from distill.config import TrainConfig
 from distill.cost import phase_seconds
 from distill.engine import TorchEngine
 from distill.flow.noise import sample_noise
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.objective_config import ReflowConfig
 from distill.objectives import build_objective
 from distill.phases import PHASES, PhaseClock

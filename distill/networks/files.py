@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from distill.config import ConfigError, DiTConfig, ImageSpec, NetworkConfig, UNetConfig
-from distill.networks import build_network
+from distill.networks.build import build_network
 from distill.networks.layers import AbstractNetwork
 from distill.run.dir import sync_directory, write_atomic, write_json
 

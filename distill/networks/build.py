@@ -1,0 +1,26 @@
+"""Networks by configuration. Each is a `MeanVelocity` u(x, t, s, label) of `distill.flow.paths`."""
+
+import torch
+
+from distill.config import ConfigError, DiTConfig, ImageSpec, NetworkConfig, UNetConfig
+from distill.networks.dit import DiT
+from distill.networks.layers import AbstractNetwork
+from distill.networks.unet import UNet
+
+
+def build_network(config: NetworkConfig, image: ImageSpec, seed: int = 0) -> AbstractNetwork:
+    """The network of `config` for `image`, float32 on the CPU, its weights drawn from `seed` alone.
+
+    Raises:
+        ConfigError: an image size that the network cannot take.
+    """
+    # torch's layers draw their first weights from the global generator; it is set here and put
+    # back.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        match config:
+            case DiTConfig():
+                return DiT(config, image)
+            case UNetConfig():
+                return UNet(config, image)
+    raise ConfigError(f"student={type(config).__name__} is not a known network")
