@@ -12,7 +12,7 @@ from distill.datasets import load_images
 from distill.networks.build import build_network
 from distill.networks.files import DESCRIPTION, load_model, save_model
 from distill.networks.layers import AbstractNetwork
-from distill.objective_config import ReflowConfig
+from distill.objectives.config import ReflowConfig
 from distill.pretrain import ImageStream
 from distill.teachers.base import guided
 from distill.teachers.native import NativeTeacher

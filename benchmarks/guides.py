@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from benchmarks.problems import MIXTURES, Field, Problem, Solved, mixture_problem
 from benchmarks.student import train_student
 from distill.config import TrainConfig
-from distill.objective_config import BezierConfig, ObjectiveConfig, ReflowConfig
+from distill.objectives.config import BezierConfig, ObjectiveConfig, ReflowConfig
 from distill.teachers.analytic import MixtureTeacher
 
 NOISE_OF_TEACHERS = 0.2  # standard deviation of the error of every mean, per axis

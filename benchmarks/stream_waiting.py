@@ -26,8 +26,8 @@ from benchmarks.stream_shards import SHAPES, Shape
 from distill.config import DiTConfig, ImageSpec, TrainConfig, TrajectoryConfig
 from distill.engine import TorchEngine
 from distill.networks.build import build_network
-from distill.objective_config import EndpointConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import EndpointConfig
 from distill.order import Order
 from distill.run.dir import RunDir, read_lines
 from distill.shards import write_shard

@@ -15,8 +15,8 @@ from distill.engine import EVALUATION, TorchEngine, average_kind
 from distill.flow.trajectory import TrajectoryBatch
 from distill.metrics import relative_distance
 from distill.networks.layers import AbstractNetwork
-from distill.objective_config import ObjectiveConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ObjectiveConfig
 from distill.sample import few_step
 from distill.train import learning_rate
 

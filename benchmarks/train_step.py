@@ -32,7 +32,8 @@ from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
 from distill.engine import TorchEngine  # noqa: E402
 from distill.flow.trajectory import TrajectoryBatch  # noqa: E402
 from distill.networks.build import build_network  # noqa: E402
-from distill.objective_config import (  # noqa: E402
+from distill.objectives.build import build_objective  # noqa: E402
+from distill.objectives.config import (  # noqa: E402
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,
@@ -41,7 +42,6 @@ from distill.objective_config import (  # noqa: E402
     ReflowConfig,
     TraFlowConfig,
 )
-from distill.objectives import build_objective  # noqa: E402
 
 IMAGE = ImageSpec(1, 8, 10)
 NETWORK = DiTConfig(patch_size=2, width=96, depth=4, num_heads=4, mlp_ratio=2.0)  # dit_digits

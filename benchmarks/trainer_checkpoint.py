@@ -18,8 +18,8 @@ from distill.checkpoint import load_latest
 from distill.config import TrainConfig
 from distill.engine import MASTER
 from distill.manifest import latest_verified, verify
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, write_atomic
 from distill.saver import Saver
 from distill.testing import run_ranks

@@ -21,8 +21,8 @@ from distill.config import TrainConfig
 from distill.engine import frozen_copy, new_optimizer
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
 from distill.testing import run_ranks
 from distill.train import train

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import astuple, dataclass
 
-from distill.objective_config import (
+from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
     MeanFlowConfig,

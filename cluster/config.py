@@ -20,7 +20,7 @@ from distill.config import (
     check,
     check_positive,
 )
-from distill.objective_config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
+from distill.objectives.config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
 from distill.run.dir import RunDir
 
 

@@ -15,7 +15,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cluster.config import RunConfig
 from distill.config import ConfigError, DiTConfig, NetworkConfig, UNetConfig, check
-from distill.objective_config import (
+from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,

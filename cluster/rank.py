@@ -31,9 +31,9 @@ from distill.networks.build import build_network
 from distill.networks.cost import network_cost
 from distill.networks.files import DESCRIPTION, load_model
 from distill.networks.layers import AbstractNetwork
-from distill.objective_config import ObjectiveConfig, ReflowConfig
-from distill.objectives import build_objective
 from distill.objectives.base import Objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.pretrain import ImageStream
 from distill.run.dir import RunDir, append_line, lock_file
 from distill.stream import TrajectoryStream

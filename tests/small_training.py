@@ -13,8 +13,8 @@ from distill.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
-from distill.objective_config import TraFlowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import TraFlowConfig
 from distill.run.dir import RunDir, read_lines
 from distill.testing import GaussianFlow
 from distill.train import train

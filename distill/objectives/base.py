@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from distill.flow.noise import uniform
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objective_config import ObjectiveConfig
+from distill.objectives.config import ObjectiveConfig
 
 # Step of the finite difference of u along a path. Float32 rounding grows as 1/h, the error as h.
 FINITE_STEP = 5e-3
@@ -151,7 +151,7 @@ def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
             return Distances(l2, l2)
         case "lpips":
             # With torchvision, as long to import as torch itself, at every start of a rank.
-            from distill.perceptual import load_lpips
+            from distill.objectives.lpips import load_lpips
 
             return Distances(load_lpips(config.lpips_backbone, device), pseudo_huber)
         case _:

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objective_config import BezierConfig
 from distill.objectives.base import (
     Call,
     Distances,
@@ -31,6 +30,7 @@ from distill.objectives.base import (
     eulerian_target,
     loss_terms,
 )
+from distill.objectives.config import BezierConfig
 
 
 def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[Tensor, "B n1 *S"]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, jump
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objective_config import ConsistencyConfig
 from distill.objectives.base import (
     Call,
     Distance,
@@ -25,6 +24,7 @@ from distill.objectives.base import (
     loss_terms,
     pick,
 )
+from distill.objectives.config import ConsistencyConfig
 
 
 def consistency_term(

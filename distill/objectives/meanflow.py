@@ -9,7 +9,6 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, interpolate
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objective_config import MeanFlowConfig
 from distill.objectives.base import (
     Call,
     Distances,
@@ -19,6 +18,7 @@ from distill.objectives.base import (
     eulerian_target,
     loss_terms,
 )
+from distill.objectives.config import MeanFlowConfig
 
 
 class MeanFlow:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, interpolate
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objective_config import ReflowConfig
 from distill.objectives.base import (
     Call,
     Distance,
@@ -22,6 +21,7 @@ from distill.objectives.base import (
     draw,
     loss_terms,
 )
+from distill.objectives.config import ReflowConfig
 
 U_SHAPE = 4.0  # a in p(t) ~ cosh(a (t - 1/2)) (Lee et al., 2024, section 4.1)
 

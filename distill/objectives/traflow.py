@@ -21,7 +21,6 @@ from distill.config import ConfigError
 from distill.flow.paths import MeanVelocity, expand_as, interpolate
 from distill.flow.times import sampler_times
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objective_config import TraFlowConfig
 from distill.objectives.base import (
     Call,
     Distance,
@@ -36,6 +35,7 @@ from distill.objectives.base import (
     time_derivative,
     with_time_derivative,
 )
+from distill.objectives.config import TraFlowConfig
 from distill.objectives.consistency import consistency_term
 from distill.objectives.endpoint import output_term
 from distill.objectives.reflow import flow_matching_term

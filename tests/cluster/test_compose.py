@@ -8,7 +8,7 @@ import yaml
 from cluster.compose import compose
 from cluster.config import RunConfig
 from distill.config import ConfigError, UNetConfig
-from distill.objective_config import BezierConfig, TraFlowConfig
+from distill.objectives.config import BezierConfig, TraFlowConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OPTIONS = [

@@ -28,8 +28,8 @@ from distill.engine import TorchEngine
 from distill.evaluate import evaluate
 from distill.networks.build import build_network
 from distill.networks.files import save_model
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.report import write_report
 from distill.run.dir import RunDir, read_lines
 

@@ -19,7 +19,8 @@ from distill.ledger import shard_spec, sidecar_path
 from distill.networks.build import build_network
 from distill.networks.cost import network_cost
 from distill.networks.dit import DiT
-from distill.objective_config import (
+from distill.objectives.build import build_objective
+from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,
@@ -27,7 +28,6 @@ from distill.objective_config import (
     ReflowConfig,
     TraFlowConfig,
 )
-from distill.objectives import build_objective
 from distill.run.dir import RunDir
 from distill.shards import write_shard
 

@@ -15,8 +15,8 @@ from distill.datasets import load_images
 from distill.engine import TorchEngine
 from distill.manifest import sha256_file
 from distill.networks.files import load_model
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.pretrain import ImageStream
 
 

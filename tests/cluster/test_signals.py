@@ -14,7 +14,7 @@ from small_training import EVERY_TERM, config_of, fit, manifest, zero_engine
 
 from cluster.signals import RANK_STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
 from distill.manifest import latest_verified
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
 from distill.run.dir import RunDir
 from distill.testing import run_ranks
 

@@ -24,8 +24,8 @@ from cluster.trainer import NEVER_AGAIN, final_error, is_told_to_stop, train_ran
 from distill.config import ConfigError
 from distill.engine import TorchEngine
 from distill.manifest import CheckpointError, SaveError, committed_steps
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
 from distill.train import train

@@ -25,14 +25,14 @@ from small_training import (
 
 from distill.config import ConfigError, TrainConfig
 from distill.manifest import latest_verified
-from distill.objective_config import (
+from distill.objectives.build import build_objective
+from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,
     MeanFlowConfig,
     ReflowConfig,
 )
-from distill.objectives import build_objective
 from distill.run.dir import RunDir
 from distill.testing import run_ranks
 from distill.train import TrainingError

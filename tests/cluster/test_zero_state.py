@@ -22,8 +22,8 @@ from small_training import (
 from torch import Tensor
 
 from distill.config import TrainConfig
-from distill.objective_config import ConsistencyConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ConsistencyConfig
 from distill.testing import run_ranks
 
 STEPS, RANKS, LR = 3, 2, 2e-3

@@ -10,8 +10,8 @@ from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
 from distill.testing import StraightFlow, flow_batch
 from distill.train import train

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from distill.config import ConfigError
-from distill.perceptual import load_lpips
+from distill.objectives.lpips import load_lpips
 
 CPU = torch.device("cpu")
 

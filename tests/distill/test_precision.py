@@ -15,7 +15,8 @@ from distill.flow.paths import jump
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.networks.layers import AbstractNetwork
-from distill.objective_config import (
+from distill.objectives.build import build_objective
+from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,
@@ -23,7 +24,6 @@ from distill.objective_config import (
     ReflowConfig,
     TraFlowConfig,
 )
-from distill.objectives import build_objective
 
 IMAGE = ImageSpec(channels=2, size=8, num_classes=3)
 NETWORKS = {

@@ -14,9 +14,9 @@ from distill.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import committed_steps
 from distill.networks.build import build_network
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
 from distill.objectives.base import LossTerms
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, read_lines
 from distill.train import TrainingError, learning_rate, train
 

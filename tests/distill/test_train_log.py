@@ -16,8 +16,8 @@ from distill.cost import phase_seconds
 from distill.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.networks.build import build_network
-from distill.objective_config import ReflowConfig
-from distill.objectives import build_objective
+from distill.objectives.build import build_objective
+from distill.objectives.config import ReflowConfig
 from distill.phases import PHASES, PhaseClock
 from distill.run.dir import RunDir, read_lines
 from distill.tensorboard import scalars

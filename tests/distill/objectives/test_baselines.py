@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from distill.config import ImageSpec
-from distill.objective_config import (
+from distill.objectives.base import draw_index, pseudo_huber
+from distill.objectives.build import build_objective
+from distill.objectives.config import (
     ConsistencyConfig,
     EndpointConfig,
     MeanFlowConfig,
     ObjectiveConfig,
     ReflowConfig,
 )
-from distill.objectives import build_objective
-from distill.objectives.base import draw_index, pseudo_huber
 from distill.objectives.reflow import u_shaped
 from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, random_network
 

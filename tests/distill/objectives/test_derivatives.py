@@ -8,8 +8,6 @@ from torch import Tensor, nn
 
 from distill.config import ImageSpec
 from distill.flow.paths import jump
-from distill.objective_config import BezierConfig, MeanFlowConfig, TraFlowConfig
-from distill.objectives import base, build_objective
 from distill.objectives.base import (
     Call,
     eulerian_target,
@@ -18,6 +16,8 @@ from distill.objectives.base import (
     time_derivative,
     with_time_derivative,
 )
+from distill.objectives.build import base, build_objective
+from distill.objectives.config import BezierConfig, MeanFlowConfig, TraFlowConfig
 from distill.objectives.traflow import (
     double_backward_term,
     finite_change_term,

@@ -8,7 +8,8 @@ from torch import nn
 
 from distill.config import ImageSpec, TrainConfig
 from distill.engine import TorchEngine
-from distill.objective_config import (
+from distill.objectives.build import build_objective
+from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,
@@ -16,7 +17,6 @@ from distill.objective_config import (
     ReflowConfig,
     TraFlowConfig,
 )
-from distill.objectives import build_objective
 from distill.testing import NETWORKS, GaussianFlow, flow_batch, random_network
 
 CLASSES, NO_CLASSES = ImageSpec(1, 4, 3), ImageSpec(1, 4, 0)

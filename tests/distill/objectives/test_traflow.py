@@ -9,9 +9,9 @@ from torch import Tensor
 from cluster.compose import compose
 from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine import TorchEngine
-from distill.objective_config import TraFlowConfig
-from distill.objectives import build_objective
 from distill.objectives.base import LossTerms
+from distill.objectives.build import build_objective
+from distill.objectives.config import TraFlowConfig
 from distill.objectives.traflow import ADAPTIVE_RANGE, balanced, draw_jump
 from distill.sample import few_step
 from distill.testing import (
