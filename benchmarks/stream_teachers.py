@@ -32,7 +32,7 @@ from distill.allocator import keep_freed_memory
 from distill.config import TeacherConfig
 from distill.flow.solvers import solve
 from distill.run.dir import read_lines
-from distill.teachers import build_field, build_teacher
+from distill.teachers.build import build_field, build_teacher
 
 SHARD, GRID = 256, 8  # samples, intervals of the grid
 RAY_NICENESS = 15  # of its workers, unless RAY_worker_niceness says another

@@ -30,7 +30,7 @@ from distill.networks.files import DESCRIPTION
 from distill.report import write_report
 from distill.run.dir import RunDir
 from distill.store import open_store
-from distill.teachers import build_teacher
+from distill.teachers.build import build_teacher
 from distill.wandb import check_wandb
 
 

@@ -20,8 +20,8 @@ from distill.generate import generate_shard
 from distill.ledger import ShardSpec
 from distill.run.dir import RunDir
 from distill.shards import write_shard
-from distill.teachers import build_teacher
 from distill.teachers.base import FrozenTeacher
+from distill.teachers.build import build_teacher
 
 
 class TeacherWorker:

@@ -42,8 +42,8 @@ from distill.networks.files import fingerprint
 from distill.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir, write_json
 from distill.sample import load_student, to_uint8
-from distill.teachers import build_field, build_teacher
 from distill.teachers.base import FrozenTeacher
+from distill.teachers.build import build_field, build_teacher
 from distill.teachers.native import Jumps
 
 LINE_PERIOD_S = 30.0  # between lines of progress, where there is no terminal

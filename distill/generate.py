@@ -19,8 +19,8 @@ from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve, solve_by_jumps
 from distill.flow.times import sampler_times
-from distill.teachers import build_field
 from distill.teachers.base import FrozenTeacher, Guided
+from distill.teachers.build import build_field
 from distill.teachers.native import Jumps
 
 

@@ -28,7 +28,7 @@ from distill.manifest import read_manifest, step_name
 from distill.run.dir import RunDir, read_lines
 from distill.shards import read_shard, write_shard
 from distill.store import read_sidecar
-from distill.teachers import build_teacher
+from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
 
 DRIVER = Path(__file__).parent / "driver.py"

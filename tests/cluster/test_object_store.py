@@ -28,7 +28,7 @@ from distill.run.dir import RunDir, read_lines
 from distill.shards import write_shard
 from distill.store import committed, open_store, read_sidecar
 from distill.stream import TrajectoryStream
-from distill.teachers import build_teacher
+from distill.teachers.build import build_teacher
 
 STEPS = 80  # 4 steps read a block of 2 shards
 # Makes the shards of a run. The worker that makes shard 3 first dies between tar and sidecar.

@@ -18,7 +18,7 @@ from distill.ledger import shard_spec
 from distill.run.dir import RunDir
 from distill.shards import read_shard
 from distill.store import read_sidecar
-from distill.teachers import build_teacher
+from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
 
 SHARDS, SAMPLES = 3, 48

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from distill.config import ConfigError, DiTConfig, ImageSpec, TeacherConfig, UNetConfig
 from distill.networks.build import build_network
 from distill.networks.files import save_model
-from distill.teachers import build_teacher
+from distill.teachers.build import build_teacher
 from distill.teachers.diffusers import DiffusersTeacher
 from distill.teachers.edm import EdmTeacher
 from distill.testing import GaussianFlow

@@ -13,7 +13,7 @@ from distill.flow.solvers import solve
 from distill.generate import generate_shard
 from distill.networks.files import save_model
 from distill.sample import few_step
-from distill.teachers import build_teacher
+from distill.teachers.build import build_teacher
 from distill.testing import FaultInjector, GaussianFlow, random_network, tiny_teacher
 
 TRAJECTORY = TrajectoryConfig(grid=4, samples_per_shard=10, batch_size=4, block_shards=1)
