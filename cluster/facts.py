@@ -11,9 +11,9 @@ from cluster.eviction import read_evicted
 from cluster.identity import check_identity, is_own
 from cluster.plan import stream_plan
 from distill.config import TeacherConfig
+from distill.data.stores.store import committed
 from distill.manifest import latest_verified
 from distill.run.dir import RunDir
-from distill.store import committed
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

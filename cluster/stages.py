@@ -21,6 +21,7 @@ from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
 from distill.config import ImageSpec, TeacherConfig, check
+from distill.data.stores.store import open_store
 from distill.datasets import NO_IMAGES, check_files
 from distill.export import latest_student
 from distill.inception import check_inception
@@ -29,7 +30,6 @@ from distill.manifest import latest_verified
 from distill.networks.files import DESCRIPTION
 from distill.report import write_report
 from distill.run.dir import RunDir
-from distill.store import open_store
 from distill.teachers.build import build_teacher
 from distill.wandb import check_wandb
 

@@ -22,10 +22,10 @@ from cluster.plan import stream_plan
 from cluster.scale import PLANNED, staff
 from distill.config import ConfigError
 from distill.cost import goodput
+from distill.data.stores.store import committed, open_store
 from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.run.dir import RunDir, read_lines
 from distill.run.events import worker_history
-from distill.store import committed, open_store
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared

@@ -26,11 +26,11 @@ from cluster.consumption import audit_consumption, planned_sha256
 from cluster.eviction import first_shard_read, recorded
 from cluster.identity import read_identity
 from distill.config import ConfigError
+from distill.data.stores.store import open_store, read_sidecar, verify_shard
 from distill.ledger import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.manifest import KEPT, committed_steps, verify
 from distill.order import Order
 from distill.run.dir import RunDir, read_lines
-from distill.store import open_store, read_sidecar, verify_shard
 
 
 def audit(run: RunDir) -> dict[str, Any]:

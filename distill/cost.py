@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from distill.data.stores.store import open_store
 from distill.run.dir import RunDir, read_lines
-from distill.store import open_store
 
 
 def read_cost(run: RunDir) -> dict[str, float | int]:

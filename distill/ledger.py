@@ -5,7 +5,7 @@
 
 A shard is committed when the sidecar and the tar that it means exist. The sidecar holds the size
 and sha256 of the tar and of itself, so every byte of both can be proven. What a sidecar says stands
-here; `distill.store` lists, reads and changes those of a run.
+here; `distill.data.stores.store` lists, reads and changes those of a run.
 """
 
 from __future__ import annotations

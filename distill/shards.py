@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from webdataset.writer import TarWriter
 
+from distill.data.stores.store import ShardStore, open_store, read_sidecar
 from distill.layout import (
     META,
     STATES,
@@ -29,7 +30,6 @@ from distill.layout import (
 )
 from distill.ledger import CorruptShard, ShardSpec, Sidecar, check_spec
 from distill.run.dir import RunDir
-from distill.store import ShardStore, open_store, read_sidecar
 
 
 @runtime_checkable

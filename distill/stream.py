@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, TrajectoryConfig, check
+from distill.data.stores.store import open_store
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
 from distill.layout import stored_dtype
@@ -25,7 +26,6 @@ from distill.ledger import CorruptShard, ShardSpec
 from distill.order import Order
 from distill.run.dir import RunDir
 from distill.shards import as_tensor, read_shard
-from distill.store import open_store
 
 POLL_S = 0.1  # how often a missing shard is looked for
 

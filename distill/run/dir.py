@@ -24,7 +24,7 @@ class RunDir:
     Attributes:
         root: the run's folder.
         location: where its shards lie: a folder, a URL, or "" for `shards` below `root`
-            (`distill.store`).
+            (`distill.data.stores.store`).
     """
 
     root: Path

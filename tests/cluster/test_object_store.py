@@ -19,14 +19,14 @@ from cluster.identity import identity_of
 from cluster.job import stream_order
 from cluster.plan import stream_plan
 from cluster.verify import audit
-from distill import object_store
 from distill.config import ConfigError
+from distill.data.stores import bucket as object_store
+from distill.data.stores.objects import Objects
+from distill.data.stores.store import committed, open_store, read_sidecar
 from distill.generate import generate_shard
 from distill.ledger import tar_path
-from distill.objects import Objects
 from distill.run.dir import RunDir, read_lines
 from distill.shards import write_shard
-from distill.store import committed, open_store, read_sidecar
 from distill.stream import TrajectoryStream
 from distill.teachers.build import build_teacher
 
@@ -42,7 +42,7 @@ from distill.run.dir import RunDir
 
 class MortalWorker(TeacherWorker):
     def produce(self, shard):
-        from distill.objects import Objects
+        from distill.data.stores.objects import Objects
         struck = self._run.root / "struck"
         def die(*_):
             struck.touch()

@@ -14,11 +14,11 @@ from cluster.eviction import evict
 from cluster.identity import hash_of
 from cluster.verify import audit
 from distill.config import ConfigError
+from distill.data.stores.store import open_store
 from distill.ledger import sidecar_path, tar_path
 from distill.manifest import KEPT
 from distill.order import Order
 from distill.run.dir import RunDir, append_line, write_json
-from distill.store import open_store
 from distill.testing import tiny_spec, write_tiny_shards
 
 # Blocks of 2 shards of 4 samples, read twice: 16 entries a block, 8 a step, so 2 steps a block.

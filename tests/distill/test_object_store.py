@@ -14,18 +14,25 @@ import pytest
 import torch
 import webdataset
 
-from distill import object_store, shard_cache
 from distill import stream as stream_module
 from distill.config import ConfigError, TrajectoryConfig
 from distill.cost import read_cost
+from distill.data.stores import bucket as object_store
+from distill.data.stores import cache as shard_cache
+from distill.data.stores.objects import Objects
+from distill.data.stores.store import (
+    committed,
+    is_committed,
+    open_store,
+    read_sidecar,
+    verify_shard,
+)
 from distill.fastgen import export_fastgen
 from distill.layout import stored_dtype
 from distill.ledger import CorruptShard, ForeignShard, MisplacedShard, tar_path
-from distill.objects import Objects
 from distill.order import Order
 from distill.run.dir import RunDir, write_json
 from distill.shards import read_sample, read_shard, write_shard
-from distill.store import committed, is_committed, open_store, read_sidecar, verify_shard
 from distill.stream import TrajectoryStream
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 

@@ -17,11 +17,11 @@ import torch
 import webdataset
 
 from distill import ledger
+from distill.data.stores.store import committed, open_store, read_sidecar, verify_shard
 from distill.layout import stored_dtype
 from distill.ledger import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
 from distill.run.dir import RunDir
 from distill.shards import as_tensor, read_sample, read_shard, write_shard
-from distill.store import committed, open_store, read_sidecar, verify_shard
 from distill.temporaries import clean_temporaries, temporary_path
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 

@@ -10,11 +10,11 @@ import torch
 
 from distill import stream as stream_module
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.data.stores.store import committed
 from distill.flow.noise import sample_noise
 from distill.ledger import ForeignShard, ShardSpec, shard_spec, tar_path
 from distill.order import Order
 from distill.run.dir import RunDir
-from distill.store import committed
 from distill.stream import StreamError, TrajectoryStream
 from distill.testing import tiny_shard, tiny_spec, write_tiny_shards
 

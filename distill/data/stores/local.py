@@ -48,7 +48,7 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
 
 @dataclass(frozen=True)
 class LocalStore:
-    """The `distill.store.ShardStore` in the folder `run.shards`; what is bad goes to
+    """The `distill.data.stores.store.ShardStore` in the folder `run.shards`; what is bad goes to
     `run.quarantine`.
     """
 

@@ -1,6 +1,6 @@
 """Where the shards of a run lie, and all that is done to them there.
 
-A run names a folder (`distill.local_store`) or a URL of an object store (`distill.object_store`).
+A run names a folder (`distill.data.stores.local`) or a URL of an object store (`distill.data.stores.bucket`).
 In both a shard is committed by its sidecar, which is put last and never replaces another one. The
 functions below are what the rest of Bowstring uses.
 """
@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from distill.data.stores.local import LocalStore
 from distill.ledger import Listing, Sidecar, parse_sidecar
-from distill.local_store import LocalStore
 from distill.run.dir import RunDir
 
 
@@ -101,7 +101,7 @@ def open_store(run: RunDir) -> ShardStore:
     """
     if "://" not in run.location:
         return LocalStore(run)
-    from distill.object_store import ObjectStore  # a local run needs no fsspec
+    from distill.data.stores.bucket import ObjectStore  # a local run needs no fsspec
 
     return ObjectStore(run)
 

@@ -24,6 +24,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from distill.data.stores.cache import ShardCache
+from distill.data.stores.local import local_reasons
+from distill.data.stores.objects import Objects
 from distill.ledger import (
     SHARD_NAME,
     TAR_NAME,
@@ -36,10 +39,7 @@ from distill.ledger import (
     parse_sidecar,
     shard_name,
 )
-from distill.local_store import local_reasons
-from distill.objects import Objects
 from distill.run.dir import RunDir
-from distill.shard_cache import ShardCache
 from distill.temporaries import STALE_S
 
 PIECE_BYTES = 16 * 2**20  # of a tar, while its hash is taken
@@ -47,7 +47,7 @@ SIDECARS_AT_ONCE = 256
 
 
 class ObjectStore:
-    """The `distill.store.ShardStore` at `run.location`."""
+    """The `distill.data.stores.store.ShardStore` at `run.location`."""
 
     pause_s = 1.0
 
