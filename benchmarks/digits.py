@@ -8,7 +8,7 @@ from pathlib import Path
 from benchmarks.problems import Problem, Solved
 from benchmarks.student import averaged, fit
 from distill.config import DataConfig, DiTConfig, TrainConfig
-from distill.datasets import load_images
+from distill.data.images import load_images
 from distill.networks.build import build_network
 from distill.networks.files import DESCRIPTION, load_model, save_model
 from distill.networks.layers import AbstractNetwork

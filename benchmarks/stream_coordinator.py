@@ -30,9 +30,9 @@ from cluster.messages import (
     Released,
     Tick,
 )
+from distill.data.layout import state_bytes, state_offset, tar_bytes
+from distill.data.sidecar import ShardSpec, Sidecar, TeacherSpec, sidecar_path, tar_path
 from distill.data.stores.store import committed
-from distill.layout import state_bytes, state_offset, tar_bytes
-from distill.ledger import ShardSpec, Sidecar, TeacherSpec, sidecar_path, tar_path
 from distill.run.dir import RunDir
 
 LEASE_TIMEOUT_S = 120.0

@@ -10,7 +10,7 @@ from cluster import pool as pool_module
 from cluster.compose import compose
 from cluster.plan import stream_plan
 from cluster.pool import TeacherPool
-from distill.ledger import shard_spec
+from distill.data.sidecar import shard_spec
 from distill.run.dir import RunDir
 
 SHARD_BYTES = 4_000_000

@@ -1,6 +1,6 @@
 """Shards against plain webdataset: the same samples written and read by both.
 
-`distill.shards` writes with sha256, flushed to disk, sidecar, atomic names; ShardWriter of
+`distill.data.shards` writes with sha256, flushed to disk, sidecar, atomic names; ShardWriter of
 webdataset with none of these. Both read whole shards into one array; ours checks the sha256. Rounds
 alternate; what counts is the median of the ratios.
 """
@@ -20,11 +20,11 @@ import torch
 import webdataset
 
 from benchmarks.sections import markdown
-from distill.generate import GeneratedShard
-from distill.layout import stored_dtype, tar_bytes
-from distill.ledger import ShardSpec, TeacherSpec
+from distill.data.generate import GeneratedShard
+from distill.data.layout import stored_dtype, tar_bytes
+from distill.data.shards import read_shard, write_shard
+from distill.data.sidecar import ShardSpec, TeacherSpec
 from distill.run.dir import RunDir
-from distill.shards import read_shard, write_shard
 
 
 @dataclass(frozen=True)

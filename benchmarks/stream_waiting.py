@@ -24,14 +24,14 @@ from benchmarks.sections import markdown
 from benchmarks.stream_run import Run, mixture
 from benchmarks.stream_shards import SHAPES, Shape
 from distill.config import DiTConfig, ImageSpec, TrainConfig, TrajectoryConfig
+from distill.data.order import Order
+from distill.data.shards import write_shard
+from distill.data.stream import TrajectoryStream
 from distill.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import EndpointConfig
-from distill.order import Order
 from distill.run.dir import RunDir, read_lines
-from distill.shards import write_shard
-from distill.stream import TrajectoryStream
 from distill.train import train
 
 BLOCK_SHARDS, PASSES, LOG_EVERY = 4, 2, 4

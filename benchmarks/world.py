@@ -1,6 +1,6 @@
 """A cluster in simulated time around the real coordinator: nodes that go, workers, a trainer.
 
-Real are `cluster.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.order`
+Real are `cluster.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.data.order`
 (which ids a step reads). Simulated are time, nodes, the time a shard takes, the disk and the step.
 The messages are those that `cluster.pool` sends: a heartbeat of every busy worker four times in a
 lease, results when they are there, the trainer's position when it moves, and a tick once a second.
@@ -32,7 +32,7 @@ from cluster.messages import (
     Left,
     Tick,
 )
-from distill.order import Order
+from distill.data.order import Order
 
 TICK_S = 1.0
 HEARTBEATS_PER_LEASE = 4  # as in cluster.pool

@@ -252,7 +252,7 @@ def dispatch(args: list[str]) -> int:
 def main() -> None:
     """Entry point: runs the command line and ends with its exit code."""
     from distill.config import ConfigError
-    from distill.ledger import CorruptShard
+    from distill.data.sidecar import CorruptShard
     from distill.manifest import CheckpointError
 
     code, message = 1, ""

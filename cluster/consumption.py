@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, field
 
-from distill.order import Order
+from distill.data.order import Order
 from distill.run.dir import RunDir, read_lines
 
 HASH_STEPS = 4096  # steps whose ids are in memory at once

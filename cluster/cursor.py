@@ -12,7 +12,7 @@ import json
 import threading
 from typing import Generic, Protocol, TypeVar
 
-from distill.order import Order
+from distill.data.order import Order
 from distill.run.dir import RunDir, write_json
 
 PERIOD_S = 1.0  # a change of the waiting reason is written this often at most
@@ -21,7 +21,7 @@ Batch = TypeVar("Batch", covariant=True)
 
 
 class Stream(Protocol[Batch]):
-    """The part of `distill.stream.TrajectoryStream` that is used here."""
+    """The part of `distill.data.stream.TrajectoryStream` that is used here."""
 
     @property
     def wait_s(self) -> float:

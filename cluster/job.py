@@ -8,8 +8,8 @@ from pathlib import Path
 from cluster.config import RunConfig
 from cluster.identity import hash_of, identity_of
 from distill.config import TrainConfig
-from distill.ledger import ShardSpec
-from distill.order import Order
+from distill.data.order import Order
+from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir
 
 

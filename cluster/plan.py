@@ -22,10 +22,10 @@ from cluster.config import RunConfig
 from cluster.identity import is_own
 from distill.config import NFE_PER_STEP, TeacherConfig, check
 from distill.curves import grid_columns, grid_rows, teacher_curves, truth
-from distill.layout import sidecar_bytes, tar_bytes
-from distill.ledger import shard_spec
+from distill.data.layout import sidecar_bytes, tar_bytes
+from distill.data.order import Order
+from distill.data.sidecar import shard_spec
 from distill.networks.cost import NetworkCost, network_cost, state_bytes
-from distill.order import Order
 
 # -----------------------------------------------------------------------------------------------
 # Counts and bytes

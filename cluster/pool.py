@@ -27,8 +27,8 @@ from cluster.plan import StreamPlan
 from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, Device, most_workers, wanted_workers
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
+from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, is_committed
-from distill.ledger import ShardSpec
 from distill.run.dir import RunDir
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints

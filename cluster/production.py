@@ -13,7 +13,7 @@ from cluster.coordinator import Limits
 from cluster.plan import StreamPlan
 from cluster.scale import Device, gpus_of_worker
 from distill.config import check
-from distill.ledger import ShardSpec
+from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir, write_json
 
 

@@ -22,7 +22,8 @@ from cluster.zero import DeepSpeedEngine
 from distill.agree import agreed_latest
 from distill.allocator import keep_freed_memory
 from distill.config import ConfigError
-from distill.datasets import load_images
+from distill.data.images import load_images
+from distill.data.stream import TrajectoryStream
 from distill.engine import Engine
 from distill.export import export_checkpoint
 from distill.flow.trajectory import TrajectoryBatch
@@ -36,7 +37,6 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.pretrain import ImageStream
 from distill.run.dir import RunDir, append_line, lock_file
-from distill.stream import TrajectoryStream
 from distill.teachers.sit import load_sit
 from distill.train import train
 from distill.train_log import Work

@@ -21,11 +21,11 @@ from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
 from distill.config import ImageSpec, TeacherConfig, check
+from distill.data.images import NO_IMAGES, check_files
+from distill.data.sidecar import ShardSpec, shard_spec
 from distill.data.stores.store import open_store
-from distill.datasets import NO_IMAGES, check_files
 from distill.export import latest_student
 from distill.inception import check_inception
-from distill.ledger import ShardSpec, shard_spec
 from distill.manifest import latest_verified
 from distill.networks.files import DESCRIPTION
 from distill.report import write_report

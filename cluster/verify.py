@@ -5,7 +5,7 @@ Three things are proven:
   for room that is its sidecar, and no checkpoint would read it again;
 - every checkpoint is byte for byte what its manifest says;
 - the trainer consumed exactly the planned sequence. Each window of steps in events.jsonl carries a
-  hash of its sample ids; it must equal the hash of what `distill.order` plans for those steps, and
+  hash of its sample ids; it must equal the hash of what `distill.data.order` plans for those steps, and
   the windows must follow each other without a gap from step 0. Windows that a restart fell back
   behind are checked too and then replaced by their repetition.
 """
@@ -26,10 +26,10 @@ from cluster.consumption import audit_consumption, planned_sha256
 from cluster.eviction import first_shard_read, recorded
 from cluster.identity import read_identity
 from distill.config import ConfigError
+from distill.data.order import Order
+from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
-from distill.ledger import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.manifest import KEPT, committed_steps, verify
-from distill.order import Order
 from distill.run.dir import RunDir, read_lines
 
 

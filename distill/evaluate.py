@@ -25,7 +25,7 @@ from distill.curves import (
     teacher_curves,
     truth,
 )
-from distill.datasets import load_images
+from distill.data.images import load_images
 from distill.draw import (
     Interrupt,
     Sampler,

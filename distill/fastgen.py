@@ -28,13 +28,13 @@ from torch import Tensor
 from webdataset.writer import TarWriter
 
 from distill.config import check
+from distill.data.layout import stored_dtype
+from distill.data.shards import as_tensor, read_shard
+from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, read_sidecar
 from distill.export import read_identity
 from distill.flow.noise import sample_noise
-from distill.layout import stored_dtype
-from distill.ledger import ShardSpec
 from distill.run.dir import RunDir, sync_directory, write_json
-from distill.shards import as_tensor, read_shard
 from distill.temporaries import clean_temporaries, temporary_path
 
 INDEX, COUNTS = "index.json", "shard_count.json"

@@ -16,15 +16,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import DiTConfig, ImageSpec, NetworkConfig, UNetConfig
+from distill.data.generate import GeneratedShard
+from distill.data.shards import write_shard
+from distill.data.sidecar import ShardSpec, TeacherSpec
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import expand_as
 from distill.flow.trajectory import TrajectoryBatch
-from distill.generate import GeneratedShard
-from distill.ledger import ShardSpec, TeacherSpec
 from distill.networks.build import build_network
 from distill.networks.layers import AbstractNetwork
 from distill.run.dir import RunDir
-from distill.shards import write_shard
 from distill.teachers.analytic import MixtureTeacher
 
 # -----------------------------------------------------------------------------------------------

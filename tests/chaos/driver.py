@@ -17,7 +17,7 @@ import ray
 
 from cluster import cli, pool, runner, stages
 from cluster.worker import TeacherWorker
-from distill import shards
+from distill.data import shards
 
 LITTLE_MEMORY = 100_000_000  # bytes more than it has
 

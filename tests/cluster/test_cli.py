@@ -13,7 +13,7 @@ from cluster.compose import compose
 from cluster.configfile import load_config, save_config
 from cluster.helptext import VERBS
 from distill.config import ConfigError
-from distill.ledger import tar_path
+from distill.data.sidecar import tar_path
 from distill.run.dir import RunDir, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 

@@ -33,7 +33,7 @@ from cluster.messages import (
     Tick,
 )
 from distill.config import TrainConfig, TrajectoryConfig
-from distill.order import Order
+from distill.data.order import Order
 
 SHARD_BYTES, LEASE_S = 100, 10.0
 FAULTY_TICKS, MOST_TICKS = 60, 3_000

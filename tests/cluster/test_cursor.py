@@ -6,7 +6,7 @@ import pytest
 
 from cluster import cursor as cursor_module
 from cluster.cursor import WithCursor, read_cursor
-from distill.order import Order
+from distill.data.order import Order
 from distill.run.dir import RunDir, write_json
 
 ORDER = Order(0, 8, 1, 4)  # seed, samples of a block, passes, batch: two steps a block

@@ -20,14 +20,14 @@ from cluster.job import stream_order
 from cluster.plan import stream_plan
 from cluster.verify import audit
 from distill.config import ConfigError
+from distill.data.generate import generate_shard
+from distill.data.shards import write_shard
+from distill.data.sidecar import tar_path
 from distill.data.stores import bucket as object_store
 from distill.data.stores.objects import Objects
 from distill.data.stores.store import committed, open_store, read_sidecar
-from distill.generate import generate_shard
-from distill.ledger import tar_path
+from distill.data.stream import TrajectoryStream
 from distill.run.dir import RunDir, read_lines
-from distill.shards import write_shard
-from distill.stream import TrajectoryStream
 from distill.teachers.build import build_teacher
 
 STEPS = 80  # 4 steps read a block of 2 shards

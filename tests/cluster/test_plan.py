@@ -11,11 +11,12 @@ from cluster.calls import objective_calls
 from cluster.compose import compose
 from cluster.plan import estimate, stream_plan, teacher_forwards
 from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNetConfig
+from distill.data.generate import GeneratedShard
+from distill.data.shards import write_shard
+from distill.data.sidecar import shard_spec, sidecar_path
 from distill.engine import TorchEngine
 from distill.evaluate import evaluate
 from distill.flow.trajectory import TrajectoryBatch
-from distill.generate import GeneratedShard
-from distill.ledger import shard_spec, sidecar_path
 from distill.networks.build import build_network
 from distill.networks.cost import network_cost
 from distill.networks.dit import DiT
@@ -29,7 +30,6 @@ from distill.objectives.config import (
     TraFlowConfig,
 )
 from distill.run.dir import RunDir
-from distill.shards import write_shard
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from cluster.pool import PoolError, TeacherPool
 from cluster.scale import read_target, staff, write_target
 from cluster.status import quarantined, restarts
 from distill.config import ConfigError
-from distill.ledger import shard_spec, sidecar_path
+from distill.data.sidecar import shard_spec, sidecar_path
 from distill.run.dir import RunDir, read_lines, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 

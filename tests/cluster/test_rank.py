@@ -11,7 +11,7 @@ from cluster.plan import estimate
 from cluster.rank import Images, initial_network, train_with_exports, work_of
 from distill import manifest
 from distill.config import ConfigError
-from distill.datasets import load_images
+from distill.data.images import load_images
 from distill.engine import TorchEngine
 from distill.manifest import sha256_file
 from distill.networks.files import load_model

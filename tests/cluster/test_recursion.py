@@ -19,13 +19,13 @@ from cluster.plan import estimate, teacher_forwards
 from cluster.session import open_session
 from cluster.stages import Work, pretrain, run_spec, with_models
 from distill.config import ConfigError
+from distill.data.shards import read_sample
 from distill.data.stores.store import read_sidecar
 from distill.evaluate import evaluate
 from distill.export import export_run
 from distill.flow.solvers import solve
 from distill.networks.files import file_sha256, load_model
 from distill.run.dir import RunDir
-from distill.shards import read_sample
 
 CHAIN = """
 import sys

@@ -26,7 +26,7 @@ from cluster.status import (
 )
 from cluster.status_view import render, show_audit
 from distill.cost import goodput
-from distill.ledger import tar_path
+from distill.data.sidecar import tar_path
 from distill.run.dir import RunDir, append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 

@@ -13,11 +13,11 @@ import pytest
 
 from cluster.compose import compose
 from cluster.worker import TeacherWorker
+from distill.data.layout import stored_dtype
+from distill.data.shards import read_shard
+from distill.data.sidecar import shard_spec
 from distill.data.stores.store import read_sidecar
-from distill.layout import stored_dtype
-from distill.ledger import shard_spec
 from distill.run.dir import RunDir
-from distill.shards import read_shard
 from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.data.generate import generate_shard
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import jump
 from distill.flow.solvers import solve
-from distill.generate import generate_shard
 from distill.networks.files import save_model
 from distill.sample import few_step
 from distill.teachers.build import build_teacher

@@ -8,10 +8,10 @@ import pytest
 import torch
 import webdataset
 
-from distill.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
-from distill.ledger import sidecar_path, tar_path
+from distill.data.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
+from distill.data.shards import write_shard
+from distill.data.sidecar import sidecar_path, tar_path
 from distill.run.dir import RunDir
-from distill.shards import write_shard
 from distill.testing import tiny_shard, tiny_spec
 
 

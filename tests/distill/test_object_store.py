@@ -14,9 +14,13 @@ import pytest
 import torch
 import webdataset
 
-from distill import stream as stream_module
 from distill.config import ConfigError, TrajectoryConfig
 from distill.cost import read_cost
+from distill.data import stream as stream_module
+from distill.data.layout import stored_dtype
+from distill.data.order import Order
+from distill.data.shards import read_sample, read_shard, write_shard
+from distill.data.sidecar import CorruptShard, ForeignShard, MisplacedShard, tar_path
 from distill.data.stores import bucket as object_store
 from distill.data.stores import cache as shard_cache
 from distill.data.stores.objects import Objects
@@ -27,13 +31,9 @@ from distill.data.stores.store import (
     read_sidecar,
     verify_shard,
 )
+from distill.data.stream import TrajectoryStream
 from distill.fastgen import export_fastgen
-from distill.layout import stored_dtype
-from distill.ledger import CorruptShard, ForeignShard, MisplacedShard, tar_path
-from distill.order import Order
 from distill.run.dir import RunDir, write_json
-from distill.shards import read_sample, read_shard, write_shard
-from distill.stream import TrajectoryStream
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
 

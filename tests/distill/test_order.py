@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from distill.order import Order
+from distill.data.order import Order
 
 ORDERS = [
     Order(seed=1, block_samples=12, passes=3, batch_size=12),

@@ -16,12 +16,12 @@ import pytest
 import torch
 import webdataset
 
-from distill import ledger
+from distill.data import sidecar as ledger
+from distill.data.layout import stored_dtype
+from distill.data.shards import as_tensor, read_sample, read_shard, write_shard
+from distill.data.sidecar import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
 from distill.data.stores.store import committed, open_store, read_sidecar, verify_shard
-from distill.layout import stored_dtype
-from distill.ledger import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
 from distill.run.dir import RunDir
-from distill.shards import as_tensor, read_sample, read_shard, write_shard
 from distill.temporaries import clean_temporaries, temporary_path
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
@@ -205,7 +205,7 @@ def test_shard_of_another_run_is_refused_and_left(run):
 KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
-from distill import shards
+from distill.data import shards
 from distill.run.dir import RunDir
 from distill.testing import tiny_spec, write_tiny_shards
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from distill import stream as stream_module
 from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.data import stream as stream_module
+from distill.data.order import Order
+from distill.data.sidecar import ForeignShard, ShardSpec, shard_spec, tar_path
 from distill.data.stores.store import committed
+from distill.data.stream import StreamError, TrajectoryStream
 from distill.flow.noise import sample_noise
-from distill.ledger import ForeignShard, ShardSpec, shard_spec, tar_path
-from distill.order import Order
 from distill.run.dir import RunDir
-from distill.stream import StreamError, TrajectoryStream
 from distill.testing import tiny_shard, tiny_spec, write_tiny_shards
 
 BLOCK_SHARDS, PASSES, BATCH = 3, 2, 12

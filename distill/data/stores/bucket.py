@@ -24,10 +24,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from distill.data.stores.cache import ShardCache
-from distill.data.stores.local import local_reasons
-from distill.data.stores.objects import Objects
-from distill.ledger import (
+from distill.data.sidecar import (
     SHARD_NAME,
     TAR_NAME,
     CorruptShard,
@@ -39,6 +36,9 @@ from distill.ledger import (
     parse_sidecar,
     shard_name,
 )
+from distill.data.stores.cache import ShardCache
+from distill.data.stores.local import local_reasons
+from distill.data.stores.objects import Objects
 from distill.run.dir import RunDir
 from distill.temporaries import STALE_S
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from distill.ledger import Sidecar
+from distill.data.sidecar import Sidecar
 from distill.run.dir import write_atomic
 
 CACHE_BYTES = 4 * 2**30  # those that were not read for longest are deleted beyond this

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.ledger import (
+from distill.data.sidecar import (
     SHARD_NAME,
     CorruptShard,
     Listing,

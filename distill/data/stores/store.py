@@ -13,8 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from distill.data.sidecar import Listing, Sidecar, parse_sidecar
 from distill.data.stores.local import LocalStore
-from distill.ledger import Listing, Sidecar, parse_sidecar
 from distill.run.dir import RunDir
 
 

@@ -1,6 +1,6 @@
 """The trajectory stream: committed shards -> this rank's part of each global batch.
 
-Position is the global step and nothing else (`distill.order`). A block of shards is decoded into
+Position is the global step and nothing else (`distill.data.order`). A block of shards is decoded into
 one array in memory. While the trainer works, one thread loads the next block and another makes the
 next batch; no more than that is held. A shard that is not there yet is waited for, in words that
 others can see; a bad one is set aside, so that it is made again, and waited for too.
@@ -18,14 +18,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, TrajectoryConfig, check
+from distill.data.layout import stored_dtype
+from distill.data.order import Order
+from distill.data.shards import as_tensor, read_shard
+from distill.data.sidecar import CorruptShard, ShardSpec
 from distill.data.stores.store import open_store
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
-from distill.layout import stored_dtype
-from distill.ledger import CorruptShard, ShardSpec
-from distill.order import Order
 from distill.run.dir import RunDir
-from distill.shards import as_tensor, read_shard
 
 POLL_S = 0.1  # how often a missing shard is looked for
 

@@ -15,7 +15,7 @@ from math import ceil, prod
 
 import numpy as np
 
-from distill.ledger import ShardSpec, Sidecar
+from distill.data.sidecar import ShardSpec, Sidecar
 
 TAR_BLOCK, TAR_RECORD = 512, 10240
 META, STATES = "meta.json", "states.npy"

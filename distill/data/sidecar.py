@@ -64,7 +64,7 @@ class ShardSpec:
     Attributes:
         seed: the run's seed.
         times: of the stored states, from 0 to 1.
-        dtype: "float16", "bfloat16" or "float32", as stored (`distill.layout`).
+        dtype: "float16", "bfloat16" or "float32", as stored (`distill.data.layout`).
         store_noise: whether state 0 is stored. If not, the reader makes it from the sample id, in
             float32, so without the rounding of the stored dtype.
         image: (C, H, W).

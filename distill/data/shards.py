@@ -1,7 +1,7 @@
 """One shard of trajectories as a WebDataset tar: write, read whole, read one sample.
 
 Members of sample i, key `<id, 12 digits>`: `meta.json` {"id", "label", "dtype"} and `states.npy`
-[M, points, C, H, W] in the stored dtype (`distill.layout`), without state 0 when noise is not
+[M, points, C, H, W] in the stored dtype (`distill.data.layout`), without state 0 when noise is not
 stored. No pickle. Equal states give equal bytes: names, order, times and headers are fixed.
 """
 
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from distill.data.stores.store import ShardStore, open_store, read_sidecar
-from distill.layout import (
+from distill.data.layout import (
     META,
     STATES,
     meta_json,
@@ -28,13 +27,14 @@ from distill.layout import (
     stored_dtype,
     tar_bytes,
 )
-from distill.ledger import CorruptShard, ShardSpec, Sidecar, check_spec
+from distill.data.sidecar import CorruptShard, ShardSpec, Sidecar, check_spec
+from distill.data.stores.store import ShardStore, open_store, read_sidecar
 from distill.run.dir import RunDir
 
 
 @runtime_checkable
 class Trajectories(Protocol):
-    """What is stored; `distill.generate.GeneratedShard` is one."""
+    """What is stored; `distill.data.generate.GeneratedShard` is one."""
 
     @property
     def states(self) -> Tensor:
