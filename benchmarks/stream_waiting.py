@@ -27,7 +27,7 @@ from distill.config import DiTConfig, ImageSpec, TrainConfig, TrajectoryConfig
 from distill.data.order import Order
 from distill.data.shards import write_shard
 from distill.data.stream import TrajectoryStream
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import EndpointConfig

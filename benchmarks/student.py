@@ -11,7 +11,7 @@ from torch import Tensor
 
 from benchmarks.problems import Pairs, Problem
 from distill.config import TrainConfig
-from distill.engine import EVALUATION, TorchEngine, average_kind
+from distill.engine.engine import EVALUATION, TorchEngine, average_kind
 from distill.flow.trajectory import TrajectoryBatch
 from distill.metrics import relative_distance
 from distill.networks.layers import AbstractNetwork

@@ -29,7 +29,7 @@ import torch  # noqa: E402
 from cluster.calls import Calls, objective_calls  # noqa: E402
 from cluster.compose import compose  # noqa: E402
 from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
-from distill.engine import TorchEngine  # noqa: E402
+from distill.engine.engine import TorchEngine  # noqa: E402
 from distill.flow.trajectory import TrajectoryBatch  # noqa: E402
 from distill.networks.build import build_network  # noqa: E402
 from distill.objectives.build import build_objective  # noqa: E402

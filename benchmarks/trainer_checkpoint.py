@@ -16,7 +16,7 @@ from benchmarks.trainer_cases import CASES, WARM_UP, new_engine, seconds_of, set
 from distill.allocator import keep_freed_memory
 from distill.checkpoint import load_latest
 from distill.config import TrainConfig
-from distill.engine import MASTER
+from distill.engine.engine import MASTER
 from distill.manifest import latest_verified, verify
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig

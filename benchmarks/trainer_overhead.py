@@ -18,7 +18,7 @@ from benchmarks.train_step import IMAGE, random_batch
 from benchmarks.trainer_cases import CASES, WARM_UP, Case, new_engine, seconds_of, settings
 from distill.allocator import keep_freed_memory
 from distill.config import TrainConfig
-from distill.engine import frozen_copy, new_optimizer
+from distill.engine.engine import frozen_copy, new_optimizer
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective

@@ -24,7 +24,7 @@ from distill.allocator import keep_freed_memory
 from distill.config import ConfigError
 from distill.data.images import load_images
 from distill.data.stream import TrajectoryStream
-from distill.engine import Engine
+from distill.engine.engine import Engine
 from distill.export import export_checkpoint
 from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import step_name

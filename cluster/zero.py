@@ -1,4 +1,4 @@
-"""DeepSpeedEngine: ZeRO behind the protocol of `distill.engine`. The only importer of deepspeed.
+"""DeepSpeedEngine: ZeRO behind the protocol of `distill.engine.engine`. The only importer of deepspeed.
 
 DeepSpeed partitions, reduces and steps; where it lays the state of a parameter, `cluster.partition`
 knows. It writes no checkpoint here: we hand out the pieces by parameter name and offset
@@ -31,8 +31,8 @@ from cluster.partition import (
 )
 from cluster.peers import GroupPeers, background_peers
 from distill.config import ConfigError, TrainConfig
-from distill.ema import Average
-from distill.engine import (
+from distill.engine.ema import Average
+from distill.engine.engine import (
     EVALUATION,
     EXP_AVG,
     EXP_AVG_SQ,

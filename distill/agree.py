@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from distill.engine import Peers
+from distill.engine.engine import Peers
 from distill.manifest import (
     MANIFEST,
     CheckpointError,

@@ -26,7 +26,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor
 
 from distill.agree import agreed_latest, raise_together, verify_together
-from distill.engine import Engine, FragmentReader, Peers, average_kind
+from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
 from distill.manifest import (
     KEPT,
     LATEST,

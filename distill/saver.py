@@ -18,7 +18,7 @@ from typing import Any
 from distill.agree import raise_together
 from distill.checkpoint import Snapshot, commit, take_snapshot
 from distill.config import TrainConfig
-from distill.engine import Engine, Peers
+from distill.engine.engine import Engine, Peers
 from distill.manifest import SaveError
 
 

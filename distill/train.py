@@ -10,7 +10,7 @@ import torch
 
 from distill.checkpoint import load_latest, load_verified
 from distill.config import TrainConfig
-from distill.engine import Engine
+from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import Objective
 from distill.phases import PhaseClock

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from distill.config import TrainConfig
-from distill.engine import Engine
+from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import committed_steps
 from distill.objectives.base import LossTerms

@@ -14,7 +14,7 @@ import torch
 
 from distill import checkpoint
 from distill.config import DataConfig, DiTConfig, TeacherConfig, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.files import save_model
 from distill.run.dir import RunDir, append_line, write_json

@@ -9,7 +9,7 @@ import torch
 
 from distill import checkpoint
 from distill.config import DiTConfig, ImageSpec, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network

@@ -11,7 +11,7 @@ TIMEOUT_S = 30.0  # a rank that is left alone fails, and does not hang
 
 
 class ThreadRank:
-    """One rank, as `distill.engine.Peers` has it."""
+    """One rank, as `distill.engine.engine.Peers` has it."""
 
     def __init__(self, rank: int, slots: list, barrier: Barrier) -> None:
         self.rank, self.world_size = rank, len(slots)

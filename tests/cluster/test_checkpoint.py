@@ -21,7 +21,7 @@ from small_training import (
 
 from distill import checkpoint
 from distill.config import TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.manifest import latest_verified
 from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks

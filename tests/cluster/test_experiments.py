@@ -24,7 +24,7 @@ from cluster.stages import pretrain, run_spec
 from cluster.verify import audit
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError, DiTConfig, UNetConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.evaluate import evaluate
 from distill.networks.build import build_network
 from distill.networks.files import save_model

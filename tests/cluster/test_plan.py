@@ -14,7 +14,7 @@ from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNe
 from distill.data.generate import GeneratedShard
 from distill.data.shards import write_shard
 from distill.data.sidecar import shard_spec, sidecar_path
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.evaluate import evaluate
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network

@@ -12,7 +12,7 @@ from cluster.rank import Images, initial_network, train_with_exports, work_of
 from distill import manifest
 from distill.config import ConfigError
 from distill.data.images import load_images
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.manifest import sha256_file
 from distill.networks.files import load_model
 from distill.objectives.build import build_objective

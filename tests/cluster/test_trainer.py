@@ -22,7 +22,7 @@ from cluster.rank import _only_trainer
 from cluster.signals import stop_signal
 from cluster.trainer import NEVER_AGAIN, final_error, is_told_to_stop, train_rank
 from distill.config import ConfigError
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.manifest import CheckpointError, SaveError, committed_steps
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.config import ConfigError, ImageSpec, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.compiled import compiled
 from distill.testing import NETWORKS, run_ranks

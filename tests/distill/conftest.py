@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.config import DiTConfig, ImageSpec, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective

@@ -17,7 +17,7 @@ import torch
 
 from distill import checkpoint, saver
 from distill.config import ConfigError, DiTConfig, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.manifest import (
     KEPT,
     CheckpointError,

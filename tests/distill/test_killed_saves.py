@@ -26,7 +26,7 @@ from thread_ranks import ThreadRank, results
 
 from distill import checkpoint, saver
 from distill.agree import agreed_latest
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.manifest import KEPT, LATEST, SaveError, committed_steps, latest_verified, verify
 from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks

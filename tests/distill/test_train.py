@@ -10,7 +10,7 @@ import torch
 from small_training import EVERY_TERM, IMAGE, NETWORK, read_share
 
 from distill.config import ConfigError, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.manifest import committed_steps
 from distill.networks.build import build_network

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distill import phases
 from distill.config import TrainConfig
 from distill.cost import phase_seconds
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective

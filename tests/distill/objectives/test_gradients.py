@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from distill.config import ImageSpec, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.objectives.build import build_objective
 from distill.objectives.config import (
     BezierConfig,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cluster.compose import compose
 from distill.config import ConfigError, ImageSpec, TrainConfig
-from distill.engine import TorchEngine
+from distill.engine.engine import TorchEngine
 from distill.objectives.base import LossTerms
 from distill.objectives.build import build_objective
 from distill.objectives.config import TraFlowConfig

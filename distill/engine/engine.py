@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
-from distill.ema import Average
+from distill.engine.ema import Average
 from distill.networks.layers import AbstractNetwork
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
