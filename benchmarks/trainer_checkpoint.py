@@ -14,14 +14,14 @@ from benchmarks.sections import markdown
 from benchmarks.train_step import random_batch
 from benchmarks.trainer_cases import CASES, WARM_UP, new_engine, seconds_of, settings
 from distill.allocator import keep_freed_memory
-from distill.checkpoint import load_latest
+from distill.checkpoint.commit import load_latest
+from distill.checkpoint.manifest import latest_verified, verify
+from distill.checkpoint.saver import Saver
 from distill.config import TrainConfig
 from distill.engine.engine import MASTER
-from distill.manifest import latest_verified, verify
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, write_atomic
-from distill.saver import Saver
 from distill.testing import run_ranks
 
 ROUNDS, STEPS_BESIDE = 5, 4  # saves of each kind, and steps while one is written

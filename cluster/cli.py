@@ -251,9 +251,9 @@ def dispatch(args: list[str]) -> int:
 
 def main() -> None:
     """Entry point: runs the command line and ends with its exit code."""
+    from distill.checkpoint.manifest import CheckpointError
     from distill.config import ConfigError
     from distill.data.sidecar import CorruptShard
-    from distill.manifest import CheckpointError
 
     code, message = 1, ""
     try:

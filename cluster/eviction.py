@@ -21,10 +21,10 @@ from pathlib import Path
 from cluster.config import RunConfig
 from cluster.job import stream_order
 from cluster.plan import StreamPlan
+from distill.checkpoint.manifest import committed_steps, verify_once
 from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check
 from distill.data.order import Order
 from distill.data.stores.store import committed, open_store
-from distill.manifest import committed_steps, verify_once
 from distill.run.dir import RunDir, append_line, write_json
 
 # -----------------------------------------------------------------------------------------------

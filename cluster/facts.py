@@ -10,9 +10,9 @@ from cluster.config import RunConfig
 from cluster.eviction import read_evicted
 from cluster.identity import check_identity, is_own
 from cluster.plan import stream_plan
+from distill.checkpoint.manifest import latest_verified
 from distill.config import TeacherConfig
 from distill.data.stores.store import committed
-from distill.manifest import latest_verified
 from distill.run.dir import RunDir
 
 

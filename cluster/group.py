@@ -20,8 +20,8 @@ from cluster.progress import last_step
 from cluster.session import Session
 from cluster.trainer import final_error, fit
 from cluster.watchdog import stacks_bytes
+from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
-from distill.manifest import committed_steps
 from distill.run.dir import append_line, write_atomic
 
 POLL_PERIOD_S = 0.1

@@ -19,15 +19,15 @@ from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
 from cluster.watchdog import ending_when_hung
 from cluster.zero import DeepSpeedEngine
-from distill.agree import agreed_latest
 from distill.allocator import keep_freed_memory
+from distill.checkpoint.agree import agreed_latest
+from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.images import load_images
 from distill.data.stream import TrajectoryStream
 from distill.engine.engine import Engine
 from distill.export import export_checkpoint
 from distill.flow.trajectory import TrajectoryBatch
-from distill.manifest import step_name
 from distill.networks.build import build_network
 from distill.networks.cost import network_cost
 from distill.networks.files import DESCRIPTION, load_model

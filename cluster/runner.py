@@ -29,8 +29,8 @@ from cluster.pool import TeacherPool
 from cluster.progress import last_step
 from cluster.session import Session, Stopped, open_session
 from cluster.stages import Work
+from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
-from distill.manifest import CheckpointError
 from distill.run.dir import append_line
 
 logger = logging.getLogger(__name__)

@@ -20,13 +20,13 @@ from cluster.job import TrainJob, stream_order
 from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
+from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, TeacherConfig, check
 from distill.data.images import NO_IMAGES, check_files
 from distill.data.sidecar import ShardSpec, shard_spec
 from distill.data.stores.store import open_store
 from distill.export import latest_student
 from distill.inception import check_inception
-from distill.manifest import latest_verified
 from distill.networks.files import DESCRIPTION
 from distill.report import write_report
 from distill.run.dir import RunDir

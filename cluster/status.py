@@ -20,10 +20,10 @@ from cluster.jobs import SlurmError, read_ids, read_jobs
 from cluster.lock import is_live
 from cluster.plan import stream_plan
 from cluster.scale import PLANNED, staff
+from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
 from distill.cost import goodput
 from distill.data.stores.store import committed, open_store
-from distill.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.run.dir import RunDir, read_lines
 from distill.run.events import worker_history
 

@@ -16,9 +16,9 @@ from ray.train.torch import TorchTrainer, get_device
 
 from cluster.job import TrainJob
 from cluster.signals import SignalConfig, stop_signal
+from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.data.stream import StreamError
-from distill.manifest import CheckpointError
 from distill.run.dir import write_json
 from distill.train import TrainingError
 

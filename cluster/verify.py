@@ -25,11 +25,11 @@ from rich.progress import Progress
 from cluster.consumption import audit_consumption, planned_sha256
 from cluster.eviction import first_shard_read, recorded
 from cluster.identity import read_identity
+from distill.checkpoint.manifest import KEPT, committed_steps, verify
 from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
-from distill.manifest import KEPT, committed_steps, verify
 from distill.run.dir import RunDir, read_lines
 
 

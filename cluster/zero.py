@@ -2,7 +2,7 @@
 
 DeepSpeed partitions, reduces and steps; where it lays the state of a parameter, `cluster.partition`
 knows. It writes no checkpoint here: we hand out the pieces by parameter name and offset
-(`fragments`), so `distill.checkpoint` can commit them and open them at any world size.
+(`fragments`), so `distill.checkpoint.commit` can commit them and open them at any world size.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint import read_average
+from distill.checkpoint.commit import read_average
+from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError, ImageSpec, NetworkConfig, check
-from distill.manifest import latest_verified
 from distill.networks.build import build_network
 from distill.networks.files import DESCRIPTION, network_config, save_model
 from distill.run.dir import RunDir

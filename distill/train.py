@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from distill.checkpoint import load_latest, load_verified
+from distill.checkpoint.commit import load_latest, load_verified
+from distill.checkpoint.saver import Saver
 from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
@@ -16,7 +17,6 @@ from distill.objectives.base import Objective
 from distill.phases import PhaseClock
 from distill.profiler import traced_steps
 from distill.run.dir import RunDir
-from distill.saver import Saver
 from distill.train_log import Losses, TrainLog, Work
 
 

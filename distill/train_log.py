@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from distill.checkpoint.manifest import committed_steps
 from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
-from distill.manifest import committed_steps
 from distill.objectives.base import LossTerms
 from distill.phases import PhaseClock
 from distill.run.dir import RunDir, append_line

@@ -12,7 +12,7 @@ import fsspec
 import pytest
 import torch
 
-from distill import checkpoint
+from distill.checkpoint import commit as checkpoint
 from distill.config import DataConfig, DiTConfig, TeacherConfig, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network

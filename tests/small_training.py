@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from distill import checkpoint
+from distill.checkpoint import commit as checkpoint
 from distill.config import DiTConfig, ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise

@@ -21,12 +21,12 @@ from cluster.job import TrainJob, stream_order
 from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
+from distill.checkpoint.manifest import read_manifest, step_name
 from distill.data.generate import generate_shard
 from distill.data.layout import stored_dtype
 from distill.data.shards import read_shard, write_shard
 from distill.data.sidecar import shard_spec
 from distill.data.stores.store import read_sidecar
-from distill.manifest import read_manifest, step_name
 from distill.run.dir import RunDir, read_lines
 from distill.teachers.build import build_teacher
 from distill.testing import run_ranks

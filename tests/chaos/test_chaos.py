@@ -17,9 +17,9 @@ from cluster.cursor import read_cursor
 from cluster.plan import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
+from distill.checkpoint.manifest import latest_verified
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import committed
-from distill.manifest import latest_verified
 
 KILL_AT = 12  # steps
 BLOCK, AHEAD = 2, 8  # shards

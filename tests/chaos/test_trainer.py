@@ -6,7 +6,7 @@ import pytest
 
 from cluster.cursor import read_cursor
 from cluster.scale import write_target
-from distill.manifest import committed_steps
+from distill.checkpoint.manifest import committed_steps
 from distill.run.dir import read_lines
 
 

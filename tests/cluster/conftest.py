@@ -8,7 +8,7 @@ import pytest
 from cluster import group, runner
 from cluster.compose import compose
 from cluster.job import TrainJob
-from distill.manifest import sha256_file, step_name
+from distill.checkpoint.manifest import sha256_file, step_name
 from distill.run.dir import RunDir, write_json
 
 

@@ -19,10 +19,10 @@ from small_training import (
     zero_engine,
 )
 
-from distill import checkpoint
+from distill.checkpoint import commit as checkpoint
+from distill.checkpoint.manifest import latest_verified
 from distill.config import TrainConfig
 from distill.engine.engine import TorchEngine
-from distill.manifest import latest_verified
 from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
 from distill.train import learning_rate

@@ -19,10 +19,10 @@ from cluster.eviction import (
 from cluster.facts import has_all_shards
 from cluster.job import stream_order
 from cluster.plan import stream_plan
+from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import committed
-from distill.manifest import step_name
 from distill.run.dir import RunDir, read_lines
 from distill.testing import tiny_spec, write_tiny_shards
 

@@ -9,11 +9,11 @@ from cluster.compose import compose
 from cluster.job import TrainJob
 from cluster.plan import estimate
 from cluster.rank import Images, initial_network, train_with_exports, work_of
-from distill import manifest
+from distill.checkpoint import manifest
+from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError
 from distill.data.images import load_images
 from distill.engine.engine import TorchEngine
-from distill.manifest import sha256_file
 from distill.networks.files import load_model
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig

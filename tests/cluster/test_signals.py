@@ -13,7 +13,7 @@ from ray.train.torch.config import _TorchBackend
 from small_training import EVERY_TERM, config_of, fit, manifest, zero_engine
 
 from cluster.signals import RANK_STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
-from distill.manifest import latest_verified
+from distill.checkpoint.manifest import latest_verified
 from distill.objectives.build import build_objective
 from distill.run.dir import RunDir
 from distill.testing import run_ranks

@@ -21,9 +21,9 @@ from cluster import rank, trainer
 from cluster.rank import _only_trainer
 from cluster.signals import stop_signal
 from cluster.trainer import NEVER_AGAIN, final_error, is_told_to_stop, train_rank
+from distill.checkpoint.manifest import CheckpointError, SaveError, committed_steps
 from distill.config import ConfigError
 from distill.engine.engine import TorchEngine
-from distill.manifest import CheckpointError, SaveError, committed_steps
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, read_lines

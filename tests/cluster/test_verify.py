@@ -13,11 +13,11 @@ import pytest
 from cluster.eviction import evict
 from cluster.identity import hash_of
 from cluster.verify import audit
+from distill.checkpoint.manifest import KEPT
 from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import open_store
-from distill.manifest import KEPT
 from distill.run.dir import RunDir, append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 

@@ -23,8 +23,8 @@ from small_training import (
     zero_engine,
 )
 
+from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError, TrainConfig
-from distill.manifest import latest_verified
 from distill.objectives.build import build_objective
 from distill.objectives.config import (
     BezierConfig,

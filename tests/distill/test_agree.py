@@ -6,9 +6,9 @@ import threading
 import pytest
 from thread_ranks import errors, results
 
-from distill import agree
-from distill.agree import agreed_latest, gather_texts, raise_together, verify_together
-from distill.manifest import (
+from distill.checkpoint import agree
+from distill.checkpoint.agree import agreed_latest, gather_texts, raise_together, verify_together
+from distill.checkpoint.manifest import (
     KEPT,
     CheckpointError,
     SaveError,

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from distill import checkpoint, saver
-from distill.config import ConfigError, DiTConfig, TrainConfig
-from distill.engine.engine import TorchEngine
-from distill.manifest import (
+from distill.checkpoint import commit as checkpoint
+from distill.checkpoint import saver
+from distill.checkpoint.manifest import (
     KEPT,
     CheckpointError,
     SaveError,
@@ -27,6 +26,8 @@ from distill.manifest import (
     read_manifest,
     verify,
 )
+from distill.config import ConfigError, DiTConfig, TrainConfig
+from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.run.dir import RunDir, read_lines
 

@@ -13,11 +13,11 @@ import torch
 from small_training import single_engine
 from thread_ranks import errors, results
 
-from distill import checkpoint, saver
-from distill.agree import agreed_latest
-from distill.checkpoint import Snapshot, commit
-from distill.config import TrainConfig
-from distill.manifest import (
+from distill.checkpoint import commit as checkpoint
+from distill.checkpoint import saver
+from distill.checkpoint.agree import agreed_latest
+from distill.checkpoint.commit import Snapshot, commit
+from distill.checkpoint.manifest import (
     KEPT,
     LATEST,
     SaveError,
@@ -26,7 +26,8 @@ from distill.manifest import (
     read_manifest,
     verify,
 )
-from distill.saver import Saver
+from distill.checkpoint.saver import Saver
+from distill.config import TrainConfig
 
 
 def snapshot(step, rank):
@@ -55,8 +56,8 @@ def shares(monkeypatch):
         found.append((part, parts))
         return verify(folder, part, parts)
 
-    monkeypatch.setattr("distill.agree.verify", record)
-    monkeypatch.setattr("distill.manifest.verify", record)
+    monkeypatch.setattr("distill.checkpoint.agree.verify", record)
+    monkeypatch.setattr("distill.checkpoint.manifest.verify", record)
     return found
 
 

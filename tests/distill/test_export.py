@@ -5,10 +5,10 @@ import json
 import pytest
 import torch
 
-from distill import checkpoint
+from distill.checkpoint import commit as checkpoint
+from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError
 from distill.export import export_run, latest_student
-from distill.manifest import latest_verified
 from distill.run.dir import RunDir
 from distill.sample import few_step, load_student
 

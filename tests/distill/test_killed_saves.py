@@ -24,10 +24,18 @@ from small_training import (
 )
 from thread_ranks import ThreadRank, results
 
-from distill import checkpoint, saver
-from distill.agree import agreed_latest
+from distill.checkpoint import commit as checkpoint
+from distill.checkpoint import saver
+from distill.checkpoint.agree import agreed_latest
+from distill.checkpoint.manifest import (
+    KEPT,
+    LATEST,
+    SaveError,
+    committed_steps,
+    latest_verified,
+    verify,
+)
 from distill.engine.engine import TorchEngine
-from distill.manifest import KEPT, LATEST, SaveError, committed_steps, latest_verified, verify
 from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
 

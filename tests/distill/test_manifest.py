@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from distill import manifest
-from distill.manifest import latest_verified, sha256_file, step_name, verify, verify_once
+from distill.checkpoint import manifest
+from distill.checkpoint.manifest import latest_verified, sha256_file, step_name, verify, verify_once
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from distill import inception
+from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError, ExtractorConfig
-from distill.manifest import sha256_file
 from distill.metrics import (
     FeatureDistance,
     distance_name,

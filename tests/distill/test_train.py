@@ -9,10 +9,10 @@ import pytest
 import torch
 from small_training import EVERY_TERM, IMAGE, NETWORK, read_share
 
+from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
-from distill.manifest import committed_steps
 from distill.networks.build import build_network
 from distill.objectives.base import LossTerms
 from distill.objectives.build import build_objective

@@ -15,7 +15,7 @@ from benchmarks.slurm_cluster import BAD_ENDS, hosts
 from cluster.configfile import load_config
 from cluster.jobs import read_ids
 from cluster.status import status
-from distill.manifest import committed_steps
+from distill.checkpoint.manifest import committed_steps
 
 pytestmark = pytest.mark.slurm
 

@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from distill.checkpoint.manifest import sha256_file
 from distill.data.sidecar import (
     SHARD_NAME,
     CorruptShard,
@@ -38,7 +39,6 @@ from distill.data.sidecar import (
     sidecar_path,
     tar_path,
 )
-from distill.manifest import sha256_file
 from distill.run.dir import RunDir, sync_directory, write_json
 from distill.temporaries import clean_temporaries, temporary_path
 

@@ -11,8 +11,7 @@ from pathlib import Path
 
 import torch
 
-from distill.engine.engine import Peers
-from distill.manifest import (
+from distill.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
     SaveError,
@@ -22,6 +21,7 @@ from distill.manifest import (
     step_name,
     verify,
 )
+from distill.engine.engine import Peers
 
 TEXT_BYTES = 1024  # of what one rank tells the others
 REASONS = 3  # that an error names; where all ranks fail, they fail alike

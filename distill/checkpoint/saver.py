@@ -1,7 +1,7 @@
 """When a checkpoint is written: while training waits, or in the background (`train.save_async`).
 
 In the background, training stands still for the copy of the state to host memory. The rest is done
-by a thread of every rank: the same files, the same order, the same promises (`distill.checkpoint`).
+by a thread of every rank: the same files, the same order, the same promises (`distill.checkpoint.commit`).
 There is one save at a time. The next one waits for it, and so does the end of training, good or
 bad.
 """
@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distill.agree import raise_together
-from distill.checkpoint import Snapshot, commit, take_snapshot
+from distill.checkpoint.agree import raise_together
+from distill.checkpoint.commit import Snapshot, commit, take_snapshot
+from distill.checkpoint.manifest import SaveError
 from distill.config import TrainConfig
 from distill.engine.engine import Engine, Peers
-from distill.manifest import SaveError
 
 
 class Saver:

@@ -2,7 +2,7 @@
 
 Every rank writes the pieces of the state it holds (`engine.Fragment`) to one safetensors file.
 Pieces are of named tensors, so a checkpoint opens at any world size: each rank reads the ranges it
-needs, without a conversion. `distill.manifest` says which checkpoints are whole, `distill.agree`
+needs, without a conversion. `distill.checkpoint.manifest` says which checkpoints are whole, `distill.checkpoint.agree`
 how ranks share the reading that takes.
 """
 
@@ -25,9 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from distill.agree import agreed_latest, raise_together, verify_together
-from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
-from distill.manifest import (
+from distill.checkpoint.agree import agreed_latest, raise_together, verify_together
+from distill.checkpoint.manifest import (
     KEPT,
     LATEST,
     MANIFEST,
@@ -37,6 +36,7 @@ from distill.manifest import (
     read_manifest,
     step_name,
 )
+from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
 from distill.run.dir import sync_directory, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
