@@ -2,7 +2,7 @@
 
 The teacher is that of `experiment=digits` in size, guidance and solver. A bare loop draws noise,
 calls the solver and throws the states away. Like a worker it keeps freed memory, which takes chance
-out of it (`distill.allocator`), and has the low priority of Ray's workers. The pool is
+out of it (`distill.training.memory`), and has the low priority of Ray's workers. The pool is
 `bowstring generate`, all its processes. Both live through the whole measurement and take turns of a
 few seconds: whoever has no turn is stopped (SIGSTOP). So a machine that is faster in one minute
 than in the next favours neither.
@@ -28,11 +28,11 @@ import torch
 
 from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, network
-from distill.allocator import keep_freed_memory
 from distill.config import TeacherConfig
 from distill.flow.solvers import solve
 from distill.run.dir import read_lines
 from distill.teachers.build import build_field, build_teacher
+from distill.training.memory import keep_freed_memory
 
 SHARD, GRID = 256, 8  # samples, intervals of the grid
 RAY_NICENESS = 15  # of its workers, unless RAY_worker_niceness says another

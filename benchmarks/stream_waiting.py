@@ -1,6 +1,6 @@
 """What a trainer waits for its data at a producer that is fast enough.
 
-A process writes shards as fast as it can while `distill.train` trains on them, on one core each.
+A process writes shards as fast as it can while `distill.training.loop` trains on them, on one core each.
 The last row is a whole `run`: the pool with its leases and back-pressure, and a rank of Ray Train,
 on a closed-form teacher that costs next to nothing.
 
@@ -32,7 +32,7 @@ from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import EndpointConfig
 from distill.run.dir import RunDir, read_lines
-from distill.train import train
+from distill.training.loop import train
 
 BLOCK_SHARDS, PASSES, LOG_EVERY = 4, 2, 4
 SMALL = DiTConfig(patch_size=4, width=96, depth=4, num_heads=6)

@@ -18,7 +18,7 @@ from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig
 from distill.sample import few_step
-from distill.train import learning_rate
+from distill.training.loop import learning_rate
 
 NFE = (1, 2, 4, 8)
 
@@ -45,7 +45,7 @@ def fit(
     settings: TrainConfig,
     seed: int,
 ) -> TorchEngine:
-    """The engine after all steps: `distill.train` without logs, checkpoints and resumption."""
+    """The engine after all steps: `distill.training.loop` without logs, checkpoints and resumption."""
     engine = TorchEngine(network, settings, torch.device("cpu"))
     loss = build_objective(objective, seed, gradient_norms=engine.gradient_norms)
     for step in range(settings.max_steps):

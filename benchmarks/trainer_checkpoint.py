@@ -13,7 +13,6 @@ from typing import Any
 from benchmarks.sections import markdown
 from benchmarks.train_step import random_batch
 from benchmarks.trainer_cases import CASES, WARM_UP, new_engine, seconds_of, settings
-from distill.allocator import keep_freed_memory
 from distill.checkpoint.commit import load_latest
 from distill.checkpoint.manifest import latest_verified, verify
 from distill.checkpoint.saver import Saver
@@ -23,6 +22,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, write_atomic
 from distill.testing import run_ranks
+from distill.training.memory import keep_freed_memory
 
 ROUNDS, STEPS_BESIDE = 5, 4  # saves of each kind, and steps while one is written
 STALL_BAR, BYTES_BAR = 1.0, 1.1  # per cent of the time; bytes over the least there can be

@@ -1,4 +1,4 @@
-"""`distill.train` with DeepSpeedEngine, logs included, against a bare PyTorch loop.
+"""`distill.training.loop` with DeepSpeedEngine, logs included, against a bare PyTorch loop.
 
 The same step by both, in turn, in one process.
 """
@@ -16,7 +16,6 @@ import torch
 from benchmarks.sections import markdown
 from benchmarks.train_step import IMAGE, random_batch
 from benchmarks.trainer_cases import CASES, WARM_UP, Case, new_engine, seconds_of, settings
-from distill.allocator import keep_freed_memory
 from distill.config import TrainConfig
 from distill.engine.engine import frozen_copy, new_optimizer
 from distill.flow.trajectory import TrajectoryBatch
@@ -25,7 +24,8 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
 from distill.testing import run_ranks
-from distill.train import train
+from distill.training.loop import train
+from distill.training.memory import keep_freed_memory
 
 STAGES = (0, 1, 2)
 

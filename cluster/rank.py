@@ -1,4 +1,4 @@
-"""One rank of a training: engine, stream and objective, put together around `distill.train`.
+"""One rank of a training: engine, stream and objective, put together around `distill.training.loop`.
 
 The same code trains a teacher on real images ("pretrain") and the student on trajectories
 ("train").
@@ -19,7 +19,6 @@ from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
 from cluster.watchdog import ending_when_hung
 from cluster.zero import DeepSpeedEngine
-from distill.allocator import keep_freed_memory
 from distill.checkpoint.agree import agreed_latest
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
@@ -38,8 +37,9 @@ from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.pretrain import ImageStream
 from distill.run.dir import RunDir, append_line, lock_file
 from distill.teachers.sit import load_sit
-from distill.train import train
-from distill.train_log import Work
+from distill.training.log import Work
+from distill.training.loop import train
+from distill.training.memory import keep_freed_memory
 
 # Ranks of a killed supervisor are gone within seconds; a file server gives the lock of a dead node
 # free after its lease, usually 90 s.

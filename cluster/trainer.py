@@ -20,7 +20,7 @@ from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.data.stream import StreamError
 from distill.run.dir import write_json
-from distill.train import TrainingError
+from distill.training.loop import TrainingError
 
 FINAL = (
     ConfigError,

@@ -15,13 +15,13 @@ import torch
 
 from cluster.config import RunConfig
 from cluster.scale import Device
-from distill.allocator import keep_freed_memory
 from distill.data.generate import generate_shard
 from distill.data.shards import write_shard
 from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir
 from distill.teachers.base import FrozenTeacher
 from distill.teachers.build import build_teacher
+from distill.training.memory import keep_freed_memory
 
 
 class TeacherWorker:

@@ -28,7 +28,7 @@ MEASURED = pytest.StashKey[list[str]]()
 # first engine of DeepSpeed imports besides takes seconds more.
 LAZY = ["torch._inductor.compile_fx", "networkx"]
 multiprocessing.set_forkserver_preload(
-    ["cluster.zero", "distill.testing", "distill.objectives.build", "distill.train", *LAZY]
+    ["cluster.zero", "distill.testing", "distill.objectives.build", "distill.training.loop", *LAZY]
 )
 
 

@@ -17,7 +17,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import TraFlowConfig
 from distill.run.dir import RunDir, read_lines
 from distill.testing import GaussianFlow
-from distill.train import train
+from distill.training.loop import train
 
 IMAGE = ImageSpec(1, 4, 3)
 NETWORK = DiTConfig(patch_size=2, width=16, depth=2, num_heads=2)

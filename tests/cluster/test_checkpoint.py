@@ -25,7 +25,7 @@ from distill.config import TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
-from distill.train import learning_rate
+from distill.training.loop import learning_rate
 
 # -----------------------------------------------------------------------------------------------
 # Any world size, any stage, in host memory or not

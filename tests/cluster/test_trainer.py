@@ -28,7 +28,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, read_lines
 from distill.testing import run_ranks
-from distill.train import train
+from distill.training.loop import train
 
 
 @pytest.mark.parametrize(

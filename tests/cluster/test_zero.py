@@ -35,7 +35,7 @@ from distill.objectives.config import (
 )
 from distill.run.dir import RunDir
 from distill.testing import run_ranks
-from distill.train import TrainingError
+from distill.training.loop import TrainingError
 
 FEWER = [place for place in PLACES if place not in ((1, "optimizer"), (3, "optimizer"))]
 

@@ -14,8 +14,8 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
 from distill.testing import StraightFlow, flow_batch
-from distill.train import train
-from distill.train_log import Work
+from distill.training.log import Work
+from distill.training.loop import train
 
 
 class TinyTraining(NamedTuple):

@@ -7,8 +7,8 @@ import resource
 import pytest
 import torch
 
-from distill.allocator import keep_freed_memory
 from distill.testing import run_ranks
+from distill.training.memory import keep_freed_memory
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 

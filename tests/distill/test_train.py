@@ -18,7 +18,7 @@ from distill.objectives.base import LossTerms
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir, read_lines
-from distill.train import TrainingError, learning_rate, train
+from distill.training.loop import TrainingError, learning_rate, train
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 

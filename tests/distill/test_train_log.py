@@ -10,7 +10,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distill import phases
 from distill.config import TrainConfig
 from distill.cost import phase_seconds
 from distill.engine.engine import TorchEngine
@@ -18,10 +17,11 @@ from distill.flow.noise import sample_noise
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.phases import PHASES, PhaseClock
 from distill.run.dir import RunDir, read_lines
-from distill.tensorboard import scalars
-from distill.train_log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
+from distill.training import timing as phases
+from distill.training.log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
+from distill.training.timing import PHASES, PhaseClock
+from distill.training.trackers import scalars
 
 CPU = torch.device("cpu")
 

@@ -12,7 +12,7 @@ import pytest
 
 from distill.config import ConfigError
 from distill.run.dir import RunDir, read_lines
-from distill.tensorboard import scalars
+from distill.training.trackers import scalars
 from distill.wandb import WandbRun, check_wandb
 
 with_wandb = pytest.mark.skipif(

@@ -14,10 +14,10 @@ from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import Objective
-from distill.phases import PhaseClock
 from distill.profiler import traced_steps
 from distill.run.dir import RunDir
-from distill.train_log import Losses, TrainLog, Work
+from distill.training.log import Losses, TrainLog, Work
+from distill.training.timing import PhaseClock
 
 
 class TrainingError(RuntimeError):

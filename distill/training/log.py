@@ -19,9 +19,9 @@ from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import LossTerms
-from distill.phases import PhaseClock
 from distill.run.dir import RunDir, append_line
-from distill.tensorboard import EventFile, scalars
+from distill.training.timing import PhaseClock
+from distill.training.trackers import EventFile, scalars
 from distill.wandb import WandbRun
 
 # Of a loss that stands out: steps it is compared with, at most and at least; how far it stands out.
