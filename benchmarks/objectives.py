@@ -44,7 +44,7 @@ from benchmarks.student import energy_distance, measure, train_student  # noqa: 
 from cluster.calls import objective_calls  # noqa: E402
 from cluster.compose import compose  # noqa: E402
 from distill.config import NFE_PER_STEP, TrainConfig  # noqa: E402
-from distill.metrics import relative_distance  # noqa: E402
+from distill.evaluation.metrics import relative_distance  # noqa: E402
 from distill.objectives.config import EndpointConfig, ObjectiveConfig  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / ".cache"

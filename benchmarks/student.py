@@ -12,8 +12,8 @@ from torch import Tensor
 from benchmarks.problems import Pairs, Problem
 from distill.config import TrainConfig
 from distill.engine.engine import EVALUATION, TorchEngine, average_kind
+from distill.evaluation.metrics import relative_distance
 from distill.flow.trajectory import TrajectoryBatch
-from distill.metrics import relative_distance
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig

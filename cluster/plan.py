@@ -21,10 +21,10 @@ from cluster.calls import objective_calls
 from cluster.config import RunConfig
 from cluster.identity import is_own
 from distill.config import NFE_PER_STEP, TeacherConfig, check
-from distill.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.data.layout import sidecar_bytes, tar_bytes
 from distill.data.order import Order
 from distill.data.sidecar import shard_spec
+from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.networks.cost import NetworkCost, network_cost, state_bytes
 
 # -----------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def forwards_per_evaluation(teacher: TeacherConfig) -> int:
 
 
 def evaluation_forwards(config: RunConfig) -> int:
-    """Network forwards of `distill.evaluate`: student, fine solution, teacher's rows, pictures."""
+    """Network forwards of `distill.evaluation.evaluate`: student, fine solution, teacher's rows, pictures."""
     evaluation, image = config.eval, config.data.image
     best = list(config.teacher.values())[-1]
     drawn = [

@@ -25,8 +25,8 @@ from distill.config import ImageSpec, TeacherConfig, check
 from distill.data.images import NO_IMAGES, check_files
 from distill.data.sidecar import ShardSpec, shard_spec
 from distill.data.stores.store import open_store
+from distill.evaluation.inception import check_inception
 from distill.export import latest_student
-from distill.inception import check_inception
 from distill.networks.files import DESCRIPTION
 from distill.report import write_report
 from distill.run.dir import RunDir
@@ -143,7 +143,7 @@ def evaluate_again(session: Session) -> Work:
     """Evaluates and reports; leaves nothing to do."""
     # torch-fidelity and torchvision take as long to import as all the rest together, and a run that
     # is resumed should not wait for them.
-    from distill.evaluate import evaluate
+    from distill.evaluation.evaluate import evaluate
 
     session.stop_ray()  # the cores are needed
     config = session.config

@@ -25,7 +25,7 @@ from cluster.verify import audit
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError, DiTConfig, UNetConfig
 from distill.engine.engine import TorchEngine
-from distill.evaluate import evaluate
+from distill.evaluation.evaluate import evaluate
 from distill.networks.build import build_network
 from distill.networks.files import save_model
 from distill.objectives.build import build_objective

@@ -11,7 +11,7 @@ from cluster.eviction import oldest_verified
 from cluster.facts import results_are_current, steps_done
 from distill.checkpoint import manifest
 from distill.checkpoint.manifest import sha256_file
-from distill.evaluate import evaluate
+from distill.evaluation.evaluate import evaluate
 from distill.run.dir import RunDir, write_json
 
 TEACHER = "teacher.pretrained.path"

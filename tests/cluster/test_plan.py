@@ -15,7 +15,7 @@ from distill.data.generate import GeneratedShard
 from distill.data.shards import write_shard
 from distill.data.sidecar import shard_spec, sidecar_path
 from distill.engine.engine import TorchEngine
-from distill.evaluate import evaluate
+from distill.evaluation.evaluate import evaluate
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.networks.cost import network_cost

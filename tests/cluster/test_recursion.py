@@ -21,7 +21,7 @@ from cluster.stages import Work, pretrain, run_spec, with_models
 from distill.config import ConfigError
 from distill.data.shards import read_sample
 from distill.data.stores.store import read_sidecar
-from distill.evaluate import evaluate
+from distill.evaluation.evaluate import evaluate
 from distill.export import export_run
 from distill.flow.solvers import solve
 from distill.networks.files import file_sha256, load_model

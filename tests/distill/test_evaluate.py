@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from distill.config import ConfigError, EvalConfig
-from distill.draw import Interrupt, Samples, draw, teacher_sampler
-from distill.evaluate import evaluate
+from distill.evaluation.draw import Interrupt, Samples, draw, teacher_sampler
+from distill.evaluation.evaluate import evaluate
+from distill.evaluation.metrics import relative_distance
 from distill.flow.noise import sample_noise
-from distill.metrics import relative_distance
 from distill.testing import GaussianFlow
 
 FLOW = GaussianFlow(torch.tensor([0.5, -0.5], dtype=torch.float64), 0.4)
@@ -133,7 +133,7 @@ def test_evaluation_repeats_and_does_not_depend_on_the_batch(finished_run, data,
 def test_without_a_terminal_it_says_a_line_now_and_then(
     finished_run, data, teachers, monkeypatch, capsys
 ):
-    monkeypatch.setattr("distill.evaluate.LINE_PERIOD_S", 0.0)
+    monkeypatch.setattr("distill.evaluation.evaluate.LINE_PERIOD_S", 0.0)
     evaluate(finished_run, data, teachers, settings(), "traflow", "cpu")
     said = capsys.readouterr().err
     num = settings().num_samples

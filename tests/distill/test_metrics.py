@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from distill import inception
 from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError, ExtractorConfig
-from distill.metrics import (
+from distill.evaluation import inception
+from distill.evaluation.metrics import (
     FeatureDistance,
     distance_name,
     frechet,

@@ -7,7 +7,7 @@ from PIL import Image
 
 from distill.config import EvalConfig
 from distill.cost import train_device_s
-from distill.evaluate import evaluate
+from distill.evaluation.evaluate import evaluate
 from distill.page import duration, size
 from distill.report import SECTIONS, headline, read_facts, write_report
 from distill.run.dir import RunDir, append_line, write_atomic

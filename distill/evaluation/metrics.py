@@ -33,7 +33,7 @@ from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
 from distill.config import ExtractorConfig
-from distill.inception import check_inception
+from distill.evaluation.inception import check_inception
 
 INCEPTION = "inception-v3-compat"
 PIXELS = "bowstring-pixels"

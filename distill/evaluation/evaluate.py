@@ -19,14 +19,14 @@ from torch import Tensor
 
 from distill.config import DataConfig, EvalConfig, ImageSpec, TeacherConfig, check
 from distill.cost import read_cost
-from distill.curves import (
+from distill.data.images import load_images
+from distill.evaluation.curves import (
     grid_columns,
     grid_rows,
     teacher_curves,
     truth,
 )
-from distill.data.images import load_images
-from distill.draw import (
+from distill.evaluation.draw import (
     Interrupt,
     Sampler,
     Samples,
@@ -35,9 +35,9 @@ from distill.draw import (
     student_sampler,
     teacher_sampler,
 )
+from distill.evaluation.metrics import FeatureDistance, distance_name, relative_distance
 from distill.export import latest_student, read_identity
 from distill.flow.paths import MeanVelocity
-from distill.metrics import FeatureDistance, distance_name, relative_distance
 from distill.networks.files import fingerprint
 from distill.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir, write_json
@@ -133,7 +133,7 @@ def teacher_rows(
     teacher: TeacherConfig,
     evaluation: EvalConfig,
 ) -> list[dict[str, Any]]:
-    """The teacher's curves (`distill.curves`).
+    """The teacher's curves (`distill.evaluation.curves`).
 
     Where one is the fine solution itself, its samples are taken, not drawn again.
     """

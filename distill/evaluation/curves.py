@@ -1,5 +1,5 @@
 """What an evaluation draws: the rows of results.json and of the picture grid. Needs no torch, so
-`bowstring estimate` counts the same rows that `distill.evaluate` computes.
+`bowstring estimate` counts the same rows that `distill.evaluation.evaluate` computes.
 """
 
 from __future__ import annotations
