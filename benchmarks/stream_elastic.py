@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, ROOT, Run, mixture
-from distill.figures import worker_figure
-from distill.report import write_report
+from distill.report.figures import worker_figure
+from distill.report.sections import write_report
 from distill.run.dir import read_lines
 
 EVALUATION_S = 0.15  # 16 a shard

@@ -24,7 +24,7 @@ from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, mixture
 from cluster.progress import last_step
 from cluster.session import is_alive
-from distill.cost import goodput
+from distill.report.cost import goodput
 from distill.run.dir import read_lines
 
 RECOVERIES, PERIOD_S = 10, 60.0

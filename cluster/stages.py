@@ -28,7 +28,7 @@ from distill.data.stores.store import open_store
 from distill.evaluation.inception import check_inception
 from distill.export import latest_student
 from distill.networks.files import DESCRIPTION
-from distill.report import write_report
+from distill.report.sections import write_report
 from distill.run.dir import RunDir
 from distill.teachers.build import build_teacher
 from distill.wandb import check_wandb

@@ -22,8 +22,8 @@ from cluster.plan import stream_plan
 from cluster.scale import PLANNED, staff
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
-from distill.cost import goodput
 from distill.data.stores.store import committed, open_store
+from distill.report.cost import goodput
 from distill.run.dir import RunDir, read_lines
 from distill.run.events import worker_history
 

@@ -26,7 +26,7 @@ from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve_by_jumps
 from distill.flow.times import sampler_times
 from distill.networks.files import load_model
-from distill.pictures import tile, write_npz, write_png
+from distill.report.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
 
 

@@ -18,7 +18,6 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from distill.config import DataConfig, EvalConfig, ImageSpec, TeacherConfig, check
-from distill.cost import read_cost
 from distill.data.images import load_images
 from distill.evaluation.curves import (
     grid_columns,
@@ -39,7 +38,8 @@ from distill.evaluation.metrics import FeatureDistance, distance_name, relative_
 from distill.export import latest_student, read_identity
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import fingerprint
-from distill.pictures import tile, write_npz, write_png
+from distill.report.cost import read_cost
+from distill.report.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir, write_json
 from distill.sample import load_student, to_uint8
 from distill.teachers.base import FrozenTeacher

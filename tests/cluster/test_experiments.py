@@ -30,7 +30,7 @@ from distill.networks.build import build_network
 from distill.networks.files import save_model
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.report import write_report
+from distill.report.sections import write_report
 from distill.run.dir import RunDir, read_lines
 
 FOLDER = Path(__file__).parents[2] / "configs" / "experiment"

@@ -25,8 +25,8 @@ from cluster.status import (
     status,
 )
 from cluster.status_view import render, show_audit
-from distill.cost import goodput
 from distill.data.sidecar import tar_path
+from distill.report.cost import goodput
 from distill.run.dir import RunDir, append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 

@@ -15,7 +15,6 @@ import torch
 import webdataset
 
 from distill.config import ConfigError, TrajectoryConfig
-from distill.cost import read_cost
 from distill.data import stream as stream_module
 from distill.data.layout import stored_dtype
 from distill.data.order import Order
@@ -33,6 +32,7 @@ from distill.data.stores.store import (
 )
 from distill.data.stream import TrajectoryStream
 from distill.fastgen import export_fastgen
+from distill.report.cost import read_cost
 from distill.run.dir import RunDir, write_json
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 

@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 
 from distill.config import EvalConfig
-from distill.cost import train_device_s
 from distill.evaluation.evaluate import evaluate
-from distill.page import duration, size
-from distill.report import SECTIONS, headline, read_facts, write_report
+from distill.report.cost import train_device_s
+from distill.report.page import duration, size
+from distill.report.sections import SECTIONS, headline, read_facts, write_report
 from distill.run.dir import RunDir, append_line, write_atomic
 
 COMMAND = "bowstring run experiment=digits run.name='<tiny>'"

@@ -11,12 +11,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distill.config import TrainConfig
-from distill.cost import phase_seconds
 from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
+from distill.report.cost import phase_seconds
 from distill.run.dir import RunDir, read_lines
 from distill.training import timing as phases
 from distill.training.log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out

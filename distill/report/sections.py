@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from distill.cost import phase_seconds
-from distill.figures import (
+from distill.report.cost import phase_seconds
+from distill.report.figures import (
     inline_svg,
     loss_figure,
     png_uri,
@@ -25,7 +25,7 @@ from distill.figures import (
     worker_figure,
     write_overview,
 )
-from distill.page import STYLE, duration, missing, number, size, table
+from distill.report.page import STYLE, duration, missing, number, size, table
 from distill.run.dir import RunDir, read_lines, write_atomic
 from distill.run.events import WorkerHistory, worker_history
 

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from distill.pictures import tile
+from distill.report.pictures import tile
 from distill.run.dir import write_atomic
 from distill.run.events import WorkerHistory
 
