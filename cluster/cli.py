@@ -108,9 +108,9 @@ def export(args: list[str]) -> int:
     options = parser.parse_args(args)
     run = open_run(options.run)
     if options.format == "fastgen":
-        from distill.fastgen import export_fastgen as write
+        from distill.export.fastgen import export_fastgen as write
     else:
-        from distill.export import export_run as write
+        from distill.export.student import export_run as write
     print(write(run, options.out or run.root / options.format))
     return 0
 

@@ -25,7 +25,7 @@ from distill.config import ConfigError
 from distill.data.images import load_images
 from distill.data.stream import TrajectoryStream
 from distill.engine.engine import Engine
-from distill.export import export_checkpoint
+from distill.export.student import export_checkpoint
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.networks.cost import network_cost

@@ -26,7 +26,7 @@ from distill.data.images import NO_IMAGES, check_files
 from distill.data.sidecar import ShardSpec, shard_spec
 from distill.data.stores.store import open_store
 from distill.evaluation.inception import check_inception
-from distill.export import latest_student
+from distill.export.student import latest_student
 from distill.networks.files import DESCRIPTION
 from distill.report.sections import write_report
 from distill.run.dir import RunDir

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from distill.config import ConfigError, ImageSpec, check
-from distill.export import latest_student
+from distill.export.student import latest_student
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve_by_jumps

@@ -35,7 +35,7 @@ from distill.evaluation.draw import (
     teacher_sampler,
 )
 from distill.evaluation.metrics import FeatureDistance, distance_name, relative_distance
-from distill.export import latest_student, read_identity
+from distill.export.student import latest_student, read_identity
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import fingerprint
 from distill.report.cost import read_cost

@@ -22,7 +22,7 @@ from distill.config import ConfigError
 from distill.data.shards import read_sample
 from distill.data.stores.store import read_sidecar
 from distill.evaluation.evaluate import evaluate
-from distill.export import export_run
+from distill.export.student import export_run
 from distill.flow.solvers import solve
 from distill.networks.files import file_sha256, load_model
 from distill.run.dir import RunDir

@@ -8,7 +8,7 @@ import torch
 from distill.checkpoint import commit as checkpoint
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError
-from distill.export import export_run, latest_student
+from distill.export.student import export_run, latest_student
 from distill.run.dir import RunDir
 from distill.sample import few_step, load_student
 

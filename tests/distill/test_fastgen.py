@@ -15,7 +15,7 @@ import webdataset
 
 from distill.config import ConfigError
 from distill.data.sidecar import CorruptShard, tar_path
-from distill.fastgen import export_fastgen
+from distill.export.fastgen import export_fastgen
 from distill.flow.noise import sample_noise
 from distill.run.dir import RunDir, write_json
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards

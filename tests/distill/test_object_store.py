@@ -31,7 +31,7 @@ from distill.data.stores.store import (
     verify_shard,
 )
 from distill.data.stream import TrajectoryStream
-from distill.fastgen import export_fastgen
+from distill.export.fastgen import export_fastgen
 from distill.report.cost import read_cost
 from distill.run.dir import RunDir, write_json
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.config import ConfigError
-from distill.export import export_run
+from distill.export.student import export_run
 from distill.flow.noise import sample_noise
 from distill.report.pictures import GREY, tile
 from distill.sample import few_step, load_student, sample_run, to_uint8

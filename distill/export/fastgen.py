@@ -32,7 +32,7 @@ from distill.data.layout import stored_dtype
 from distill.data.shards import as_tensor, read_shard
 from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, read_sidecar
-from distill.export import read_identity
+from distill.export.student import read_identity
 from distill.flow.noise import sample_noise
 from distill.run.dir import RunDir, sync_directory, write_json
 from distill.temporaries import clean_temporaries, temporary_path
