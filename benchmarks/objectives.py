@@ -42,7 +42,7 @@ from benchmarks.guides import GUIDED, STEPS, guided_problem, prepare  # noqa: E4
 from benchmarks.problems import MIXTURES, Problem, integrate, mixture_problem  # noqa: E402
 from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
 from cluster.calls import objective_calls  # noqa: E402
-from cluster.compose import compose  # noqa: E402
+from cluster.settings.hydra import compose  # noqa: E402
 from distill.config import NFE_PER_STEP, TrainConfig  # noqa: E402
 from distill.evaluation.metrics import relative_distance  # noqa: E402
 from distill.objectives.config import EndpointConfig, ObjectiveConfig  # noqa: E402

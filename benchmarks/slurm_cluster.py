@@ -18,11 +18,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cluster.compose import compose
 from cluster.consumption import planned_sha256
 from cluster.job import stream_order
 from cluster.jobs import Job, read_ids, read_jobs
 from cluster.progress import last_step
+from cluster.settings.hydra import compose
 from cluster.verify import audit
 from distill.run.dir import RunDir, read_lines
 

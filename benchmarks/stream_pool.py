@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster import pool as pool_module
-from cluster.compose import compose
 from cluster.plan import stream_plan
 from cluster.pool import TeacherPool
+from cluster.settings.hydra import compose
 from distill.data.sidecar import shard_spec
 from distill.run.dir import RunDir
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from cluster.calls import Calls, objective_calls  # noqa: E402
-from cluster.compose import compose  # noqa: E402
+from cluster.settings.hydra import compose  # noqa: E402
 from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
 from distill.engine.engine import TorchEngine  # noqa: E402
 from distill.flow.trajectory import TrajectoryBatch  # noqa: E402

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.config import TeacherPoolConfig
+from cluster.settings.schema import TeacherPoolConfig
 
 WAYS = ("drained", "killed", "silent")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cluster.config import RunConfig
+    from cluster.settings.schema import RunConfig
     from distill.run.dir import RunDir
 
 USAGE_ERROR = 2
@@ -63,10 +63,10 @@ def read_settings(args: list[str]) -> list[RunConfig]:
     """
     args = split_force_new(args)
     if args and not args[0].startswith("-") and "=" not in args[0]:
-        from cluster.configfile import load_config
+        from cluster.settings.file import load_config
 
         return [load_config(open_run(args[0]), args[1:])]
-    from cluster.compose import compose
+    from cluster.settings.hydra import compose
 
     return compose(args)
 
@@ -82,6 +82,6 @@ def open_run(folder: str) -> RunDir:
         raise ConfigError(
             f"there is no run at {root}" + (f"; there are: {others}" if others else "")
         )
-    from cluster.configfile import shard_location
+    from cluster.settings.file import shard_location
 
     return RunDir(root, shard_location(RunDir(root)))

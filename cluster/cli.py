@@ -43,7 +43,7 @@ def pipeline(verb: str, args: list[str]) -> int:
 
     check_all(configs)  # refused here, before anything heavy is loaded
     if launcher:
-        from cluster.compose import launch
+        from cluster.settings.hydra import launch
 
         launch(stage, [*settings, *launcher], command)
         return 0
@@ -62,8 +62,8 @@ def evaluate(args: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from cluster.configfile import load_config
     from cluster.runner import evaluate as evaluate_run
+    from cluster.settings.file import load_config
 
     return evaluate_run(load_config(run, options.overrides))
 
@@ -174,7 +174,7 @@ def scale(args: list[str]) -> int:
     from distill.config import check
 
     if read_ids(run):
-        from cluster.configfile import load_config
+        from cluster.settings.file import load_config
         from cluster.submit import scale as scale_jobs
 
         scale_jobs(load_config(run), run, options.workers)
@@ -230,7 +230,7 @@ def dispatch(args: list[str]) -> int:
         print(GENERAL, end="")
         return 0 if args else USAGE_ERROR
     if args[0] in ("-sc", "--shell_completion"):
-        from cluster.compose import complete
+        from cluster.settings.hydra import complete
 
         complete(args, tuple(VERBS))
         return 0

@@ -6,10 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from cluster.config import RunConfig
 from cluster.eviction import read_evicted
 from cluster.identity import check_identity, is_own
 from cluster.plan import stream_plan
+from cluster.settings.schema import RunConfig
 from distill.checkpoint.manifest import latest_verified
 from distill.config import TeacherConfig
 from distill.data.stores.store import committed

@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cluster.config import RunConfig
+from cluster.settings.schema import RunConfig
 from distill.config import ConfigError
 from distill.run.dir import RunDir, write_json
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.config import RunConfig
+from cluster.settings.schema import RunConfig
 
 PIPELINE = ("run", "pretrain", "generate", "train")
 DISTIL = "distil"  # `run --no-evaluation`

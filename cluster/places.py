@@ -13,7 +13,7 @@ import math
 import socket
 from typing import Any
 
-from cluster.config import ClusterConfig, WorkersConfig
+from cluster.settings.schema import ClusterConfig, WorkersConfig
 from distill.config import TrainConfig
 
 ANSWER_S = 2.0  # a raylet that lives accepts a connection at once

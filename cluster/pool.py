@@ -15,7 +15,6 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import messages, production
-from cluster.config import RunConfig
 from cluster.coordinator import Coordinator
 from cluster.cursor import read_cursor
 from cluster.eventlog import EventLog
@@ -25,6 +24,7 @@ from cluster.member import Member, choose_leaving
 from cluster.pace import Pace
 from cluster.plan import StreamPlan
 from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, Device, most_workers, wanted_workers
+from cluster.settings.schema import RunConfig
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.data.sidecar import ShardSpec

@@ -18,8 +18,6 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from cluster import stages
-from cluster.config import RunConfig
-from cluster.configfile import save_config
 from cluster.cursor import read_cursor
 from cluster.facts import with_absolute_paths
 from cluster.group import POLL_PERIOD_S, RunFailed, TrainerGroup
@@ -28,6 +26,8 @@ from cluster.job import stop_file
 from cluster.pool import TeacherPool
 from cluster.progress import last_step
 from cluster.session import Session, Stopped, open_session
+from cluster.settings.file import save_config
+from cluster.settings.schema import RunConfig
 from cluster.stages import Work
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError

@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.config import ClusterConfig, TeacherPoolConfig
 from cluster.places import fitting, needs
+from cluster.settings.schema import ClusterConfig, TeacherPoolConfig
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir, read_lines, write_json
 

@@ -13,7 +13,7 @@ import shlex
 from importlib.resources import files
 from pathlib import Path
 
-from cluster.config import JobConfig, RunConfig, SlurmConfig
+from cluster.settings.schema import JobConfig, RunConfig, SlurmConfig
 from distill.config import check
 
 KINDS = ("train", "teachers", "evaluate")

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.config import RunConfig
 from cluster.eviction import check_room
 from cluster.facts import (
     has_all_shards,
@@ -20,6 +19,7 @@ from cluster.job import TrainJob, stream_order
 from cluster.plan import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
+from cluster.settings.schema import RunConfig
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, TeacherConfig, check
 from distill.data.images import NO_IMAGES, check_files

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 
-from cluster.config import RunConfig
-from cluster.configfile import save_config
 from cluster.facts import is_distilled, is_finished
 from cluster.identity import check_identity
 from cluster.jobs import ask, read_jobs
 from cluster.lock import is_live
 from cluster.plan import estimate
 from cluster.scale import staff, write_target
+from cluster.settings.file import save_config
+from cluster.settings.schema import RunConfig
 from cluster.slurm import KINDS, render, slurm_of
 from cluster.stop import stop_here
 from distill.config import ConfigError, check

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cluster import cli
-from cluster.compose import compose
-from cluster.configfile import load_config, save_config
 from cluster.helptext import VERBS
+from cluster.settings.file import load_config, save_config
+from cluster.settings.hydra import compose
 from distill.config import ConfigError
 from distill.data.sidecar import tar_path
 from distill.run.dir import RunDir, write_json

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.compose import compose
-from cluster.config import RunConfig
+from cluster.settings.hydra import compose
+from cluster.settings.schema import RunConfig
 from distill.config import ConfigError, UNetConfig
 from distill.objectives.config import BezierConfig, TraFlowConfig
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.compose import compose
-from cluster.configfile import load_config, save_config
+from cluster.settings.file import load_config, save_config
+from cluster.settings.hydra import compose
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 

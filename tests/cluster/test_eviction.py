@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from cluster.compose import compose
 from cluster.eviction import (
     OldestCheckpoint,
     check_room,
@@ -19,6 +18,7 @@ from cluster.eviction import (
 from cluster.facts import has_all_shards
 from cluster.job import stream_order
 from cluster.plan import stream_plan
+from cluster.settings.hydra import compose
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.sidecar import sidecar_path, tar_path

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from cluster import runner
-from cluster.compose import compose
 from cluster.eviction import check_room
 from cluster.facts import with_absolute_paths
 from cluster.identity import check_or_write
@@ -20,6 +19,7 @@ from cluster.job import TrainJob
 from cluster.plan import show, stream_plan
 from cluster.rank import initial_network, open_source, train_with_exports
 from cluster.session import open_session
+from cluster.settings.hydra import compose
 from cluster.stages import pretrain, run_spec
 from cluster.verify import audit
 from cluster.worker import TeacherWorker

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from cluster import group
-from cluster.compose import compose
 from cluster.group import RunFailed, TrainerGroup
 from cluster.job import TrainJob
 from cluster.places import group_size, silent_nodes
+from cluster.settings.hydra import compose
 from distill.config import ConfigError
 from distill.run.dir import append_line, read_lines
 

@@ -11,13 +11,13 @@ import uuid
 import pytest
 import torch
 
-from cluster.compose import compose
-from cluster.configfile import load_config, save_config
 from cluster.eviction import evict, read_evicted
 from cluster.facts import with_absolute_paths
 from cluster.identity import identity_of
 from cluster.job import stream_order
 from cluster.plan import stream_plan
+from cluster.settings.file import load_config, save_config
+from cluster.settings.hydra import compose
 from cluster.verify import audit
 from distill.config import ConfigError
 from distill.data.generate import generate_shard
@@ -36,7 +36,7 @@ GENERATE = """
 import os, signal, sys
 from pathlib import Path
 from cluster import pool, runner
-from cluster.configfile import load_config
+from cluster.settings.file import load_config
 from cluster.worker import TeacherWorker
 from distill.run.dir import RunDir
 

@@ -8,8 +8,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.calls import objective_calls
-from cluster.compose import compose
 from cluster.plan import estimate, stream_plan, teacher_forwards
+from cluster.settings.hydra import compose
 from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNetConfig
 from distill.data.generate import GeneratedShard
 from distill.data.shards import write_shard

@@ -15,12 +15,12 @@ from ray.exceptions import (
 )
 
 from cluster import pool as pool_module
-from cluster.compose import compose
 from cluster.member import Member
 from cluster.messages import Asked, Joined, Quarantined, Released
 from cluster.plan import stream_plan
 from cluster.pool import PoolError, TeacherPool
 from cluster.scale import read_target, staff, write_target
+from cluster.settings.hydra import compose
 from cluster.status import quarantined, restarts
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec, sidecar_path

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from cluster.compose import compose
 from cluster.job import TrainJob
 from cluster.plan import estimate
 from cluster.rank import Images, initial_network, train_with_exports, work_of
+from cluster.settings.hydra import compose
 from distill.checkpoint import manifest
 from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError

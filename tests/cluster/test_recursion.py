@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.compose import compose
 from cluster.facts import own_teachers, with_absolute_paths
 from cluster.identity import check_or_write
 from cluster.plan import estimate, teacher_forwards
 from cluster.session import open_session
+from cluster.settings.hydra import compose
 from cluster.stages import Work, pretrain, run_spec, with_models
 from distill.config import ConfigError
 from distill.data.shards import read_sample
@@ -29,7 +29,7 @@ from distill.run.dir import RunDir
 
 CHAIN = """
 import sys
-from cluster.compose import compose
+from cluster.settings.hydra import compose
 from cluster.runner import run
 for folder, *overrides in [words.split() for words in sys.argv[1:]]:
     (config,) = compose(["experiment=tiny", f"run.dir={folder}", *overrides])

@@ -11,10 +11,10 @@ from importlib.util import find_spec
 import pytest
 
 from cluster import cli, group, runner
-from cluster.compose import compose
-from cluster.configfile import load_config, save_config
 from cluster.group import RunFailed
 from cluster.runner import Stopped
+from cluster.settings.file import load_config, save_config
+from cluster.settings.hydra import compose
 from cluster.stages import Work
 from distill.config import ConfigError
 from distill.run.dir import RunDir, append_line, read_lines

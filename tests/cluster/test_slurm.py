@@ -9,8 +9,8 @@ import pytest
 from ray._private.parameter import RayParams
 
 from cluster.cli import dispatch
-from cluster.compose import compose
 from cluster.jobs import read_ids
+from cluster.settings.hydra import compose
 from cluster.slurm import KINDS, render
 from distill.config import ConfigError
 from distill.run.dir import RunDir

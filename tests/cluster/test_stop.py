@@ -10,15 +10,15 @@ import time
 import pytest
 
 from cluster.cli import dispatch
-from cluster.compose import compose
-from cluster.configfile import save_config
+from cluster.settings.file import save_config
+from cluster.settings.hydra import compose
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 
 SUPERVISOR = """
 import sys, time
 from pathlib import Path
-from cluster.compose import compose
+from cluster.settings.hydra import compose
 from cluster.session import open_session
 from distill.run.dir import RunDir
 (config,) = compose(["experiment=tiny", f"run.dir={sys.argv[1]}"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.compose import compose
+from cluster.settings.hydra import compose
 from cluster.worker import TeacherWorker
 from distill.data.layout import stored_dtype
 from distill.data.shards import read_shard

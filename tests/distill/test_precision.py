@@ -119,7 +119,7 @@ def test_loss_and_gradient_in_bf16_are_those_in_fp32(network, batch, name):
 
 @pytest.mark.parametrize("kind", [MeanFlowConfig, BezierConfig])
 def test_a_difference_over_a_small_step_is_lost_in_bf16(network, batch, kind):
-    """So `cluster.config` refuses it, and offers the exact derivative."""
+    """So `cluster.settings.schema` refuses it, and offers the exact derivative."""
     difference, _ = gap(network, kind(derivative="finite_difference"), batch)
     exact, _ = gap(network, kind(derivative="jvp"), batch)
     assert difference > 0.05 and difference > 10 * exact

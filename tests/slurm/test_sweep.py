@@ -6,7 +6,7 @@ import subprocess
 import pytest
 
 from benchmarks.slurm_cluster import BOWSTRING, hosts
-from cluster.configfile import load_config
+from cluster.settings.file import load_config
 from cluster.verify import audit
 from distill.run.dir import RunDir
 

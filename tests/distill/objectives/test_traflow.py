@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cluster.compose import compose
+from cluster.settings.hydra import compose
 from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.objectives.base import LossTerms

@@ -24,9 +24,9 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from cluster.arguments import split_launcher
-from cluster.config import ClusterConfig, RunConfig
-from cluster.configfile import NETWORKS, OBJECTIVES, register_resolvers, sentence, to_config
 from cluster.pipeline import work
+from cluster.settings.file import NETWORKS, OBJECTIVES, register_resolvers, sentence, to_config
+from cluster.settings.schema import ClusterConfig, RunConfig
 from distill.config import ConfigError, DataConfig, EvalConfig, TrainConfig, check
 
 

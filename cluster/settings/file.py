@@ -13,7 +13,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from cluster.config import RunConfig
+from cluster.settings.schema import RunConfig
 from distill.config import ConfigError, DiTConfig, NetworkConfig, UNetConfig, check
 from distill.objectives.config import (
     BezierConfig,
