@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import pool as pool_module
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.pool import TeacherPool
 from cluster.settings.hydra import compose
 from distill.data.sidecar import shard_spec

@@ -144,7 +144,7 @@ def estimate(args: list[str]) -> int:
     parser.add_argument("--flops", type=float, default=None)
     options, rest = parser.parse_known_args(args)
     configs = read_settings(rest)
-    from cluster.plan import show
+    from cluster.plan.estimate import show
 
     for config in configs:
         show(config, options.flops, as_json=options.json)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.job import stream_order
-from cluster.plan import StreamPlan
+from cluster.plan.estimate import StreamPlan
 from cluster.settings.schema import RunConfig
 from distill.checkpoint.manifest import committed_steps, verify_once
 from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.eviction import read_evicted
 from cluster.identity import check_identity, is_own
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.settings.schema import RunConfig
 from distill.checkpoint.manifest import latest_verified
 from distill.config import TeacherConfig

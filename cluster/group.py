@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster.facts import steps_done
 from cluster.job import TrainJob
-from cluster.places import group_size, silent_nodes
+from cluster.plan.placement import group_size, silent_nodes
 from cluster.progress import last_step
 from cluster.session import Session
 from cluster.trainer import final_error, fit

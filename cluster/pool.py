@@ -22,7 +22,7 @@ from cluster.eviction import OldestCheckpoint, evict, first_shard_read, read_evi
 from cluster.job import stream_order
 from cluster.member import Member, choose_leaving
 from cluster.pace import Pace
-from cluster.plan import StreamPlan
+from cluster.plan.estimate import StreamPlan
 from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, Device, most_workers, wanted_workers
 from cluster.settings.schema import RunConfig
 from cluster.worker import TeacherWorker

@@ -9,7 +9,7 @@ import uuid
 from typing import Any
 
 from cluster.coordinator import Limits
-from cluster.plan import StreamPlan
+from cluster.plan.estimate import StreamPlan
 from cluster.scale import Device, gpus_of_worker
 from cluster.settings.schema import RunConfig, TeacherPoolConfig
 from distill.config import check

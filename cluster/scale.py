@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from cluster.places import fitting, needs
+from cluster.plan.placement import fitting, needs
 from cluster.settings.schema import ClusterConfig, TeacherPoolConfig
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir, read_lines, write_json

@@ -16,7 +16,7 @@ from cluster.facts import (
 )
 from cluster.identity import record_teachers
 from cluster.job import TrainJob, stream_order
-from cluster.plan import StreamPlan, stream_plan
+from cluster.plan.estimate import StreamPlan, stream_plan
 from cluster.pool import TeacherPool
 from cluster.session import Session
 from cluster.settings.schema import RunConfig

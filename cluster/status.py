@@ -16,7 +16,7 @@ from cluster.eviction import read_evicted
 from cluster.facts import own_teachers
 from cluster.jobs import SlurmError, read_ids, read_jobs
 from cluster.lock import is_live
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.scale import PLANNED, staff
 from cluster.settings.file import load_config
 from cluster.settings.schema import RunConfig

@@ -13,7 +13,7 @@ from cluster.facts import is_distilled, is_finished
 from cluster.identity import check_identity
 from cluster.jobs import ask, read_jobs
 from cluster.lock import is_live
-from cluster.plan import estimate
+from cluster.plan.estimate import estimate
 from cluster.scale import staff, write_target
 from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig

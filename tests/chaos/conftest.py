@@ -16,7 +16,7 @@ import torch
 
 from cluster.identity import hash_of, identity_of
 from cluster.job import TrainJob, stream_order
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.progress import last_step
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose

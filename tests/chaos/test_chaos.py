@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.cursor import read_cursor
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.progress import last_step
 from cluster.verify import audit
 from distill.checkpoint.manifest import latest_verified

@@ -17,7 +17,7 @@ from cluster.eviction import (
 )
 from cluster.facts import has_all_shards
 from cluster.job import stream_order
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.settings.hydra import compose
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError

@@ -16,7 +16,7 @@ from cluster.eviction import check_room
 from cluster.facts import with_absolute_paths
 from cluster.identity import check_or_write
 from cluster.job import TrainJob
-from cluster.plan import show, stream_plan
+from cluster.plan.estimate import show, stream_plan
 from cluster.rank import initial_network, open_source, train_with_exports
 from cluster.session import open_session
 from cluster.settings.hydra import compose

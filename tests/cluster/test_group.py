@@ -11,7 +11,7 @@ import pytest
 from cluster import group
 from cluster.group import RunFailed, TrainerGroup
 from cluster.job import TrainJob
-from cluster.places import group_size, silent_nodes
+from cluster.plan.placement import group_size, silent_nodes
 from cluster.settings.hydra import compose
 from distill.config import ConfigError
 from distill.run.dir import append_line, read_lines

@@ -15,7 +15,7 @@ from cluster.eviction import evict, read_evicted
 from cluster.facts import with_absolute_paths
 from cluster.identity import identity_of
 from cluster.job import stream_order
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from cluster.verify import audit

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.calls import objective_calls
-from cluster.plan import estimate, stream_plan, teacher_forwards
+from cluster.plan.estimate import estimate, stream_plan, teacher_forwards
 from cluster.settings.hydra import compose
 from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNetConfig
 from distill.data.generate import GeneratedShard

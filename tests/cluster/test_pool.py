@@ -17,7 +17,7 @@ from ray.exceptions import (
 from cluster import pool as pool_module
 from cluster.member import Member
 from cluster.messages import Asked, Joined, Quarantined, Released
-from cluster.plan import stream_plan
+from cluster.plan.estimate import stream_plan
 from cluster.pool import PoolError, TeacherPool
 from cluster.scale import read_target, staff, write_target
 from cluster.settings.hydra import compose

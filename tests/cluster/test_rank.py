@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cluster.job import TrainJob
-from cluster.plan import estimate
+from cluster.plan.estimate import estimate
 from cluster.rank import Images, initial_network, train_with_exports, work_of
 from cluster.settings.hydra import compose
 from distill.checkpoint import manifest

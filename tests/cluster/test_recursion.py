@@ -14,7 +14,7 @@ import torch
 
 from cluster.facts import own_teachers, with_absolute_paths
 from cluster.identity import check_or_write
-from cluster.plan import estimate, teacher_forwards
+from cluster.plan.estimate import estimate, teacher_forwards
 from cluster.session import open_session
 from cluster.settings.hydra import compose
 from cluster.stages import Work, pretrain, run_spec, with_models
