@@ -18,7 +18,6 @@ from typing import Any
 from benchmarks.sections import markdown
 from benchmarks.stream_pool import PERIOD_S, ROUND_S, SHARD_BYTES, pool_share
 from cluster.coordinator import Coordinator, Limits
-from cluster.eviction import read_evicted
 from cluster.messages import (
     Asked,
     Committed,
@@ -30,6 +29,7 @@ from cluster.messages import (
     Released,
     Tick,
 )
+from cluster.state.room import read_evicted
 from distill.data.layout import state_bytes, state_offset, tar_bytes
 from distill.data.sidecar import ShardSpec, Sidecar, TeacherSpec, sidecar_path, tar_path
 from distill.data.stores.store import committed

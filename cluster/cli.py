@@ -39,7 +39,7 @@ def pipeline(verb: str, args: list[str]) -> int:
     command = shlex.join(["bowstring", verb, *args])
     settings, launcher = split_launcher(split_force_new(rest))
     configs = read_settings(settings)
-    from cluster.facts import check_all, unfinished
+    from cluster.state.done import check_all, unfinished
 
     check_all(configs)  # refused here, before anything heavy is loaded
     if launcher:
@@ -169,8 +169,8 @@ def scale(args: list[str]) -> int:
     options = parser.parse_args(args)
     run = open_run(options.run)
     from cluster.jobs import read_ids
-    from cluster.lock import is_live
-    from cluster.scale import write_target
+    from cluster.state.lock import is_live
+    from cluster.state.workers import write_target
     from distill.config import check
 
     if read_ids(run):

@@ -13,11 +13,11 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from cluster.facts import steps_done
 from cluster.job import TrainJob
 from cluster.plan.placement import group_size, silent_nodes
 from cluster.progress import last_step
 from cluster.session import Session
+from cluster.state.done import steps_done
 from cluster.trainer import final_error, fit
 from cluster.watchdog import stacks_bytes
 from distill.checkpoint.manifest import committed_steps

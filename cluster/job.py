@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.identity import hash_of, identity_of
 from cluster.settings.schema import RunConfig
+from cluster.state.identity import hash_of, identity_of
 from distill.config import TrainConfig
 from distill.data.order import Order
 from distill.data.sidecar import ShardSpec

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from cluster.scale import Device
+from cluster.state.workers import Device
 
 
 @dataclass(eq=False)

@@ -16,15 +16,21 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster import messages, production
 from cluster.coordinator import Coordinator
-from cluster.cursor import read_cursor
 from cluster.eventlog import EventLog
-from cluster.eviction import OldestCheckpoint, evict, first_shard_read, read_evicted
 from cluster.job import stream_order
 from cluster.member import Member, choose_leaving
 from cluster.pace import Pace
 from cluster.plan.estimate import StreamPlan
-from cluster.scale import END_OF_PRODUCTION, SCALED_DOWN, Device, most_workers, wanted_workers
 from cluster.settings.schema import RunConfig
+from cluster.state.cursor import read_cursor
+from cluster.state.room import OldestCheckpoint, evict, first_shard_read, read_evicted
+from cluster.state.workers import (
+    END_OF_PRODUCTION,
+    SCALED_DOWN,
+    Device,
+    most_workers,
+    wanted_workers,
+)
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.data.sidecar import ShardSpec

@@ -10,8 +10,8 @@ from typing import Any
 
 from cluster.coordinator import Limits
 from cluster.plan.estimate import StreamPlan
-from cluster.scale import Device, gpus_of_worker
 from cluster.settings.schema import RunConfig, TeacherPoolConfig
+from cluster.state.workers import Device, gpus_of_worker
 from distill.config import check
 from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir, write_json

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from cluster.calls import objective_calls
-from cluster.cursor import WithCursor
 from cluster.job import TrainJob, stream_order
+from cluster.state.cursor import WithCursor
 from cluster.watchdog import ending_when_hung
 from cluster.zero import DeepSpeedEngine
 from distill.checkpoint.agree import agreed_latest

@@ -18,10 +18,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from cluster import stages
-from cluster.cursor import read_cursor
-from cluster.facts import with_absolute_paths
 from cluster.group import POLL_PERIOD_S, RunFailed, TrainerGroup
-from cluster.identity import check_or_write
 from cluster.job import stop_file
 from cluster.pool import TeacherPool
 from cluster.progress import last_step
@@ -29,6 +26,9 @@ from cluster.session import Session, Stopped, open_session
 from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig
 from cluster.stages import Work
+from cluster.state.cursor import read_cursor
+from cluster.state.done import with_absolute_paths
+from cluster.state.identity import check_or_write
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.run.dir import append_line

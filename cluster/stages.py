@@ -6,20 +6,20 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.eviction import check_room
-from cluster.facts import (
+from cluster.job import TrainJob, stream_order
+from cluster.plan.estimate import StreamPlan, stream_plan
+from cluster.pool import TeacherPool
+from cluster.session import Session
+from cluster.settings.schema import RunConfig
+from cluster.state.done import (
     has_all_shards,
     is_distilled,
     own_teachers,
     results_are_current,
     steps_done,
 )
-from cluster.identity import record_teachers
-from cluster.job import TrainJob, stream_order
-from cluster.plan.estimate import StreamPlan, stream_plan
-from cluster.pool import TeacherPool
-from cluster.session import Session
-from cluster.settings.schema import RunConfig
+from cluster.state.identity import record_teachers
+from cluster.state.room import check_room
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, TeacherConfig, check
 from distill.data.images import NO_IMAGES, check_files

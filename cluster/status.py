@@ -12,14 +12,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cluster.eviction import read_evicted
-from cluster.facts import own_teachers
 from cluster.jobs import SlurmError, read_ids, read_jobs
-from cluster.lock import is_live
 from cluster.plan.estimate import stream_plan
-from cluster.scale import PLANNED, staff
 from cluster.settings.file import load_config
 from cluster.settings.schema import RunConfig
+from cluster.state.done import own_teachers
+from cluster.state.lock import is_live
+from cluster.state.room import read_evicted
+from cluster.state.workers import PLANNED, staff
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
 from distill.data.stores.store import committed, open_store

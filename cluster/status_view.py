@@ -12,7 +12,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
-from cluster.identity import flatten
+from cluster.state.identity import flatten
 from cluster.status import status
 from distill.config import ConfigError
 from distill.run.dir import RunDir

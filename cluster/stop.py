@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 
-from cluster.lock import holder
+from cluster.state.lock import holder
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 
-from cluster.facts import is_distilled, is_finished
-from cluster.identity import check_identity
 from cluster.jobs import ask, read_jobs
-from cluster.lock import is_live
 from cluster.plan.estimate import estimate
-from cluster.scale import staff, write_target
 from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig
 from cluster.slurm import KINDS, render, slurm_of
+from cluster.state.done import is_distilled, is_finished
+from cluster.state.identity import check_identity
+from cluster.state.lock import is_live
+from cluster.state.workers import staff, write_target
 from cluster.stop import stop_here
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir, read_lines, write_atomic, write_json

@@ -23,8 +23,8 @@ from rich.console import Console
 from rich.progress import Progress
 
 from cluster.consumption import audit_consumption, planned_sha256
-from cluster.eviction import first_shard_read, recorded
-from cluster.identity import read_identity
+from cluster.state.identity import read_identity
+from cluster.state.room import first_shard_read, recorded
 from distill.checkpoint.manifest import KEPT, committed_steps, verify
 from distill.config import ConfigError
 from distill.data.order import Order

@@ -18,8 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.calls import objective_calls
-from cluster.identity import is_own
 from cluster.settings.schema import RunConfig
+from cluster.state.identity import is_own
 from distill.config import NFE_PER_STEP, TeacherConfig, check
 from distill.data.layout import sidecar_bytes, tar_bytes
 from distill.data.order import Order

@@ -43,7 +43,7 @@ def group_size(cluster: ClusterConfig, train: TrainConfig, nodes: list[dict[str,
     """Ranks of a group on the nodes that there are now; 0 when they have room for too few.
 
     `nodes` is what Ray says of them. All that a node has counts: on a cluster teachers leave room
-    for ranks (`cluster.scale`), and on this machine alone ranks leave room for teachers.
+    for ranks (`cluster.state.workers`), and on this machine alone ranks leave room for teachers.
     """
     teachers = needs(cluster.teachers, 0 if cluster.address else cluster.teachers.num_workers)
     rank, alive = needs(cluster.trainer), [node["Resources"] for node in nodes if node["Alive"]]

@@ -13,9 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from cluster.cursor import read_cursor
 from cluster.plan.estimate import stream_plan
 from cluster.progress import last_step
+from cluster.state.cursor import read_cursor
 from cluster.verify import audit
 from distill.checkpoint.manifest import latest_verified
 from distill.data.sidecar import sidecar_path, tar_path

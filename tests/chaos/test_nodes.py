@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from cluster.scale import PLANNED
+from cluster.state.workers import PLANNED
 from cluster.status import status
 from cluster.verify import audit
 

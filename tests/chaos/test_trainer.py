@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from cluster.cursor import read_cursor
-from cluster.scale import write_target
+from cluster.state.cursor import read_cursor
+from cluster.state.workers import write_target
 from distill.checkpoint.manifest import committed_steps
 from distill.run.dir import read_lines
 

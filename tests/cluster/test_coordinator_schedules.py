@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from cluster.coordinator import Coordinator, Limits
-from cluster.eviction import first_shard_read, room_for_training
 from cluster.messages import (
     Asked,
     Committed,
@@ -32,6 +31,7 @@ from cluster.messages import (
     Released,
     Tick,
 )
+from cluster.state.room import first_shard_read, room_for_training
 from distill.config import TrainConfig, TrajectoryConfig
 from distill.data.order import Order
 

@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from cluster import cursor as cursor_module
-from cluster.cursor import WithCursor, read_cursor
+from cluster.state import cursor as cursor_module
+from cluster.state.cursor import WithCursor, read_cursor
 from distill.data.order import Order
 from distill.run.dir import RunDir, write_json
 

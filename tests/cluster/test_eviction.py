@@ -4,7 +4,11 @@ import dataclasses
 
 import pytest
 
-from cluster.eviction import (
+from cluster.job import stream_order
+from cluster.plan.estimate import stream_plan
+from cluster.settings.hydra import compose
+from cluster.state.done import has_all_shards
+from cluster.state.room import (
     OldestCheckpoint,
     check_room,
     evict,
@@ -15,10 +19,6 @@ from cluster.eviction import (
     recorded,
     room_for_training,
 )
-from cluster.facts import has_all_shards
-from cluster.job import stream_order
-from cluster.plan.estimate import stream_plan
-from cluster.settings.hydra import compose
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.sidecar import sidecar_path, tar_path

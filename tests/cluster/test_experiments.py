@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from cluster import runner
-from cluster.eviction import check_room
-from cluster.facts import with_absolute_paths
-from cluster.identity import check_or_write
 from cluster.job import TrainJob
 from cluster.plan.estimate import show, stream_plan
 from cluster.rank import initial_network, open_source, train_with_exports
 from cluster.session import open_session
 from cluster.settings.hydra import compose
 from cluster.stages import pretrain, run_spec
+from cluster.state.done import with_absolute_paths
+from cluster.state.identity import check_or_write
+from cluster.state.room import check_room
 from cluster.verify import audit
 from cluster.worker import TeacherWorker
 from distill.config import ConfigError, DiTConfig, UNetConfig

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 
-from cluster.eviction import oldest_verified
-from cluster.facts import results_are_current, steps_done
 from cluster.settings.hydra import compose
+from cluster.state.done import results_are_current, steps_done
+from cluster.state.room import oldest_verified
 from distill.checkpoint import manifest
 from distill.checkpoint.manifest import sha256_file
 from distill.evaluation.evaluate import evaluate

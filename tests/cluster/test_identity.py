@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.identity import check_or_write, hash_of, identity_of, record_teachers
 from cluster.settings.hydra import compose
+from cluster.state.identity import check_or_write, hash_of, identity_of, record_teachers
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 

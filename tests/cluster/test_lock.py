@@ -8,14 +8,14 @@ import threading
 
 import pytest
 
-from cluster.lock import Holder, held, holder, is_live
+from cluster.state.lock import Holder, held, holder, is_live
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from cluster.lock import held
+from cluster.state.lock import held
 from distill.run.dir import RunDir
 with held(RunDir(Path(sys.argv[1]))):
     print("held", flush=True)
@@ -29,7 +29,7 @@ def run(tmp_path):
 
 
 def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(run, monkeypatch):
-    monkeypatch.setattr("cluster.lock.PATIENCE_S", 0.2)
+    monkeypatch.setattr("cluster.state.lock.PATIENCE_S", 0.2)
     command = [sys.executable, "-c", HOLD, str(run.root)]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"
@@ -46,7 +46,7 @@ def test_a_run_has_one_supervisor_and_a_dead_one_holds_nothing(run, monkeypatch)
 
 
 def test_one_who_waits_gets_the_run_when_the_other_leaves_it(run, monkeypatch, capsys):
-    monkeypatch.setattr("cluster.lock.PATIENCE_S", 0.2)
+    monkeypatch.setattr("cluster.state.lock.PATIENCE_S", 0.2)
     command = [sys.executable, "-c", HOLD, str(run.root)]
     other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert other.stdout.readline() == "held\n"

@@ -19,8 +19,8 @@ from cluster.member import Member
 from cluster.messages import Asked, Joined, Quarantined, Released
 from cluster.plan.estimate import stream_plan
 from cluster.pool import PoolError, TeacherPool
-from cluster.scale import read_target, staff, write_target
 from cluster.settings.hydra import compose
+from cluster.state.workers import read_target, staff, write_target
 from cluster.status import quarantined, restarts
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec, sidecar_path

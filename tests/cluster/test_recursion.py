@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.facts import own_teachers, with_absolute_paths
-from cluster.identity import check_or_write
 from cluster.plan.estimate import estimate, teacher_forwards
 from cluster.session import open_session
 from cluster.settings.hydra import compose
 from cluster.stages import Work, pretrain, run_spec, with_models
+from cluster.state.done import own_teachers, with_absolute_paths
+from cluster.state.identity import check_or_write
 from distill.config import ConfigError
 from distill.data.shards import read_sample
 from distill.data.stores.store import read_sidecar

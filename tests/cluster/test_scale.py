@@ -9,10 +9,10 @@ import time
 
 import pytest
 
-from cluster.scale import wanted_workers
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from cluster.settings.schema import ClusterConfig, TeacherPoolConfig, TrainerConfig
+from cluster.state.workers import wanted_workers
 from cluster.status import open_leases, status
 from cluster.verify import audit
 from distill.config import ConfigError

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.eviction import evict
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
+from cluster.state.room import evict
 from cluster.status import (
     average_pairs_per_s,
     last_verified,

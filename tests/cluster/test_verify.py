@@ -10,8 +10,8 @@ import sys
 import numpy as np
 import pytest
 
-from cluster.eviction import evict
-from cluster.identity import hash_of
+from cluster.state.identity import hash_of
+from cluster.state.room import evict
 from cluster.verify import audit
 from distill.checkpoint.manifest import KEPT
 from distill.config import ConfigError

@@ -6,10 +6,10 @@ import dataclasses
 import json
 from pathlib import Path
 
-from cluster.eviction import read_evicted
-from cluster.identity import check_identity, is_own
 from cluster.plan.estimate import stream_plan
 from cluster.settings.schema import RunConfig
+from cluster.state.identity import check_identity, is_own
+from cluster.state.room import read_evicted
 from distill.checkpoint.manifest import latest_verified
 from distill.config import TeacherConfig
 from distill.data.stores.store import committed
