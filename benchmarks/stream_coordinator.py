@@ -1,7 +1,7 @@
 """The coordinator alone: leases per second, its share of a core, memory, and the way back to life.
 
-No Ray and no teacher: simulated workers drive the real state machine of `cluster.coordinator`, and
-the real bookkeeping of `cluster.pool` around it with a stand-in for Ray's six functions.
+No Ray and no teacher: simulated workers drive the real state machine of `cluster.pool.coordinator`, and
+the real bookkeeping of `cluster.pool.pool` around it with a stand-in for Ray's six functions.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from benchmarks.sections import markdown
 from benchmarks.stream_pool import PERIOD_S, ROUND_S, SHARD_BYTES, pool_share
-from cluster.coordinator import Coordinator, Limits
-from cluster.messages import (
+from cluster.pool.coordinator import Coordinator, Limits
+from cluster.pool.messages import (
     Asked,
     Committed,
     CursorMoved,
@@ -116,7 +116,7 @@ def share_of_core(num_workers: int, simulated_s: float) -> float:
 
 MEMORY = """
 import sys, psutil
-from cluster.coordinator import Coordinator, Limits
+from cluster.pool.coordinator import Coordinator, Limits
 count, what = int(sys.argv[1]), sys.argv[2]
 process = psutil.Process()
 before = process.memory_info().rss

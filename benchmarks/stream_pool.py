@@ -1,4 +1,4 @@
-"""The bookkeeping of `cluster.pool` for many workers, with a stand-in for the functions of Ray."""
+"""The bookkeeping of `cluster.pool.pool` for many workers, with a stand-in for the functions of Ray."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster import pool as pool_module
 from cluster.plan.estimate import stream_plan
-from cluster.pool import TeacherPool
+from cluster.pool import pool as pool_module
+from cluster.pool.pool import TeacherPool
 from cluster.settings.hydra import compose
 from distill.data.sidecar import shard_spec
 from distill.run.dir import RunDir

@@ -20,9 +20,9 @@ import torch  # noqa: E402
 
 from cluster import pool, runner, stages  # noqa: E402
 from cluster.plan.estimate import stream_plan  # noqa: E402
+from cluster.pool.worker import TeacherWorker  # noqa: E402
 from cluster.settings.file import load_config, save_config  # noqa: E402
 from cluster.settings.hydra import compose  # noqa: E402
-from cluster.worker import TeacherWorker  # noqa: E402
 from distill.config import ImageSpec  # noqa: E402
 from distill.networks.build import build_network  # noqa: E402
 from distill.networks.files import save_model  # noqa: E402

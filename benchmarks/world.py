@@ -1,8 +1,8 @@
 """A cluster in simulated time around the real coordinator: nodes that go, workers, a trainer.
 
-Real are `cluster.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.data.order`
+Real are `cluster.pool.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.data.order`
 (which ids a step reads). Simulated are time, nodes, the time a shard takes, the disk and the step.
-The messages are those that `cluster.pool` sends: a heartbeat of every busy worker four times in a
+The messages are those that `cluster.pool.pool` sends: a heartbeat of every busy worker four times in a
 lease, results when they are there, the trainer's position when it moves, and a tick once a second.
 The pool itself looks at position and clock ten times a second.
 """
@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.world_settings import WAYS, Settings
-from cluster.coordinator import Coordinator, Limits
-from cluster.messages import (
+from cluster.pool.coordinator import Coordinator, Limits
+from cluster.pool.messages import (
     Asked,
     Committed,
     CursorMoved,

@@ -8,8 +8,8 @@ import time
 import uuid
 from typing import Any
 
-from cluster.coordinator import Limits
 from cluster.plan.estimate import StreamPlan
+from cluster.pool.coordinator import Limits
 from cluster.settings.schema import RunConfig, TeacherPoolConfig
 from cluster.state.workers import Device, gpus_of_worker
 from distill.config import check

@@ -20,7 +20,7 @@ from contextlib import suppress
 from cluster import stages
 from cluster.group import POLL_PERIOD_S, RunFailed, TrainerGroup
 from cluster.job import stop_file
-from cluster.pool import TeacherPool
+from cluster.pool.pool import TeacherPool
 from cluster.progress import last_step
 from cluster.session import Session, Stopped, open_session
 from cluster.settings.file import save_config

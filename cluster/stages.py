@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cluster.job import TrainJob, stream_order
 from cluster.plan.estimate import StreamPlan, stream_plan
-from cluster.pool import TeacherPool
+from cluster.pool.pool import TeacherPool
 from cluster.session import Session
 from cluster.settings.schema import RunConfig
 from cluster.state.done import (

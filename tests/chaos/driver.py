@@ -15,8 +15,9 @@ from pathlib import Path
 
 import ray
 
-from cluster import cli, pool, runner, stages
-from cluster.worker import TeacherWorker
+from cluster import cli, runner, stages
+from cluster.pool import pool
+from cluster.pool.worker import TeacherWorker
 from distill.data import shards
 
 LITTLE_MEMORY = 100_000_000  # bytes more than it has

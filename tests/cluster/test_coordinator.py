@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.coordinator import Coordinator, Limits
-from cluster.messages import (
+from cluster.pool.coordinator import Coordinator, Limits
+from cluster.pool.messages import (
     Asked,
     Committed,
     CursorMoved,

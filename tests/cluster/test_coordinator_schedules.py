@@ -14,8 +14,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from cluster.coordinator import Coordinator, Limits
-from cluster.messages import (
+from cluster.pool.coordinator import Coordinator, Limits
+from cluster.pool.messages import (
     Asked,
     Committed,
     CursorMoved,

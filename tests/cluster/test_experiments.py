@@ -14,6 +14,7 @@ import torch
 from cluster import runner
 from cluster.job import TrainJob
 from cluster.plan.estimate import show, stream_plan
+from cluster.pool.worker import TeacherWorker
 from cluster.rank import initial_network, open_source, train_with_exports
 from cluster.session import open_session
 from cluster.settings.hydra import compose
@@ -22,7 +23,6 @@ from cluster.state.done import with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.state.room import check_room
 from cluster.verify import audit
-from cluster.worker import TeacherWorker
 from distill.config import ConfigError, DiTConfig, UNetConfig
 from distill.engine.engine import TorchEngine
 from distill.evaluation.evaluate import evaluate

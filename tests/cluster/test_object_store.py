@@ -35,9 +35,10 @@ STEPS = 80  # 4 steps read a block of 2 shards
 GENERATE = """
 import os, signal, sys
 from pathlib import Path
-from cluster import pool, runner
+from cluster import runner
+from cluster.pool import pool
 from cluster.settings.file import load_config
-from cluster.worker import TeacherWorker
+from cluster.pool.worker import TeacherWorker
 from distill.run.dir import RunDir
 
 class MortalWorker(TeacherWorker):

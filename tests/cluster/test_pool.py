@@ -14,11 +14,11 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from cluster import pool as pool_module
-from cluster.member import Member
-from cluster.messages import Asked, Joined, Quarantined, Released
 from cluster.plan.estimate import stream_plan
-from cluster.pool import PoolError, TeacherPool
+from cluster.pool import pool as pool_module
+from cluster.pool.member import Member
+from cluster.pool.messages import Asked, Joined, Quarantined, Released
+from cluster.pool.pool import PoolError, TeacherPool
 from cluster.settings.hydra import compose
 from cluster.state.workers import read_target, staff, write_target
 from cluster.status import quarantined, restarts

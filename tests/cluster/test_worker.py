@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cluster.pool.worker import TeacherWorker
 from cluster.settings.hydra import compose
-from cluster.worker import TeacherWorker
 from distill.data.layout import stored_dtype
 from distill.data.shards import read_shard
 from distill.data.sidecar import shard_spec

@@ -2,7 +2,7 @@
 
 An actor holds its teachers and nothing else. It takes a shard number, samples the trajectories and
 commits the file; whatever happens to it, at most the shard in its hands is made again. All that is
-decided is decided in `cluster.coordinator`; here it is carried out.
+decided is decided in `cluster.pool.coordinator`; here it is carried out.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster import messages, production
-from cluster.coordinator import Coordinator
+from cluster import production
 from cluster.eventlog import EventLog
 from cluster.job import stream_order
-from cluster.member import Member, choose_leaving
 from cluster.pace import Pace
 from cluster.plan.estimate import StreamPlan
+from cluster.pool import messages
+from cluster.pool.coordinator import Coordinator
+from cluster.pool.member import Member, choose_leaving
+from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import RunConfig
 from cluster.state.cursor import read_cursor
 from cluster.state.room import OldestCheckpoint, evict, first_shard_read, read_evicted
@@ -31,7 +33,6 @@ from cluster.state.workers import (
     most_workers,
     wanted_workers,
 )
-from cluster.worker import TeacherWorker
 from distill.config import ConfigError
 from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, is_committed

@@ -25,7 +25,7 @@ from distill.training.memory import keep_freed_memory
 
 
 class TeacherWorker:
-    """Makes shards. `cluster.pool` runs each in a Ray actor.
+    """Makes shards. `cluster.pool.pool` runs each in a Ray actor.
 
     `produce` runs in one thread of the actor while `progress` answers in another, so a worker that
     hangs is told from one that is slow.
