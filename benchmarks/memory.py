@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cluster.zero import DeepSpeedEngine  # noqa: E402
+from cluster.trainer.zero import DeepSpeedEngine  # noqa: E402
 from distill.config import OFFLOAD_STAGES, DiTConfig, ImageSpec, TrainConfig  # noqa: E402
 from distill.networks.build import build_network  # noqa: E402
 from distill.networks.cost import state_bytes  # noqa: E402

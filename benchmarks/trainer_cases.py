@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.train_step import BATCH, IMAGE, NETWORK
-from cluster.zero import DeepSpeedEngine
+from cluster.trainer.zero import DeepSpeedEngine
 from distill.config import DiTConfig, TrainConfig
 from distill.networks.build import build_network
 

@@ -13,13 +13,13 @@ import time
 from concurrent.futures import Future
 from pathlib import Path
 
-from cluster.job import TrainJob
 from cluster.plan.placement import group_size, silent_nodes
 from cluster.progress import last_step
 from cluster.session import Session
 from cluster.state.done import steps_done
-from cluster.trainer import final_error, fit
-from cluster.watchdog import stacks_bytes
+from cluster.trainer.fit import final_error, fit
+from cluster.trainer.job import TrainJob
+from cluster.trainer.watchdog import stacks_bytes
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
 from distill.run.dir import append_line, write_atomic

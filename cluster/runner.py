@@ -19,7 +19,6 @@ from contextlib import suppress
 
 from cluster import stages
 from cluster.group import POLL_PERIOD_S, RunFailed, TrainerGroup
-from cluster.job import stop_file
 from cluster.pool.pool import TeacherPool
 from cluster.progress import last_step
 from cluster.session import Session, Stopped, open_session
@@ -29,6 +28,7 @@ from cluster.stages import Work
 from cluster.state.cursor import read_cursor
 from cluster.state.done import with_absolute_paths
 from cluster.state.identity import check_or_write
+from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.run.dir import append_line

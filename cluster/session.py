@@ -79,7 +79,7 @@ class Session:
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # Ray Train gives up a rank that does not answer for as long as a step may take: one that is
-        # frozen whole cannot say so itself (`cluster.watchdog`).
+        # frozen whole cannot say so itself (`cluster.trainer.watchdog`).
         os.environ[ANSWER_TIMEOUT] = f"{self.config.cluster.trainer.step_timeout_s:g}"
         logging.getLogger("ray").setLevel(logging.ERROR)
         try:

@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.job import TrainJob, stream_order
 from cluster.plan.estimate import StreamPlan, stream_plan
 from cluster.pool.pool import TeacherPool
 from cluster.session import Session
@@ -20,6 +19,7 @@ from cluster.state.done import (
 )
 from cluster.state.identity import record_teachers
 from cluster.state.room import check_room
+from cluster.trainer.job import TrainJob, stream_order
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, TeacherConfig, check
 from distill.data.images import NO_IMAGES, check_files

@@ -28,7 +28,13 @@ MEASURED = pytest.StashKey[list[str]]()
 # first engine of DeepSpeed imports besides takes seconds more.
 LAZY = ["torch._inductor.compile_fx", "networkx"]
 multiprocessing.set_forkserver_preload(
-    ["cluster.zero", "distill.testing", "distill.objectives.build", "distill.training.loop", *LAZY]
+    [
+        "cluster.trainer.zero",
+        "distill.testing",
+        "distill.objectives.build",
+        "distill.training.loop",
+        *LAZY,
+    ]
 )
 
 

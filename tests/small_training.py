@@ -96,7 +96,7 @@ def single_engine(config: TrainConfig) -> TorchEngine:
 
 
 def zero_engine(config: TrainConfig):
-    from cluster.zero import DeepSpeedEngine
+    from cluster.trainer.zero import DeepSpeedEngine
 
     return DeepSpeedEngine(moved_network(), config, CPU)
 

@@ -16,7 +16,6 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster import production
 from cluster.eventlog import EventLog
-from cluster.job import stream_order
 from cluster.pace import Pace
 from cluster.plan.estimate import StreamPlan
 from cluster.pool import messages
@@ -33,6 +32,7 @@ from cluster.state.workers import (
     most_workers,
     wanted_workers,
 )
+from cluster.trainer.job import stream_order
 from distill.config import ConfigError
 from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, is_committed

@@ -18,9 +18,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.job import stream_order
 from cluster.plan.estimate import StreamPlan
 from cluster.settings.schema import RunConfig
+from cluster.trainer.job import stream_order
 from distill.checkpoint.manifest import committed_steps, verify_once
 from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check
 from distill.data.order import Order

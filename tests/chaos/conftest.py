@@ -14,12 +14,12 @@ import psutil
 import pytest
 import torch
 
-from cluster.job import TrainJob, stream_order
 from cluster.plan.estimate import stream_plan
 from cluster.progress import last_step
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from cluster.state.identity import hash_of, identity_of
+from cluster.trainer.job import TrainJob, stream_order
 from cluster.verify import audit
 from distill.checkpoint.manifest import read_manifest, step_name
 from distill.data.generate import generate_shard
@@ -257,7 +257,7 @@ def spec_of(config):
 
 def train_alone(rank, world_size, job):
     """The whole training in this process."""
-    from cluster.rank import run_rank  # it imports DeepSpeed
+    from cluster.trainer.rank import run_rank  # it imports DeepSpeed
 
     return run_rank(job, torch.device("cpu"), lambda: False)
 

@@ -6,8 +6,8 @@ from functools import partial
 import pytest
 
 from cluster import group, runner
-from cluster.job import TrainJob
 from cluster.settings.hydra import compose
+from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import sha256_file, step_name
 from distill.run.dir import RunDir, write_json
 

@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 
-from cluster.job import stream_order
 from cluster.plan.estimate import stream_plan
 from cluster.settings.hydra import compose
 from cluster.state.done import has_all_shards
@@ -19,6 +18,7 @@ from cluster.state.room import (
     recorded,
     room_for_training,
 )
+from cluster.trainer.job import stream_order
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.sidecar import sidecar_path, tar_path

@@ -12,16 +12,16 @@ import pytest
 import torch
 
 from cluster import runner
-from cluster.job import TrainJob
 from cluster.plan.estimate import show, stream_plan
 from cluster.pool.worker import TeacherWorker
-from cluster.rank import initial_network, open_source, train_with_exports
 from cluster.session import open_session
 from cluster.settings.hydra import compose
 from cluster.stages import pretrain, run_spec
 from cluster.state.done import with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.state.room import check_room
+from cluster.trainer.job import TrainJob
+from cluster.trainer.rank import initial_network, open_source, train_with_exports
 from cluster.verify import audit
 from distill.config import ConfigError, DiTConfig, UNetConfig
 from distill.engine.engine import TorchEngine

@@ -10,9 +10,9 @@ import pytest
 
 from cluster import group
 from cluster.group import RunFailed, TrainerGroup
-from cluster.job import TrainJob
 from cluster.plan.placement import group_size, silent_nodes
 from cluster.settings.hydra import compose
+from cluster.trainer.job import TrainJob
 from distill.config import ConfigError
 from distill.run.dir import append_line, read_lines
 

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from cluster.job import TrainJob
 from cluster.plan.estimate import estimate
-from cluster.rank import Images, initial_network, train_with_exports, work_of
 from cluster.settings.hydra import compose
+from cluster.trainer.job import TrainJob
+from cluster.trainer.rank import Images, initial_network, train_with_exports, work_of
 from distill.checkpoint import manifest
 from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError

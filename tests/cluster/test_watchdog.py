@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster import watchdog
-from cluster.watchdog import ending_when_hung, stacks_bytes
+from cluster.trainer import watchdog
+from cluster.trainer.watchdog import ending_when_hung, stacks_bytes
 from distill.testing import run_ranks
 
 

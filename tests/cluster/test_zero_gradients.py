@@ -117,7 +117,7 @@ def run_step(engine, world_size: int, mode: str) -> tuple[list[torch.Tensor], fl
 
 def steps_rank(rank: int, world_size: int, cases: list):
     """A first step of every case, each with an engine of its own."""
-    from cluster.zero import DeepSpeedEngine
+    from cluster.trainer.zero import DeepSpeedEngine
 
     found = []
     for stage, name, mode in cases:
@@ -186,7 +186,7 @@ def compiled_rank(rank: int, world_size: int) -> tuple[list, list[int]]:
     """The steps of `COMPILED`, and numbers of graphs before and after a larger batch."""
     from torch._dynamo.utils import counters
 
-    from cluster.zero import DeepSpeedEngine
+    from cluster.trainer.zero import DeepSpeedEngine
 
     graphs, steps = [], steps_rank(rank, world_size, COMPILED)
     graphs.append(counters["stats"]["unique_graphs"])

@@ -1,6 +1,6 @@
 """DeepSpeedEngine: ZeRO behind the protocol of `distill.engine.engine`. The only importer of deepspeed.
 
-DeepSpeed partitions, reduces and steps; where it lays the state of a parameter, `cluster.partition`
+DeepSpeed partitions, reduces and steps; where it lays the state of a parameter, `cluster.trainer.partition`
 knows. It writes no checkpoint here: we hand out the pieces by parameter name and offset
 (`fragments`), so `distill.checkpoint.commit` can commit them and open them at any world size.
 """
@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.partition import (
+from cluster.peers import GroupPeers, background_peers
+from cluster.trainer.partition import (
     FlatPartition,
     FrozenCopy,
     OneRank,
@@ -29,7 +30,6 @@ from cluster.partition import (
     PassingCopy,
     WholeCopy,
 )
-from cluster.peers import GroupPeers, background_peers
 from distill.config import ConfigError, TrainConfig
 from distill.engine.ema import Average
 from distill.engine.engine import (

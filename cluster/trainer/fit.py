@@ -1,4 +1,4 @@
-"""The trainer group: Ray Train runs the ranks, each runs `cluster.rank`.
+"""The trainer group: Ray Train runs the ranks, each runs `cluster.trainer.rank`.
 
 The group can be started again at any time: a rank finds everything in the run directory and goes on
 from the last verified checkpoint.
@@ -14,8 +14,8 @@ import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device
 
-from cluster.job import TrainJob
 from cluster.signals import SignalConfig, stop_signal
+from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.data.stream import StreamError
@@ -64,7 +64,7 @@ def fit(job: TrainJob, ranks: int, name: str) -> int:
 def train_rank(arguments: dict[str, Any]) -> int:
     """Steps done when this rank stopped. Ray Train calls it in every rank."""
     # Here and not above: the supervisor imports this module and needs no DeepSpeed.
-    from cluster.rank import run_rank
+    from cluster.trainer.rank import run_rank
 
     job: TrainJob = arguments["job"]
     torch.set_num_threads(job.config.cluster.trainer.threads_per_worker)

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 from cluster.calls import objective_calls
-from cluster.job import TrainJob, stream_order
 from cluster.state.cursor import WithCursor
-from cluster.watchdog import ending_when_hung
-from cluster.zero import DeepSpeedEngine
+from cluster.trainer.job import TrainJob, stream_order
+from cluster.trainer.watchdog import ending_when_hung
+from cluster.trainer.zero import DeepSpeedEngine
 from distill.checkpoint.agree import agreed_latest
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
