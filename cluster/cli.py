@@ -168,14 +168,14 @@ def scale(args: list[str]) -> int:
     parser.add_argument("workers", type=int)
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from cluster.jobs import read_ids
+    from cluster.slurm.jobs import read_ids
     from cluster.state.lock import is_live
     from cluster.state.workers import write_target
     from distill.config import check
 
     if read_ids(run):
         from cluster.settings.file import load_config
-        from cluster.submit import scale as scale_jobs
+        from cluster.slurm.submit import scale as scale_jobs
 
         scale_jobs(load_config(run), run, options.workers)
         print(f"{run.root}: teacher workers wanted: {options.workers}; see `bowstring status`")
@@ -194,7 +194,7 @@ def submit(args: list[str]) -> int:
     parser = Parser("submit", "--dry-run")
     options, rest = parser.parse_known_args(args)
     configs = read_settings(rest)
-    from cluster.submit import submit as submit_run
+    from cluster.slurm.submit import submit as submit_run
 
     for config in configs:
         submit_run(config, options.dry_run)
@@ -204,7 +204,7 @@ def submit(args: list[str]) -> int:
 def stop(args: list[str]) -> int:
     """Saves a live run and ends it."""
     options = Parser("stop", "run").parse_args(args)
-    from cluster.submit import stop as stop_run
+    from cluster.slurm.submit import stop as stop_run
 
     print(*stop_run(open_run(options.run)), sep="\n")
     return 0

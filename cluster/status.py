@@ -12,10 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs import SlurmError, read_ids, read_jobs
 from cluster.plan.estimate import stream_plan
 from cluster.settings.file import load_config
 from cluster.settings.schema import RunConfig
+from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
 from cluster.state.done import own_teachers
 from cluster.state.lock import is_live
 from cluster.state.room import read_evicted

@@ -9,9 +9,9 @@ import pytest
 from ray._private.parameter import RayParams
 
 from cluster.cli import dispatch
-from cluster.jobs import read_ids
 from cluster.settings.hydra import compose
-from cluster.slurm import KINDS, render
+from cluster.slurm.jobs import read_ids
+from cluster.slurm.scripts import KINDS, render
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.jobs import read_ids, read_jobs
+from cluster.slurm.jobs import read_ids, read_jobs
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 

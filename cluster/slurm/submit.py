@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 
-from cluster.jobs import ask, read_jobs
 from cluster.plan.estimate import estimate
 from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig
-from cluster.slurm import KINDS, render, slurm_of
+from cluster.slurm.jobs import ask, read_jobs
+from cluster.slurm.scripts import KINDS, render, slurm_of
 from cluster.state.done import is_distilled, is_finished
 from cluster.state.identity import check_identity
 from cluster.state.lock import is_live
