@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.consumption import planned_sha256
-from cluster.progress import last_step
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import Job, read_ids, read_jobs
+from cluster.supervisor.progress import last_step
 from cluster.trainer.job import stream_order
 from cluster.verify import audit
 from distill.run.dir import RunDir, read_lines

@@ -1,6 +1,6 @@
 """A run of the product in a process of its own: `python stream_run.py RUN STAGE [SECONDS]`.
 
-The stage is one of `cluster.stages`. With SECONDS every evaluation of a teacher's velocity takes so
+The stage is one of `cluster.supervisor.stages`. With SECONDS every evaluation of a teacher's velocity takes so
 long and nearly no computer: the teacher stands for one on a device of its own.
 """
 

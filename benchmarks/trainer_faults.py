@@ -22,8 +22,8 @@ import psutil
 
 from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, mixture
-from cluster.progress import last_step
-from cluster.session import is_alive
+from cluster.supervisor.progress import last_step
+from cluster.supervisor.session import is_alive
 from distill.report.cost import goodput
 from distill.run.dir import read_lines
 

@@ -62,8 +62,8 @@ def evaluate(args: list[str]) -> int:
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from cluster.runner import evaluate as evaluate_run
     from cluster.settings.file import load_config
+    from cluster.supervisor.runner import evaluate as evaluate_run
 
     return evaluate_run(load_config(run, options.overrides))
 

@@ -10,7 +10,7 @@ DISTIL = "distil"  # `run --no-evaluation`
 
 def work(stage: str, config: RunConfig) -> int:
     """Exit code of a verb of PIPELINE, or of DISTIL."""
-    from cluster import runner
+    from cluster.supervisor import runner
 
     stages = (runner.run, runner.pretrain, runner.generate, runner.train, runner.distil)
     return dict(zip((*PIPELINE, DISTIL), stages, strict=True))[stage](config)

@@ -4,7 +4,7 @@
     cluster.trainer.num_workers: [2, 8]    the most that fit, from 2 to 8, and that share the batch
 
 The sequence of samples is the same for any number of ranks, so a group may be started again with
-another one (`cluster.group`).
+another one (`cluster.supervisor.group`).
 """
 
 from __future__ import annotations

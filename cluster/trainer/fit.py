@@ -37,7 +37,7 @@ def fit(job: TrainJob, ranks: int, name: str) -> int:
     """Steps done by one group of `ranks` ranks from its start to its end; blocks.
 
     Ray neither starts the group again nor gives it another size: the supervisor counts restarts by
-    verified checkpoints, and knows which sizes share the batch (`cluster.group`).
+    verified checkpoints, and knows which sizes share the batch (`cluster.supervisor.group`).
 
     Raises:
         ray.train.TrainingFailedError: a rank raised, died or did not start.

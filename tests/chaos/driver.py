@@ -15,9 +15,10 @@ from pathlib import Path
 
 import ray
 
-from cluster import cli, runner, stages
+from cluster import cli
 from cluster.pool import pool
 from cluster.pool.worker import TeacherWorker
+from cluster.supervisor import runner, stages
 from distill.data import shards
 
 LITTLE_MEMORY = 100_000_000  # bytes more than it has

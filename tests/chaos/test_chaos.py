@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from cluster.plan.estimate import stream_plan
-from cluster.progress import last_step
 from cluster.state.cursor import read_cursor
+from cluster.supervisor.progress import last_step
 from cluster.verify import audit
 from distill.checkpoint.manifest import latest_verified
 from distill.data.sidecar import sidecar_path, tar_path

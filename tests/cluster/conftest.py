@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 
-from cluster import group, runner
 from cluster.settings.hydra import compose
+from cluster.supervisor import group, runner
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import sha256_file, step_name
 from distill.run.dir import RunDir, write_json

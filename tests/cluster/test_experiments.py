@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from cluster import runner
 from cluster.plan.estimate import show, stream_plan
 from cluster.pool.worker import TeacherWorker
-from cluster.session import open_session
 from cluster.settings.hydra import compose
-from cluster.stages import pretrain, run_spec
 from cluster.state.done import with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.state.room import check_room
+from cluster.supervisor import runner
+from cluster.supervisor.session import open_session
+from cluster.supervisor.stages import pretrain, run_spec
 from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import initial_network, open_source, train_with_exports
 from cluster.verify import audit

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster import group
-from cluster.group import RunFailed, TrainerGroup
 from cluster.plan.placement import group_size, silent_nodes
 from cluster.settings.hydra import compose
+from cluster.supervisor import group
+from cluster.supervisor.group import RunFailed, TrainerGroup
 from cluster.trainer.job import TrainJob
 from distill.config import ConfigError
 from distill.run.dir import append_line, read_lines

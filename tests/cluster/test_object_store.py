@@ -35,7 +35,7 @@ STEPS = 80  # 4 steps read a block of 2 shards
 GENERATE = """
 import os, signal, sys
 from pathlib import Path
-from cluster import runner
+from cluster.supervisor import runner
 from cluster.pool import pool
 from cluster.settings.file import load_config
 from cluster.pool.worker import TeacherWorker

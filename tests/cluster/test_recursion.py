@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from cluster.plan.estimate import estimate, teacher_forwards
-from cluster.session import open_session
 from cluster.settings.hydra import compose
-from cluster.stages import Work, pretrain, run_spec, with_models
 from cluster.state.done import own_teachers, with_absolute_paths
 from cluster.state.identity import check_or_write
+from cluster.supervisor.session import open_session
+from cluster.supervisor.stages import Work, pretrain, run_spec, with_models
 from distill.config import ConfigError
 from distill.data.shards import read_sample
 from distill.data.stores.store import read_sidecar
@@ -30,7 +30,7 @@ from distill.run.dir import RunDir
 CHAIN = """
 import sys
 from cluster.settings.hydra import compose
-from cluster.runner import run
+from cluster.supervisor.runner import run
 for folder, *overrides in [words.split() for words in sys.argv[1:]]:
     (config,) = compose(["experiment=tiny", f"run.dir={folder}", *overrides])
     if run(config):

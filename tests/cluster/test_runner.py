@@ -10,12 +10,13 @@ from importlib.util import find_spec
 
 import pytest
 
-from cluster import cli, group, runner
-from cluster.group import RunFailed
-from cluster.runner import Stopped
+from cluster import cli
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
-from cluster.stages import Work
+from cluster.supervisor import group, runner
+from cluster.supervisor.group import RunFailed
+from cluster.supervisor.runner import Stopped
+from cluster.supervisor.stages import Work
 from distill.config import ConfigError
 from distill.run.dir import RunDir, append_line, read_lines
 
@@ -214,7 +215,9 @@ def test_a_signal_ends_a_command_of_several_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("teacher", ["the run's own", "another one"])
 def test_absent_images_are_named_before_anything_starts(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.session.Session.start_ray", lambda session: pytest.fail())
+    monkeypatch.setattr(
+        "cluster.supervisor.session.Session.start_ray", lambda session: pytest.fail()
+    )
     overrides = ["experiment=fashion", f"run.dir={tmp_path / 'run'}", f"data.path={tmp_path}"]
     if teacher == "another one":
         overrides.append("teacher.pretrained.path=elsewhere")

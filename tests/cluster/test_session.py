@@ -7,11 +7,11 @@ import sys
 import psutil
 import pytest
 
-from cluster.progress import last_step
-from cluster.session import is_alive, missing_resources, open_session
 from cluster.settings.hydra import compose
 from cluster.state.cursor import read_cursor
 from cluster.state.lock import holder, is_live
+from cluster.supervisor.progress import last_step
+from cluster.supervisor.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
 from distill.run.dir import RunDir, append_line
 

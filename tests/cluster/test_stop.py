@@ -19,7 +19,7 @@ SUPERVISOR = """
 import sys, time
 from pathlib import Path
 from cluster.settings.hydra import compose
-from cluster.session import open_session
+from cluster.supervisor.session import open_session
 from distill.run.dir import RunDir
 (config,) = compose(["experiment=tiny", f"run.dir={sys.argv[1]}"])
 with open_session(config, RunDir(Path(sys.argv[1]))) as session, session.stopping_at_once():
@@ -48,7 +48,10 @@ def test_the_supervisor_is_asked_as_by_sigterm(run, supervisor, capsys):
     started = time.monotonic()
     assert dispatch(["stop", str(run.root)]) == 0
     assert capsys.readouterr().out == f"process {supervisor.pid}: saves, then ends\n"
-    assert supervisor.wait(30) == 1 and b"cluster.session.Stopped" in supervisor.stderr.read()
+    assert (
+        supervisor.wait(30) == 1
+        and b"cluster.supervisor.session.Stopped" in supervisor.stderr.read()
+    )
     assert time.monotonic() - started < 30
     with pytest.raises(ConfigError, match="is not running, and has no Slurm jobs"):
         dispatch(["stop", str(run.root)])

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from cluster.plan.estimate import StreamPlan, stream_plan
 from cluster.pool.pool import TeacherPool
-from cluster.session import Session
 from cluster.settings.schema import RunConfig
 from cluster.state.done import (
     has_all_shards,
@@ -19,6 +18,7 @@ from cluster.state.done import (
 )
 from cluster.state.identity import record_teachers
 from cluster.state.room import check_room
+from cluster.supervisor.session import Session
 from cluster.trainer.job import TrainJob, stream_order
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, TeacherConfig, check

@@ -14,9 +14,9 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from cluster.plan.placement import group_size, silent_nodes
-from cluster.progress import last_step
-from cluster.session import Session
 from cluster.state.done import steps_done
+from cluster.supervisor.progress import last_step
+from cluster.supervisor.session import Session
 from cluster.trainer.fit import final_error, fit
 from cluster.trainer.job import TrainJob
 from cluster.trainer.watchdog import stacks_bytes

@@ -17,17 +17,17 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from cluster import stages
-from cluster.group import POLL_PERIOD_S, RunFailed, TrainerGroup
 from cluster.pool.pool import TeacherPool
-from cluster.progress import last_step
-from cluster.session import Session, Stopped, open_session
 from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig
-from cluster.stages import Work
 from cluster.state.cursor import read_cursor
 from cluster.state.done import with_absolute_paths
 from cluster.state.identity import check_or_write
+from cluster.supervisor import stages
+from cluster.supervisor.group import POLL_PERIOD_S, RunFailed, TrainerGroup
+from cluster.supervisor.progress import last_step
+from cluster.supervisor.session import Session, Stopped, open_session
+from cluster.supervisor.stages import Work
 from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError

@@ -24,10 +24,10 @@ from typing import Any
 import psutil
 import ray
 
-from cluster.progress import StageBars
 from cluster.settings.schema import RunConfig
 from cluster.state.lock import held
 from cluster.state.workers import most_workers
+from cluster.supervisor.progress import StageBars
 from distill.config import check
 from distill.run.dir import RunDir
 
