@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.consumption import planned_sha256
+from cluster.inspect.verify import audit
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import Job, read_ids, read_jobs
 from cluster.supervisor.progress import last_step
 from cluster.trainer.job import stream_order
-from cluster.verify import audit
 from distill.run.dir import RunDir, read_lines
 
 MINI = Path(__file__).resolve().parents[1] / "tests" / "slurm" / "minislurm.sh"

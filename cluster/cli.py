@@ -121,7 +121,7 @@ def status(args: list[str]) -> int:
     parser.add_argument("--watch", type=float, nargs="?", const=2.0, default=None)
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from cluster.status_view import show
+    from cluster.inspect.view import show
 
     show(run, as_json=options.json, every_s=options.watch)
     return 0
@@ -132,8 +132,8 @@ def verify(args: list[str]) -> int:
     parser = Parser("verify", "run", "--json")
     options = parser.parse_args(args)
     run = open_run(options.run)
-    from cluster.status_view import show_audit
-    from cluster.verify import audit
+    from cluster.inspect.verify import audit
+    from cluster.inspect.view import show_audit
 
     return show_audit(audit(run), as_json=options.json)
 
@@ -156,7 +156,7 @@ def doctor(args: list[str]) -> int:
     parser = Parser("doctor", "--json")
     parser.add_argument("--dir", type=Path, default=Path("runs"))
     options = parser.parse_args(args)
-    from cluster.doctor import show
+    from cluster.inspect.doctor import show
 
     return show(options.dir, as_json=options.json)
 

@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
+from cluster.inspect.verify import audit
 from cluster.plan.estimate import stream_plan
 from cluster.state.cursor import read_cursor
 from cluster.supervisor.progress import last_step
-from cluster.verify import audit
 from distill.checkpoint.manifest import latest_verified
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import committed

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from cluster.doctor import BAD, OK, cores, file_system, memory_bytes, packages, ports
+from cluster.inspect.doctor import BAD, OK, cores, file_system, memory_bytes, packages, ports
 
 
 def test_a_good_folder_passes_and_is_left_as_it_was(tmp_path: Path):

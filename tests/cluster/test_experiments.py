@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.inspect.verify import audit
 from cluster.plan.estimate import show, stream_plan
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.hydra import compose
@@ -22,7 +23,6 @@ from cluster.supervisor.session import open_session
 from cluster.supervisor.stages import pretrain, run_spec
 from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import initial_network, open_source, train_with_exports
-from cluster.verify import audit
 from distill.config import ConfigError, DiTConfig, UNetConfig
 from distill.engine.engine import TorchEngine
 from distill.evaluation.evaluate import evaluate

@@ -14,6 +14,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from cluster.inspect.status import quarantined, restarts
 from cluster.plan.estimate import stream_plan
 from cluster.pool import pool as pool_module
 from cluster.pool.member import Member
@@ -21,7 +22,6 @@ from cluster.pool.messages import Asked, Joined, Quarantined, Released
 from cluster.pool.pool import PoolError, TeacherPool
 from cluster.settings.hydra import compose
 from cluster.state.workers import read_target, staff, write_target
-from cluster.status import quarantined, restarts
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec, sidecar_path
 from distill.run.dir import RunDir, read_lines, write_json

@@ -9,12 +9,12 @@ import time
 
 import pytest
 
+from cluster.inspect.status import open_leases, status
+from cluster.inspect.verify import audit
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from cluster.settings.schema import ClusterConfig, TeacherPoolConfig, TrainerConfig
 from cluster.state.workers import wanted_workers
-from cluster.status import open_leases, status
-from cluster.verify import audit
 from distill.config import ConfigError
 from distill.run.dir import RunDir, read_lines, write_json
 

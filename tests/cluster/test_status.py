@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from cluster.settings.file import save_config
-from cluster.settings.hydra import compose
-from cluster.state.room import evict
-from cluster.status import (
+from cluster.inspect.status import (
     average_pairs_per_s,
     last_verified,
     open_leases,
     pairs_per_s,
     status,
 )
-from cluster.status_view import render, show_audit
+from cluster.inspect.view import render, show_audit
+from cluster.settings.file import save_config
+from cluster.settings.hydra import compose
+from cluster.state.room import evict
 from distill.data.sidecar import tar_path
 from distill.report.cost import goodput
 from distill.run.dir import RunDir, append_line, write_json

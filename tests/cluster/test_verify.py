@@ -10,9 +10,9 @@ import sys
 import numpy as np
 import pytest
 
+from cluster.inspect.verify import audit
 from cluster.state.identity import hash_of
 from cluster.state.room import evict
-from cluster.verify import audit
 from distill.checkpoint.manifest import KEPT
 from distill.config import ConfigError
 from distill.data.order import Order

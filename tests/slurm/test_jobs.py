@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import pytest
 
 from benchmarks.slurm_cluster import BAD_ENDS, hosts
+from cluster.inspect.status import status
 from cluster.settings.file import load_config
 from cluster.slurm.jobs import read_ids
-from cluster.status import status
 from distill.checkpoint.manifest import committed_steps
 
 pytestmark = pytest.mark.slurm

@@ -6,8 +6,8 @@ import subprocess
 import pytest
 
 from benchmarks.slurm_cluster import BOWSTRING, hosts
+from cluster.inspect.verify import audit
 from cluster.settings.file import load_config
-from cluster.verify import audit
 from distill.run.dir import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -12,8 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 
+from cluster.inspect.status import status
 from cluster.state.identity import flatten
-from cluster.status import status
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 
@@ -152,7 +152,7 @@ def _plain(values: list[Any]) -> str:
 
 
 def show_audit(found: dict[str, Any], as_json: bool) -> int:
-    """Prints the result of `cluster.verify.audit`; 1 when anything is lost, doubled or corrupt."""
+    """Prints the result of `cluster.inspect.verify.audit`; 1 when anything is lost, doubled or corrupt."""
     if as_json:
         print(json.dumps(found, indent=1))
     else:
