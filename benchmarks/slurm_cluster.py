@@ -27,7 +27,7 @@ from cluster.trainer.job import stream_order
 from distill.run.dir import RunDir, read_lines
 
 MINI = Path(__file__).resolve().parents[1] / "tests" / "slurm" / "minislurm.sh"
-BOWSTRING = [sys.executable, "-m", "cluster.cli"]
+BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]
 DEADLINE_S = 600.0
 # Jobs here are preempted by those in partition `high`, 30 s after they were told.
 SPOT = "PartitionName=spot Nodes=ALL PriorityTier=0 GraceTime=30 State=UP"

@@ -23,7 +23,7 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.arguments import split_launcher
+from cluster.cli.arguments import split_launcher
 from cluster.pipeline import work
 from cluster.settings.file import NETWORKS, OBJECTIVES, register_resolvers, sentence, to_config
 from cluster.settings.schema import ClusterConfig, RunConfig

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import ray
 
-from cluster import cli
+from cluster.cli import main as cli
 from cluster.pool import pool
 from cluster.pool.worker import TeacherWorker
 from cluster.supervisor import runner, stages

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster import cli
-from cluster.helptext import VERBS
+from cluster.cli import main as cli
+from cluster.cli.help import VERBS
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from distill.config import ConfigError
@@ -28,7 +28,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def bowstring(*args: str, **environment: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *args],
+        [sys.executable, "-m", "cluster.cli.main", *args],
         capture_output=True,
         text=True,
         timeout=150,  # a launcher's jobs import torch

@@ -93,7 +93,10 @@ def start(root):
 
 def bowstring(*args):
     return subprocess.run(
-        [sys.executable, "-m", "cluster.cli", *args], capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "cluster.cli.main", *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
     )
 
 

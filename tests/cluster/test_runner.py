@@ -10,7 +10,7 @@ from importlib.util import find_spec
 
 import pytest
 
-from cluster import cli
+from cluster.cli import main as cli
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from cluster.supervisor import group, runner

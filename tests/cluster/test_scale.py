@@ -18,7 +18,7 @@ from cluster.state.workers import wanted_workers
 from distill.config import ConfigError
 from distill.run.dir import RunDir, read_lines, write_json
 
-BOWSTRING = [sys.executable, "-m", "cluster.cli"]
+BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]
 SHARDS = 20_000  # more than can be made while the test runs
 
 

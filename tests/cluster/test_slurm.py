@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from ray._private.parameter import RayParams
 
-from cluster.cli import dispatch
+from cluster.cli.main import dispatch
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import read_ids
 from cluster.slurm.scripts import KINDS, render

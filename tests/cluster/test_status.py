@@ -276,7 +276,7 @@ def test_watch_shows_what_changes_until_it_is_interrupted(run, form):
     """In a terminal, as a user sees it."""
     append_line(run.metrics, {"step": 2, "loss": 0.5})
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "cluster.cli", "status", str(run.root.resolve())]
+    command = [sys.executable, "-m", "cluster.cli.main", "status", str(run.root.resolve())]
     watch = subprocess.Popen(
         [*command, "--watch", "0.1", *form],
         stdout=theirs,

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cluster.cli import dispatch
+from cluster.cli.main import dispatch
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from distill.config import ConfigError

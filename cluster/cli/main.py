@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.arguments import (
+from cluster.cli.arguments import (
     USAGE_ERROR,
     Parser,
     open_run,
@@ -21,7 +21,7 @@ from cluster.arguments import (
     split_force_new,
     split_launcher,
 )
-from cluster.helptext import GENERAL, VERBS
+from cluster.cli.help import GENERAL, VERBS
 from cluster.pipeline import DISTIL, PIPELINE, work
 
 INTERRUPTED = 130
