@@ -24,7 +24,8 @@ from cluster.settings.hydra import compose
 from cluster.slurm.jobs import Job, read_ids, read_jobs
 from cluster.supervisor.progress import last_step
 from cluster.trainer.job import stream_order
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 
 MINI = Path(__file__).resolve().parents[1] / "tests" / "slurm" / "minislurm.sh"
 BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]

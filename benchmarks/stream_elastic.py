@@ -20,7 +20,7 @@ from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, ROOT, Run, mixture
 from distill.report.figures import worker_figure
 from distill.report.sections import write_report
-from distill.run.dir import read_lines
+from distill.run.files import read_lines
 
 EVALUATION_S = 0.15  # 16 a shard
 PICTURE = ROOT / "docs/benchmarks/stream_workers.png"

@@ -26,8 +26,9 @@ from cluster.settings.hydra import compose  # noqa: E402
 from distill.config import ImageSpec  # noqa: E402
 from distill.networks.build import build_network  # noqa: E402
 from distill.networks.files import save_model  # noqa: E402
-from distill.run.dir import RunDir, read_lines  # noqa: E402
+from distill.run.dir import RunDir
 from distill.run.events import WorkerHistory, worker_history  # noqa: E402
+from distill.run.files import read_lines
 
 DEADLINE_S = 900.0
 

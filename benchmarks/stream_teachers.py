@@ -30,7 +30,7 @@ from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, network
 from distill.config import TeacherConfig
 from distill.flow.solvers import solve
-from distill.run.dir import read_lines
+from distill.run.files import read_lines
 from distill.teachers.build import build_field, build_teacher
 from distill.training.memory import keep_freed_memory
 

@@ -31,7 +31,8 @@ from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import EndpointConfig
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 from distill.training.loop import train
 
 BLOCK_SHARDS, PASSES, LOG_EVERY = 4, 2, 4

@@ -25,7 +25,7 @@ from benchmarks.stream_run import DEADLINE_S, Run, mixture
 from cluster.supervisor.progress import last_step
 from cluster.supervisor.session import is_alive
 from distill.report.cost import goodput
-from distill.run.dir import read_lines
+from distill.run.files import read_lines
 
 RECOVERIES, PERIOD_S = 10, 60.0
 # A start that takes longer than the period is killed too, and that is no reason to give up here.

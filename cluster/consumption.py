@@ -6,7 +6,8 @@ import hashlib
 from dataclasses import dataclass, field
 
 from distill.data.order import Order
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 
 HASH_STEPS = 4096  # steps whose ids are in memory at once
 

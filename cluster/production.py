@@ -14,7 +14,8 @@ from cluster.settings.schema import RunConfig, TeacherPoolConfig
 from cluster.state.workers import Device, gpus_of_worker
 from distill.config import check
 from distill.data.sidecar import ShardSpec
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 
 
 def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) -> Limits:

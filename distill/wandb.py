@@ -16,7 +16,8 @@ from typing import Any
 from uuid import uuid4
 
 from distill.config import ConfigError, check
-from distill.run.dir import RunDir, write_atomic
+from distill.run.dir import RunDir
+from distill.run.files import write_atomic
 
 FINISH_TIMEOUT_S = 60.0  # for what is still to be sent at the end
 

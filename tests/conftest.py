@@ -17,7 +17,8 @@ from distill.config import DataConfig, DiTConfig, TeacherConfig, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.files import save_model
-from distill.run.dir import RunDir, append_line, write_json
+from distill.run.dir import RunDir
+from distill.run.files import append_line, write_json
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 PAGE = 5

@@ -15,7 +15,8 @@ from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import TraFlowConfig
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 from distill.testing import GaussianFlow
 from distill.training.loop import train
 

@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 from rich.console import Console
 from rich.table import Table
 
-from distill.run.dir import sync_directory
+from distill.run.files import sync_directory
 
 OK, WARN, BAD = "ok", "warn", "bad"
 MIN_SHM_BYTES = (

@@ -24,8 +24,9 @@ from distill.checkpoint.manifest import CheckpointError, committed_steps, read_m
 from distill.config import ConfigError
 from distill.data.stores.store import committed, open_store
 from distill.report.cost import goodput
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
 from distill.run.events import worker_history
+from distill.run.files import read_lines
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared

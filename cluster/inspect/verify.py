@@ -30,7 +30,8 @@ from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 
 
 def audit(run: RunDir) -> dict[str, Any]:

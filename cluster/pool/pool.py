@@ -15,7 +15,6 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import production
-from cluster.eventlog import EventLog
 from cluster.pace import Pace
 from cluster.plan.estimate import StreamPlan
 from cluster.pool import messages
@@ -37,6 +36,7 @@ from distill.config import ConfigError
 from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, is_committed
 from distill.run.dir import RunDir
+from distill.run.events import EventLog
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards

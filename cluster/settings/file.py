@@ -24,7 +24,8 @@ from distill.objectives.config import (
     ReflowConfig,
     TraFlowConfig,
 )
-from distill.run.dir import RunDir, write_atomic
+from distill.run.dir import RunDir
+from distill.run.files import write_atomic
 
 NETWORKS: dict[str, type[NetworkConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {

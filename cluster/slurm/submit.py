@@ -20,7 +20,8 @@ from cluster.state.lock import is_live
 from cluster.state.workers import staff, write_target
 from cluster.stop import stop_here
 from distill.config import ConfigError, check
-from distill.run.dir import RunDir, read_lines, write_atomic, write_json
+from distill.run.dir import RunDir
+from distill.run.files import read_lines, write_atomic, write_json
 
 # -----------------------------------------------------------------------------------------------
 # Submit

@@ -13,7 +13,8 @@ import threading
 from typing import Generic, Protocol, TypeVar
 
 from distill.data.order import Order
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 
 PERIOD_S = 1.0  # a change of the waiting reason is written this often at most
 

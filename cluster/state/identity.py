@@ -21,7 +21,8 @@ from omegaconf import OmegaConf
 
 from cluster.settings.schema import RunConfig
 from distill.config import ConfigError
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 
 FORMAT = 1
 PACKAGES = (

@@ -25,7 +25,8 @@ from distill.checkpoint.manifest import committed_steps, verify_once
 from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check
 from distill.data.order import Order
 from distill.data.stores.store import committed, open_store
-from distill.run.dir import RunDir, append_line, write_json
+from distill.run.dir import RunDir
+from distill.run.files import append_line, write_json
 
 # -----------------------------------------------------------------------------------------------
 # The record

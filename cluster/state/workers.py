@@ -20,7 +20,8 @@ from typing import Any, Literal
 from cluster.plan.placement import fitting, needs
 from cluster.settings.schema import ClusterConfig, TeacherPoolConfig
 from distill.config import ConfigError, check
-from distill.run.dir import RunDir, read_lines, write_json
+from distill.run.dir import RunDir
+from distill.run.files import read_lines, write_json
 
 Device = Literal["cuda", "cpu"]
 

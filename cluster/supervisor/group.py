@@ -22,7 +22,7 @@ from cluster.trainer.job import TrainJob
 from cluster.trainer.watchdog import stacks_bytes
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
-from distill.run.dir import append_line, write_atomic
+from distill.run.files import append_line, write_atomic
 
 POLL_PERIOD_S = 0.1
 FROZEN = "health check has been hanging"  # Ray Train's words

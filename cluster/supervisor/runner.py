@@ -31,7 +31,7 @@ from cluster.supervisor.stages import Work
 from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
-from distill.run.dir import append_line
+from distill.run.files import append_line
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.data.stream import StreamError
-from distill.run.dir import write_json
+from distill.run.files import write_json
 from distill.training.loop import TrainingError
 
 FINAL = (

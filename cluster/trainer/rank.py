@@ -35,7 +35,8 @@ from distill.objectives.base import Objective
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.pretrain import ImageStream
-from distill.run.dir import RunDir, append_line, lock_file
+from distill.run.dir import RunDir
+from distill.run.files import append_line, lock_file
 from distill.teachers.sit import load_sit
 from distill.training.log import Work
 from distill.training.loop import train

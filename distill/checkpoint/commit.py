@@ -37,7 +37,7 @@ from distill.checkpoint.manifest import (
     step_name,
 )
 from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
-from distill.run.dir import sync_directory, write_atomic, write_json
+from distill.run.files import sync_directory, write_atomic, write_json
 
 logger = logging.getLogger(__name__)
 

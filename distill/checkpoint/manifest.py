@@ -10,13 +10,14 @@ A folder without a whole manifest is not a checkpoint, whatever its name.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
+
+from distill.run.files import sha256_file
 
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
@@ -42,15 +43,6 @@ class SaveError(RuntimeError):
 def step_name(step: int) -> str:
     """Folder name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
-
-
-def sha256_file(path: Path) -> str:
-    """Hexadecimal sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb", buffering=0) as file:  # hashlib.file_digest needs Python 3.11
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def committed_steps(checkpoints: Path) -> dict[int, Path]:

@@ -40,7 +40,8 @@ from distill.flow.paths import MeanVelocity
 from distill.networks.files import fingerprint
 from distill.report.cost import read_cost
 from distill.report.pictures import tile, write_npz, write_png
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 from distill.sample import load_student, to_uint8
 from distill.teachers.base import FrozenTeacher
 from distill.teachers.build import build_field, build_teacher

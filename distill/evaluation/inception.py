@@ -7,8 +7,8 @@ from pickle import UnpicklingError
 
 import torch
 
-from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError, check
+from distill.run.files import sha256_file
 
 INCEPTION_SHA256 = "6726825d"  # start of the sha256 of weights-inception-2015-12-05-6726825d.pth
 

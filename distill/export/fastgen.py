@@ -34,8 +34,8 @@ from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, read_sidecar
 from distill.export.student import read_identity
 from distill.flow.noise import sample_noise
-from distill.run.dir import RunDir, sync_directory, write_json
-from distill.temporaries import clean_temporaries, temporary_path
+from distill.run.dir import RunDir
+from distill.run.files import clean_temporaries, sync_directory, temporary_path, write_json
 
 INDEX, COUNTS = "index.json", "shard_count.json"
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from distill.config import ConfigError, DiTConfig, ImageSpec, NetworkConfig, UNetConfig
 from distill.networks.build import build_network
 from distill.networks.layers import AbstractNetwork
-from distill.run.dir import sync_directory, write_atomic, write_json
+from distill.run.files import sync_directory, write_atomic, write_json
 
 FORMAT = "bowstring-model-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from distill.data.stores.store import open_store
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 
 
 def read_cost(run: RunDir) -> dict[str, float | int]:

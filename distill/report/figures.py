@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distill.report.pictures import tile
-from distill.run.dir import write_atomic
 from distill.run.events import WorkerHistory
+from distill.run.files import write_atomic
 
 # Drawn in this colour, then replaced by the page's own text colour, so that dark pages work too.
 INK = "#010203"

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from distill.run.dir import write_atomic
+from distill.run.files import write_atomic
 
 MIN_PIXELS = 64  # height of a picture in a grid
 LINE, GREY = 2, 96  # pixels between pictures, and their value

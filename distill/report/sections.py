@@ -26,8 +26,9 @@ from distill.report.figures import (
     write_overview,
 )
 from distill.report.page import STYLE, duration, missing, number, size, table
-from distill.run.dir import RunDir, read_lines, write_atomic
+from distill.run.dir import RunDir
 from distill.run.events import WorkerHistory, worker_history
+from distill.run.files import read_lines, write_atomic
 
 
 @dataclass(frozen=True)

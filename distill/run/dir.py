@@ -6,15 +6,8 @@ from its files.
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import time
-import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -143,86 +136,3 @@ class RunDir:
     def model(self, step: int) -> Path:
         """Folder of the model exported at `step`."""
         return self.root / "models" / f"step_{step:08d}"
-
-
-def lock_file(descriptor: int, patience_s: float) -> None:
-    """Takes the exclusive lock of an open file. It ends with the process that holds it.
-
-    Raises:
-        BlockingIOError: another process held it for `patience_s`.
-    """
-    deadline = time.monotonic() + patience_s
-    while True:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
-def sync_directory(path: Path) -> None:
-    """Makes renames inside `path` durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """Writes `data` by temporary file, fsync, rename: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_directory(path.parent)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically."""
-    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line with a time stamp (`append_lines`)."""
-    append_lines(path, [{"time": round(time.time(), 3), **record}])
-
-
-def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Appends JSON lines by a single write, so that writers do not mix.
-
-    A line torn by a crash is closed first, so it costs itself only.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(record) + "\n" for record in records)
-    with path.open("ab+") as file:
-        if file.tell() > 0:
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                text = "\n" + text
-        data = text.encode()
-        while data:  # a nearly full disk takes a part, and says so at the rest
-            data = data[os.write(file.fileno(), data) :]
-        os.fsync(file.fileno())  # a checkpoint must not be ahead of the record of its data
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a JSON-lines file; torn lines are left out."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:  # not JSON, or not text at all
-                continue
-            if isinstance(record, dict):
-                yield record

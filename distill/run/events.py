@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from distill.run.dir import RunDir
+from distill.run.files import append_lines
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,21 @@ def worker_history(events: Iterable[dict[str, Any]]) -> WorkerHistory:
             changes.append((time, wanted, len(joined)))
         last = time
     return WorkerHistory(changes, spans)
+
+
+class EventLog:
+    """Events of one process, in order."""
+
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
+        self._records: list[dict[str, Any]] = []
+
+    def add(self, kind: str, **values: Any) -> None:
+        """Takes an event with the time of now."""
+        self._records.append({"time": round(time.time(), 3), "kind": kind, **values})
+
+    def flush(self) -> None:
+        """Writes what was taken."""
+        if self._records:
+            append_lines(self._run.events, self._records)
+            self._records.clear()

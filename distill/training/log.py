@@ -19,7 +19,8 @@ from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import LossTerms
-from distill.run.dir import RunDir, append_line
+from distill.run.dir import RunDir
+from distill.run.files import append_line
 from distill.training.timing import PhaseClock
 from distill.training.trackers import EventFile, scalars
 from distill.wandb import WandbRun

@@ -7,7 +7,7 @@ import pytest
 from cluster.state.cursor import read_cursor
 from cluster.state.workers import write_target
 from distill.checkpoint.manifest import committed_steps
-from distill.run.dir import read_lines
+from distill.run.files import read_lines
 
 
 @pytest.fixture

@@ -8,8 +8,9 @@ import pytest
 from cluster.settings.hydra import compose
 from cluster.supervisor import group, runner
 from cluster.trainer.job import TrainJob
-from distill.checkpoint.manifest import sha256_file, step_name
-from distill.run.dir import RunDir, write_json
+from distill.checkpoint.manifest import step_name
+from distill.run.dir import RunDir
+from distill.run.files import sha256_file, write_json
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from distill.config import ConfigError
 from distill.data.sidecar import tar_path
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
 HEAVY = ("torch", "ray", "deepspeed", "numpy", "hydra")

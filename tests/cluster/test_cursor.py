@@ -7,7 +7,8 @@ import pytest
 from cluster.state import cursor as cursor_module
 from cluster.state.cursor import WithCursor, read_cursor
 from distill.data.order import Order
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 
 ORDER = Order(0, 8, 1, 4)  # seed, samples of a block, passes, batch: two steps a block
 

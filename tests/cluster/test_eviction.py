@@ -23,7 +23,8 @@ from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import committed
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 from distill.testing import tiny_spec, write_tiny_shards
 
 

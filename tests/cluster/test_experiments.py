@@ -31,7 +31,8 @@ from distill.networks.files import save_model
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.report.sections import write_report
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 
 FOLDER = Path(__file__).parents[2] / "configs" / "experiment"
 DIT = DiTConfig(patch_size=2, width=16, depth=1, num_heads=2)

@@ -10,9 +10,9 @@ from cluster.settings.hydra import compose
 from cluster.state.done import results_are_current, steps_done
 from cluster.state.room import oldest_verified
 from distill.checkpoint import manifest
-from distill.checkpoint.manifest import sha256_file
 from distill.evaluation.evaluate import evaluate
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import sha256_file, write_json
 
 TEACHER = "teacher.pretrained.path"
 

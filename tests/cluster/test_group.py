@@ -14,7 +14,7 @@ from cluster.supervisor import group
 from cluster.supervisor.group import RunFailed, TrainerGroup
 from cluster.trainer.job import TrainJob
 from distill.config import ConfigError
-from distill.run.dir import append_line, read_lines
+from distill.run.files import append_line, read_lines
 
 
 def run_to_end(group):

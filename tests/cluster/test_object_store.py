@@ -27,7 +27,8 @@ from distill.data.stores import bucket as object_store
 from distill.data.stores.objects import Objects
 from distill.data.stores.store import committed, open_store, read_sidecar
 from distill.data.stream import TrajectoryStream
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 from distill.teachers.build import build_teacher
 
 STEPS = 80  # 4 steps read a block of 2 shards

@@ -24,7 +24,8 @@ from cluster.settings.hydra import compose
 from cluster.state.workers import read_target, staff, write_target
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec, sidecar_path
-from distill.run.dir import RunDir, read_lines, write_json
+from distill.run.dir import RunDir
+from distill.run.files import read_lines, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
 

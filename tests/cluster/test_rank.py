@@ -10,7 +10,6 @@ from cluster.settings.hydra import compose
 from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import Images, initial_network, train_with_exports, work_of
 from distill.checkpoint import manifest
-from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError
 from distill.data.images import load_images
 from distill.engine.engine import TorchEngine
@@ -18,6 +17,7 @@ from distill.networks.files import load_model
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.pretrain import ImageStream
+from distill.run.files import sha256_file
 
 
 def job_in(folder, *overrides):

@@ -18,7 +18,8 @@ from cluster.supervisor.group import RunFailed
 from cluster.supervisor.runner import Stopped
 from cluster.supervisor.stages import Work
 from distill.config import ConfigError
-from distill.run.dir import RunDir, append_line, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import append_line, read_lines
 
 
 class EndlessPool:

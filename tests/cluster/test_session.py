@@ -13,7 +13,8 @@ from cluster.state.lock import holder, is_live
 from cluster.supervisor.progress import last_step
 from cluster.supervisor.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
-from distill.run.dir import RunDir, append_line
+from distill.run.dir import RunDir
+from distill.run.files import append_line
 
 
 @pytest.fixture

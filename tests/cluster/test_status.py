@@ -27,7 +27,8 @@ from cluster.settings.hydra import compose
 from cluster.state.room import evict
 from distill.data.sidecar import tar_path
 from distill.report.cost import goodput
-from distill.run.dir import RunDir, append_line, write_json
+from distill.run.dir import RunDir
+from distill.run.files import append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,8 @@ from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import open_store
-from distill.run.dir import RunDir, append_line, write_json
+from distill.run.dir import RunDir
+from distill.run.files import append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
 # Blocks of 2 shards of 4 samples, read twice: 16 entries a block, 8 a step, so 2 steps a block.

@@ -13,10 +13,10 @@ from distill.checkpoint.manifest import (
     CheckpointError,
     SaveError,
     latest_verified,
-    sha256_file,
     step_name,
     verify,
 )
+from distill.run.files import sha256_file
 
 
 def write_checkpoint(checkpoints, step, files=4):

@@ -29,7 +29,8 @@ from distill.checkpoint.manifest import (
 from distill.config import ConfigError, DiTConfig, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 
 
 @pytest.fixture

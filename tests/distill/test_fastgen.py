@@ -17,7 +17,8 @@ from distill.config import ConfigError
 from distill.data.sidecar import CorruptShard, tar_path
 from distill.export.fastgen import export_fastgen
 from distill.flow.noise import sample_noise
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
 CLASSES = 10

@@ -6,7 +6,8 @@ import os
 import pytest
 
 from distill.checkpoint import manifest
-from distill.checkpoint.manifest import latest_verified, sha256_file, step_name, verify, verify_once
+from distill.checkpoint.manifest import latest_verified, step_name, verify, verify_once
+from distill.run.files import sha256_file
 
 
 @pytest.fixture

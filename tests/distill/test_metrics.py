@@ -5,7 +5,6 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from distill.checkpoint.manifest import sha256_file
 from distill.config import ConfigError, ExtractorConfig
 from distill.evaluation import inception
 from distill.evaluation.metrics import (
@@ -15,6 +14,7 @@ from distill.evaluation.metrics import (
     kernel_distance,
     relative_distance,
 )
+from distill.run.files import sha256_file
 
 CPU = torch.device("cpu")
 

@@ -33,7 +33,8 @@ from distill.data.stores.store import (
 from distill.data.stream import TrajectoryStream
 from distill.export.fastgen import export_fastgen
 from distill.report.cost import read_cost
-from distill.run.dir import RunDir, write_json
+from distill.run.dir import RunDir
+from distill.run.files import write_json
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
 

@@ -10,7 +10,8 @@ from distill.evaluation.evaluate import evaluate
 from distill.report.cost import train_device_s
 from distill.report.page import duration, size
 from distill.report.sections import SECTIONS, headline, read_facts, write_report
-from distill.run.dir import RunDir, append_line, write_atomic
+from distill.run.dir import RunDir
+from distill.run.files import append_line, write_atomic
 
 COMMAND = "bowstring run experiment=digits run.name='<tiny>'"
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from distill.run import dir as rundir
-from distill.run.dir import append_line, read_lines
+from distill.run.files import append_line, read_lines
 
 
 def test_lines_come_back_in_order_with_their_time(tmp_path):

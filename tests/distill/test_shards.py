@@ -22,7 +22,7 @@ from distill.data.shards import as_tensor, read_sample, read_shard, write_shard
 from distill.data.sidecar import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
 from distill.data.stores.store import committed, open_store, read_sidecar, verify_shard
 from distill.run.dir import RunDir
-from distill.temporaries import clean_temporaries, temporary_path
+from distill.run.files import clean_temporaries, temporary_path
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
 

@@ -17,7 +17,8 @@ from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.report.cost import phase_seconds
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 from distill.training import timing as phases
 from distill.training.log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
 from distill.training.timing import PHASES, PhaseClock

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from distill.config import ConfigError
-from distill.run.dir import RunDir, read_lines
+from distill.run.dir import RunDir
+from distill.run.files import read_lines
 from distill.training.trackers import scalars
 from distill.wandb import WandbRun, check_wandb
 

@@ -40,7 +40,7 @@ from distill.data.stores.cache import ShardCache
 from distill.data.stores.local import local_reasons
 from distill.data.stores.objects import Objects
 from distill.run.dir import RunDir
-from distill.temporaries import STALE_S
+from distill.run.files import STALE_S
 
 PIECE_BYTES = 16 * 2**20  # of a tar, while its hash is taken
 SIDECARS_AT_ONCE = 256

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from distill.data.sidecar import Sidecar
-from distill.run.dir import write_atomic
+from distill.run.files import write_atomic
 
 CACHE_BYTES = 4 * 2**30  # those that were not read for longest are deleted beyond this
 

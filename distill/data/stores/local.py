@@ -25,7 +25,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.checkpoint.manifest import sha256_file
 from distill.data.sidecar import (
     SHARD_NAME,
     CorruptShard,
@@ -39,8 +38,14 @@ from distill.data.sidecar import (
     sidecar_path,
     tar_path,
 )
-from distill.run.dir import RunDir, sync_directory, write_json
-from distill.temporaries import clean_temporaries, temporary_path
+from distill.run.dir import RunDir
+from distill.run.files import (
+    clean_temporaries,
+    sha256_file,
+    sync_directory,
+    temporary_path,
+    write_json,
+)
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)

@@ -1,0 +1,146 @@
+"""Files written whole or by the line, locked, hashed, and the names of those in the making. Standard library only."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+
+def lock_file(descriptor: int, patience_s: float) -> None:
+    """Takes the exclusive lock of an open file. It ends with the process that holds it.
+
+    Raises:
+        BlockingIOError: another process held it for `patience_s`.
+    """
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes renames inside `path` durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Writes `data` by temporary file, fsync, rename: a reader sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented JSON, atomically."""
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON line with a time stamp (`append_lines`)."""
+    append_lines(path, [{"time": round(time.time(), 3), **record}])
+
+
+def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
+    """Appends JSON lines by a single write, so that writers do not mix.
+
+    A line torn by a crash is closed first, so it costs itself only.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    with path.open("ab+") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                text = "\n" + text
+        data = text.encode()
+        while data:  # a nearly full disk takes a part, and says so at the rest
+            data = data[os.write(file.fileno(), data) :]
+        os.fsync(file.fileno())  # a checkpoint must not be ahead of the record of its data
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSON-lines file; torn lines are left out."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:  # not JSON, or not text at all
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def sha256_file(path: Path) -> str:
+    """Hexadecimal sha256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:  # hashlib.file_digest needs Python 3.11
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+TEMPORARY = re.compile(r"\.\d{8,}\.(?:tar|json)\.tmp-(?P<host>.+)-(?P<pid>\d+)-[0-9a-f]{8}")
+STALE_S = 3600.0  # what rests this long without its final name has no live producer
+
+
+def temporary_path(final: Path) -> Path:
+    """A name next to `final` that is this process's own and that no reader looks at."""
+    owner = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+    return final.with_name(f".{final.name}.tmp-{owner}")
+
+
+def clean_temporaries(folder: Path) -> list[Path]:
+    """The temporary files in `folder` that were removed: those whose producer is dead.
+
+    On this machine that is seen from the process; elsewhere a file that rests for an hour counts.
+    """
+    removed = []
+    for path in sorted(folder.glob(".*.tmp-*")):
+        match = TEMPORARY.fullmatch(path.name)
+        try:
+            rests_s = time.time() - path.stat().st_mtime
+        except FileNotFoundError:
+            continue
+        here = match is not None and match["host"] == socket.gethostname()
+        if rests_s > STALE_S or (match is not None and here and not _is_alive(int(match["pid"]))):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
