@@ -43,8 +43,9 @@ from benchmarks.problems import MIXTURES, Problem, integrate, mixture_problem  #
 from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
 from cluster.calls import objective_calls  # noqa: E402
 from cluster.settings.hydra import compose  # noqa: E402
-from distill.config import NFE_PER_STEP, TrainConfig  # noqa: E402
+from distill.config import TrainConfig
 from distill.evaluation.metrics import relative_distance  # noqa: E402
+from distill.flow.times import NFE_PER_STEP
 from distill.objectives.config import EndpointConfig, ObjectiveConfig  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / ".cache"

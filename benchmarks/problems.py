@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from distill.config import ImageSpec, NetworkConfig
+from distill.config import ImageSpec
 from distill.flow.noise import permutation, sample_labels, sample_noise, uniform
 from distill.flow.solvers import solve
 from distill.flow.trajectory import TrajectoryBatch
+from distill.networks.config import NetworkConfig
 from distill.networks.layers import AbstractNetwork
 from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
 

@@ -28,10 +28,10 @@ import torch
 
 from benchmarks.sections import markdown
 from benchmarks.stream_run import DEADLINE_S, Run, network
-from distill.config import TeacherConfig
 from distill.flow.solvers import solve
 from distill.run.files import read_lines
 from distill.teachers.build import build_field, build_teacher
+from distill.teachers.config import TeacherConfig
 from distill.training.memory import keep_freed_memory
 
 SHARD, GRID = 256, 8  # samples, intervals of the grid

@@ -23,12 +23,14 @@ import torch
 from benchmarks.sections import markdown
 from benchmarks.stream_run import Run, mixture
 from benchmarks.stream_shards import SHAPES, Shape
-from distill.config import DiTConfig, ImageSpec, TrainConfig, TrajectoryConfig
+from distill.config import ImageSpec, TrainConfig
+from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
 from distill.data.shards import write_shard
 from distill.data.stream import TrajectoryStream
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective
 from distill.objectives.config import EndpointConfig
 from distill.run.dir import RunDir

@@ -28,10 +28,11 @@ import torch  # noqa: E402
 
 from cluster.calls import Calls, objective_calls  # noqa: E402
 from cluster.settings.hydra import compose  # noqa: E402
-from distill.config import DiTConfig, ImageSpec, TrainConfig  # noqa: E402
+from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine  # noqa: E402
 from distill.flow.trajectory import TrajectoryBatch  # noqa: E402
 from distill.networks.build import build_network  # noqa: E402
+from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective  # noqa: E402
 from distill.objectives.config import (  # noqa: E402
     BezierConfig,

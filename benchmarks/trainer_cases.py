@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.train_step import BATCH, IMAGE, NETWORK
 from cluster.trainer.zero import DeepSpeedEngine
-from distill.config import DiTConfig, TrainConfig
+from distill.config import TrainConfig
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 
 
 class Case(NamedTuple):

@@ -13,12 +13,15 @@ import pytest
 import torch
 
 from distill.checkpoint import commit as checkpoint
-from distill.config import DataConfig, DiTConfig, TeacherConfig, TrainConfig
+from distill.config import TrainConfig
+from distill.data.config import DataConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 from distill.networks.files import save_model
 from distill.run.dir import RunDir
 from distill.run.files import append_line, write_json
+from distill.teachers.config import TeacherConfig
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 PAGE = 5

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from distill.checkpoint import commit as checkpoint
-from distill.config import DiTConfig, ImageSpec, TrainConfig
+from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective
 from distill.objectives.config import TraFlowConfig
 from distill.run.dir import RunDir

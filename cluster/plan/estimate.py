@@ -20,12 +20,14 @@ from rich.table import Table
 from cluster.calls import objective_calls
 from cluster.settings.schema import RunConfig
 from cluster.state.identity import is_own
-from distill.config import NFE_PER_STEP, TeacherConfig, check
+from distill.config import check
 from distill.data.layout import sidecar_bytes, tar_bytes
 from distill.data.order import Order
 from distill.data.sidecar import shard_spec
 from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
+from distill.flow.times import NFE_PER_STEP
 from distill.networks.cost import NetworkCost, network_cost, state_bytes
+from distill.teachers.config import TeacherConfig
 
 # -----------------------------------------------------------------------------------------------
 # Counts and bytes

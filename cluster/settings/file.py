@@ -14,7 +14,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cluster.settings.schema import RunConfig
-from distill.config import ConfigError, DiTConfig, NetworkConfig, UNetConfig, check
+from distill.config import ConfigError, check
+from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
 from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,

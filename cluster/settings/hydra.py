@@ -27,7 +27,9 @@ from cluster.cli.arguments import split_launcher
 from cluster.pipeline import work
 from cluster.settings.file import NETWORKS, OBJECTIVES, register_resolvers, sentence, to_config
 from cluster.settings.schema import ClusterConfig, RunConfig
-from distill.config import ConfigError, DataConfig, EvalConfig, TrainConfig, check
+from distill.config import ConfigError, TrainConfig, check
+from distill.data.config import DataConfig
+from distill.evaluation.config import EvalConfig
 
 
 def register() -> None:

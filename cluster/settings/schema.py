@@ -9,19 +9,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from distill.config import (
-    DataConfig,
-    EvalConfig,
-    NetworkConfig,
-    PretrainConfig,
-    TeacherConfig,
-    TrainConfig,
-    TrajectoryConfig,
-    check,
-    check_positive,
-)
+from distill.config import PretrainConfig, TrainConfig, check, check_positive
+from distill.data.config import DataConfig, TrajectoryConfig
+from distill.evaluation.config import EvalConfig
+from distill.networks.config import NetworkConfig
 from distill.objectives.config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
 from distill.run.dir import RunDir
+from distill.teachers.config import TeacherConfig
 
 
 @dataclass

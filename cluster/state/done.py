@@ -11,9 +11,9 @@ from cluster.settings.schema import RunConfig
 from cluster.state.identity import check_identity, is_own
 from cluster.state.room import read_evicted
 from distill.checkpoint.manifest import latest_verified
-from distill.config import TeacherConfig
 from distill.data.stores.store import committed
 from distill.run.dir import RunDir
+from distill.teachers.config import TeacherConfig
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -22,7 +22,8 @@ from cluster.plan.estimate import StreamPlan
 from cluster.settings.schema import RunConfig
 from cluster.trainer.job import stream_order
 from distill.checkpoint.manifest import committed_steps, verify_once
-from distill.config import ConfigError, TrainConfig, TrajectoryConfig, check
+from distill.config import ConfigError, TrainConfig, check
+from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
 from distill.data.stores.store import committed, open_store
 from distill.run.dir import RunDir

@@ -21,7 +21,7 @@ from cluster.state.room import check_room
 from cluster.supervisor.session import Session
 from cluster.trainer.job import TrainJob, stream_order
 from distill.checkpoint.manifest import latest_verified
-from distill.config import ImageSpec, TeacherConfig, check
+from distill.config import ImageSpec, check
 from distill.data.images import NO_IMAGES, check_files
 from distill.data.sidecar import ShardSpec, shard_spec
 from distill.data.stores.store import open_store
@@ -31,6 +31,7 @@ from distill.networks.files import DESCRIPTION
 from distill.report.sections import write_report
 from distill.run.dir import RunDir
 from distill.teachers.build import build_teacher
+from distill.teachers.config import TeacherConfig
 from distill.wandb import check_wandb
 
 

@@ -14,13 +14,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig, check
+from distill.config import ConfigError, ImageSpec, check
+from distill.data.config import TrajectoryConfig
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve, solve_by_jumps
 from distill.flow.times import sampler_times
 from distill.teachers.base import FrozenTeacher, Guided
 from distill.teachers.build import build_field
+from distill.teachers.config import TeacherConfig
 from distill.teachers.native import Jumps
 
 

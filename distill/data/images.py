@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.config import ConfigError, DataConfig, check
+from distill.config import ConfigError, check
+from distill.data.config import DataConfig
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_COUNT = 60_000  # training images

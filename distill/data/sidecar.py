@@ -17,8 +17,10 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.config import ConfigError, ImageSpec
+from distill.data.config import TrajectoryConfig
 from distill.run.dir import RunDir
+from distill.teachers.config import TeacherConfig
 
 FORMAT = 1
 OPTIONAL = {"tar": "", "batch_size": 0}  # keys of a sidecar that are left out at this value

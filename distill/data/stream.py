@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import ConfigError, TrajectoryConfig, check
+from distill.config import ConfigError, check
+from distill.data.config import TrajectoryConfig
 from distill.data.layout import stored_dtype
 from distill.data.order import Order
 from distill.data.shards import as_tensor, read_shard

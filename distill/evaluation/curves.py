@@ -4,7 +4,10 @@
 
 from __future__ import annotations
 
-from distill.config import NFE_PER_STEP, EvalConfig, ImageSpec, TeacherConfig
+from distill.config import ImageSpec
+from distill.evaluation.config import EvalConfig
+from distill.flow.times import NFE_PER_STEP
+from distill.teachers.config import TeacherConfig
 
 GRID_COLUMNS = 12
 GRID_NFE = (1, 2, 4)

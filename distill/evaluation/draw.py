@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import NFE_PER_STEP, EvalConfig, ImageSpec
+from distill.config import ImageSpec
+from distill.evaluation.config import EvalConfig
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve
+from distill.flow.times import NFE_PER_STEP
 from distill.sample import few_step
 
 # (noise [B, C, H, W], label [B]) -> image [B, C, H, W]

@@ -17,8 +17,10 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from distill.config import DataConfig, EvalConfig, ImageSpec, TeacherConfig, check
+from distill.config import ImageSpec, check
+from distill.data.config import DataConfig
 from distill.data.images import load_images
+from distill.evaluation.config import EvalConfig
 from distill.evaluation.curves import (
     grid_columns,
     grid_rows,
@@ -45,6 +47,7 @@ from distill.run.files import write_json
 from distill.sample import load_student, to_uint8
 from distill.teachers.base import FrozenTeacher
 from distill.teachers.build import build_field, build_teacher
+from distill.teachers.config import TeacherConfig
 from distill.teachers.native import Jumps
 
 LINE_PERIOD_S = 30.0  # between lines of progress, where there is no terminal

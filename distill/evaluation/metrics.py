@@ -32,7 +32,7 @@ from torch_fidelity.metric_kid import (
 from torch_fidelity.registry import register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from distill.config import ExtractorConfig
+from distill.evaluation.config import ExtractorConfig
 from distill.evaluation.inception import check_inception
 
 INCEPTION = "inception-v3-compat"

@@ -12,9 +12,10 @@ from typing import Any
 
 from distill.checkpoint.commit import read_average
 from distill.checkpoint.manifest import latest_verified
-from distill.config import ConfigError, ImageSpec, NetworkConfig, check
+from distill.config import ConfigError, ImageSpec, check
 from distill.networks.build import build_network
-from distill.networks.files import DESCRIPTION, network_config, save_model
+from distill.networks.config import NetworkConfig, network_config
+from distill.networks.files import DESCRIPTION, save_model
 from distill.run.dir import RunDir
 
 

@@ -9,3 +9,7 @@ def sampler_times(nfe: int) -> list[float]:
     Measured on three teachers: docs/log.md.
     """
     return [0.0, 0.75, 1.0] if nfe == 2 else [n / nfe for n in range(nfe + 1)]
+
+
+# Network evaluations of one step of a solver; "jumps" are those of a student's own map G.
+NFE_PER_STEP = {"euler": 1, "heun": 2, "rk4": 4, "jumps": 1}

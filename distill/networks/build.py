@@ -2,7 +2,8 @@
 
 import torch
 
-from distill.config import ConfigError, DiTConfig, ImageSpec, NetworkConfig, UNetConfig
+from distill.config import ConfigError, ImageSpec
+from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
 from distill.networks.dit import DiT
 from distill.networks.layers import AbstractNetwork
 from distill.networks.unet import UNet

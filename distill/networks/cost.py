@@ -11,14 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from distill.config import (
-    ConfigError,
-    DiTConfig,
-    ImageSpec,
-    NetworkConfig,
-    TrainConfig,
-    UNetConfig,
-)
+from distill.config import ConfigError, ImageSpec, TrainConfig
+from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
 
 NUM_FEATURES = 256  # sinusoids of t and of s - t
 

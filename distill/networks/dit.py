@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.config import DiTConfig, ImageSpec, check
+from distill.config import ImageSpec, check
+from distill.networks.config import DiTConfig
 from distill.networks.layers import (
     AbstractNetwork,
     JumpEmbedder,

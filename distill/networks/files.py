@@ -13,8 +13,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from distill.config import ConfigError, DiTConfig, ImageSpec, NetworkConfig, UNetConfig
+from distill.config import ConfigError, ImageSpec
 from distill.networks.build import build_network
+from distill.networks.config import NetworkConfig, network_config
 from distill.networks.layers import AbstractNetwork
 from distill.run.files import sync_directory, write_atomic, write_json
 
@@ -22,7 +23,6 @@ FORMAT = "bowstring-model-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
 # Parameters a file of a plain velocity network (SiT, an early export) does not have.
 SECOND_TIME = "s_embedder."
-NETWORKS: dict[str, type[NetworkConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
 
 
 def save_model(
@@ -66,15 +66,6 @@ def describe(network: NetworkConfig, image: ImageSpec, meta: dict[str, Any]) -> 
         "time": "t = 0 noise, t = 1 data; output: mean velocity over [t, s]",
         "meta": meta,
     }
-
-
-def network_config(settings: dict[str, Any]) -> NetworkConfig:
-    """The dataclass of a network from plain settings with its `name`, as in YAML or model.json.
-
-    Raises:
-        ConfigError: a value that cannot work; KeyError or TypeError: an unknown name or key.
-    """
-    return NETWORKS[settings["name"]](**settings)
 
 
 def load_model(folder: Path, device: torch.device | str) -> tuple[AbstractNetwork, dict[str, Any]]:

@@ -13,7 +13,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from distill.config import ImageSpec, NetworkConfig
+from distill.config import ImageSpec
+from distill.networks.config import NetworkConfig
 
 # Below this many tokens explicit attention beats the fused CPU kernel (16 tokens, batch 256: 0.8 ms
 # against 1.4 ms).

@@ -12,7 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distill.config import ImageSpec, UNetConfig, check
+from distill.config import ImageSpec, check
+from distill.networks.config import UNetConfig
 from distill.networks.layers import (
     AbstractNetwork,
     JumpEmbedder,

@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
-from distill.config import ConfigError, TeacherConfig, check
+from distill.config import ConfigError, check
 from distill.teachers.analytic import load_analytic
 from distill.teachers.base import FrozenTeacher, Guided, guided
+from distill.teachers.config import TeacherConfig
 from distill.teachers.diffusers import load_diffusers
 from distill.teachers.edm import load_edm
 from distill.teachers.native import Jumps, NativeTeacher

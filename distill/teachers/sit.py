@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import ConfigError, DiTConfig, ImageSpec
+from distill.config import ConfigError, ImageSpec
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 from distill.networks.files import file_sha256, load_weights, read_tensors
 
 # Heads of the published sizes S, B, L, XL by width; the weights do not tell.

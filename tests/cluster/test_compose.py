@@ -7,7 +7,8 @@ import yaml
 
 from cluster.settings.hydra import compose
 from cluster.settings.schema import RunConfig
-from distill.config import ConfigError, UNetConfig
+from distill.config import ConfigError
+from distill.networks.config import UNetConfig
 from distill.objectives.config import BezierConfig, TraFlowConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"

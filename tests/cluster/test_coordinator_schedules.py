@@ -32,7 +32,8 @@ from cluster.pool.messages import (
     Tick,
 )
 from cluster.state.room import first_shard_read, room_for_training
-from distill.config import TrainConfig, TrajectoryConfig
+from distill.config import TrainConfig
+from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
 
 SHARD_BYTES, LEASE_S = 100, 10.0

@@ -23,10 +23,11 @@ from cluster.supervisor.session import open_session
 from cluster.supervisor.stages import pretrain, run_spec
 from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import initial_network, open_source, train_with_exports
-from distill.config import ConfigError, DiTConfig, UNetConfig
+from distill.config import ConfigError
 from distill.engine.engine import TorchEngine
 from distill.evaluation.evaluate import evaluate
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import save_model
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.memory import PRECISIONS, config_of, measure_rank, trained_weights
-from distill.config import DiTConfig
+from distill.networks.config import DiTConfig
 from distill.networks.cost import state_bytes
 from distill.testing import run_ranks
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cluster.calls import objective_calls
 from cluster.plan.estimate import estimate, stream_plan, teacher_forwards
 from cluster.settings.hydra import compose
-from distill.config import DiTConfig, ImageSpec, TeacherConfig, TrainConfig, UNetConfig
+from distill.config import ImageSpec, TrainConfig
 from distill.data.generate import GeneratedShard
 from distill.data.shards import write_shard
 from distill.data.sidecar import shard_spec, sidecar_path
@@ -18,6 +18,7 @@ from distill.engine.engine import TorchEngine
 from distill.evaluation.evaluate import evaluate
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.cost import network_cost
 from distill.networks.dit import DiT
 from distill.objectives.build import build_objective
@@ -30,6 +31,7 @@ from distill.objectives.config import (
     TraFlowConfig,
 )
 from distill.run.dir import RunDir
+from distill.teachers.config import TeacherConfig
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from distill.config import DiTConfig, ImageSpec, TrainConfig
+from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir

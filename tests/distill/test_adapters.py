@@ -11,10 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-from distill.config import ConfigError, DiTConfig, ImageSpec, TeacherConfig, UNetConfig
+from distill.config import ConfigError, ImageSpec
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import save_model
 from distill.teachers.build import build_teacher
+from distill.teachers.config import TeacherConfig
 from distill.teachers.diffusers import DiffusersTeacher
 from distill.teachers.edm import EdmTeacher
 from distill.testing import GaussianFlow

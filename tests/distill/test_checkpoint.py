@@ -26,9 +26,10 @@ from distill.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from distill.config import ConfigError, DiTConfig, TrainConfig
+from distill.config import ConfigError, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import ConfigError, DataConfig
+from distill.config import ConfigError
 from distill.data import images as datasets
+from distill.data.config import DataConfig
 from distill.data.images import load_images
 
 FASHION = DataConfig(name="fashion", channels=1, size=32, num_classes=10)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import ConfigError, EvalConfig
+from distill.config import ConfigError
+from distill.evaluation.config import EvalConfig
 from distill.evaluation.draw import Interrupt, Samples, draw, teacher_sampler
 from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metrics import relative_distance

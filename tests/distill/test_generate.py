@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.config import ConfigError, ImageSpec
+from distill.data.config import TrajectoryConfig
 from distill.data.generate import generate_shard
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import jump
@@ -14,6 +15,7 @@ from distill.flow.solvers import solve
 from distill.networks.files import save_model
 from distill.sample import few_step
 from distill.teachers.build import build_teacher
+from distill.teachers.config import TeacherConfig
 from distill.testing import FaultInjector, GaussianFlow, random_network, tiny_teacher
 
 TRAJECTORY = TrajectoryConfig(grid=4, samples_per_shard=10, batch_size=4, block_shards=1)

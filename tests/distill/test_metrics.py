@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-from distill.config import ConfigError, ExtractorConfig
+from distill.config import ConfigError
 from distill.evaluation import inception
+from distill.evaluation.config import ExtractorConfig
 from distill.evaluation.metrics import (
     FeatureDistance,
     distance_name,

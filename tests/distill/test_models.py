@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
-from distill.config import ConfigError, DiTConfig, ImageSpec, UNetConfig
+from distill.config import ConfigError, ImageSpec
 from distill.networks import files as models
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import fingerprint, load_model, load_weights, save_model
 
 IMAGE = ImageSpec(1, 8, 3)

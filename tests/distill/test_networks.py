@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from distill.config import ConfigError, DiTConfig, ImageSpec, UNetConfig
+from distill.config import ConfigError, ImageSpec
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.dit import grid_embedding
 from distill.networks.files import load_weights
 from distill.networks.layers import AbstractNetwork

@@ -14,8 +14,9 @@ import pytest
 import torch
 import webdataset
 
-from distill.config import ConfigError, TrajectoryConfig
+from distill.config import ConfigError
 from distill.data import stream as stream_module
+from distill.data.config import TrajectoryConfig
 from distill.data.layout import stored_dtype
 from distill.data.order import Order
 from distill.data.shards import read_sample, read_shard, write_shard

@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distill.config import DiTConfig, ImageSpec, UNetConfig
+from distill.config import ImageSpec
 from distill.flow.paths import jump
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
 from distill.objectives.config import (

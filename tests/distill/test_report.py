@@ -5,7 +5,7 @@ import re
 import pytest
 from PIL import Image
 
-from distill.config import EvalConfig
+from distill.evaluation.config import EvalConfig
 from distill.evaluation.evaluate import evaluate
 from distill.report.cost import train_device_s
 from distill.report.page import duration, size

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import NFE_PER_STEP, ConfigError
+from distill.config import ConfigError
 from distill.flow.solvers import ODE_SOLVERS, dopri5, solve, solve_by_jumps
+from distill.flow.times import NFE_PER_STEP
 from distill.sample import few_step
 from distill.testing import GaussianFlow
 

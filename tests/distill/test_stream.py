@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 
-from distill.config import ConfigError, ImageSpec, TeacherConfig, TrajectoryConfig
+from distill.config import ConfigError, ImageSpec
 from distill.data import stream as stream_module
+from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
 from distill.data.sidecar import ForeignShard, ShardSpec, shard_spec, tar_path
 from distill.data.stores.store import committed
 from distill.data.stream import StreamError, TrajectoryStream
 from distill.flow.noise import sample_noise
 from distill.run.dir import RunDir
+from distill.teachers.config import TeacherConfig
 from distill.testing import tiny_shard, tiny_spec, write_tiny_shards
 
 BLOCK_SHARDS, PASSES, BATCH = 3, 2, 12

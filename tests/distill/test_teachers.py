@@ -6,13 +6,15 @@ import math
 import pytest
 import torch
 
-from distill.config import ConfigError, DiTConfig, ImageSpec, TeacherConfig
+from distill.config import ConfigError, ImageSpec
 from distill.flow.solvers import solve
 from distill.networks.build import build_network
+from distill.networks.config import DiTConfig
 from distill.networks.files import file_sha256, save_model
 from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
 from distill.teachers.base import guided
 from distill.teachers.build import build_field, build_teacher
+from distill.teachers.config import TeacherConfig
 from distill.teachers.native import Jumps
 from distill.testing import GaussianFlow, tiny_teacher
 

@@ -1,0 +1,104 @@
+"""Settings of the real images and of the trajectory stream. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from distill.config import ImageSpec, check, check_choice, check_positive
+
+
+@dataclass
+class DataConfig:
+    """The real images a teacher is trained on and a student is compared with.
+
+    `latents` has none: the run's teacher comes from elsewhere, and only distances to it are taken.
+    """
+
+    name: str = MISSING  # digits | fashion | npz | latents
+    path: str = ""  # fashion: folder with the files, "" is the usual one; npz: the file
+    channels: int = MISSING
+    size: int = MISSING  # height = width, pixels, after padding
+    num_classes: int = 0  # 0: unconditional
+
+    def __post_init__(self) -> None:
+        check_choice("data.name", self.name, ("digits", "fashion", "npz", "latents"))
+        check_positive("data", channels=self.channels, size=self.size)
+        check(
+            self.name != "latents" or not self.image.is_picture,
+            f"data.name=latents with data.channels={self.channels}: grey and RGB images are "
+            "compared with real ones; set data.name=npz and data.path",
+        )
+
+    @property
+    def image(self) -> ImageSpec:
+        """Shape and classes of the images."""
+        return ImageSpec(self.channels, self.size, self.num_classes)
+
+
+def check_location(location: str) -> None:
+    """Raises ConfigError unless trajectory.location may be written into files and messages."""
+    protocol, is_url, rest = location.partition("://")
+    # Not repeated in the message: it is a secret.
+    check(
+        not is_url or not set("@?*[") & set(rest),
+        f"trajectory.location={protocol}://... must be a plain address without user, password, "
+        "question mark or pattern; credentials come from the environment (docs/operations.md)",
+    )
+    check(
+        protocol != "file" or not is_url,
+        f"trajectory.location={location}: give a folder as a path, without file://",
+    )
+
+
+@dataclass
+class TrajectoryConfig:
+    """The trajectory stream: what a shard holds and in which order it is read (docs/formats.md)."""
+
+    grid: int = 8  # K: the solver passes t = 0, 1/K .. 1
+    store_points: list[int] = field(default_factory=list)  # k of the stored k/K; []: 0 .. K
+    samples_per_shard: int = 256
+    block_shards: int = 4  # shards shuffled together
+    passes: int = 4  # times each block is read before the next
+    dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
+    store_noise: bool = True  # false: the reader makes it again from the sample id
+    batch_size: int = 256  # samples a teacher integrates at once, if its memory suffices
+    ready_ahead: int = 16  # shards at most beyond the block that is read
+    location: str = ""  # of the shards: a folder or an fsspec URL; "" is shards in the run's folder
+    max_bytes: int = 20_000_000_000  # shards at most on disk, bytes
+    wait_timeout_s: float = 900.0  # without a new shard, then a reader fails
+
+    def __post_init__(self) -> None:
+        check_positive(
+            "trajectory",
+            grid=self.grid,
+            samples_per_shard=self.samples_per_shard,
+            block_shards=self.block_shards,
+            passes=self.passes,
+            batch_size=self.batch_size,
+            wait_timeout_s=self.wait_timeout_s,
+        )
+        check_choice("trajectory.dtype", self.dtype, ("float16", "bfloat16", "float32"))
+        check_location(self.location)
+        check(
+            self.points == sorted({*self.points})
+            and (self.points[0], self.points[-1]) == (0, self.grid),
+            f"trajectory.store_points={self.store_points} must rise from 0, the noise, to "
+            f"trajectory.grid={self.grid}, the image",
+        )
+        check(
+            self.ready_ahead >= self.block_shards,
+            f"trajectory.ready_ahead={self.ready_ahead} must be at least trajectory.block_shards="
+            f"{self.block_shards}, or the reader would wait for a block that may not be made",
+        )
+
+    @property
+    def points(self) -> list[int]:
+        """The grid points k that are stored, t = k/K; 0 and K are among them."""
+        return list(self.store_points) or list(range(self.grid + 1))
+
+    @property
+    def block_samples(self) -> int:
+        """Samples in one block."""
+        return self.block_shards * self.samples_per_shard
