@@ -9,13 +9,12 @@ from benchmarks.problems import Problem, Solved
 from benchmarks.student import averaged, fit
 from distill.config import TrainConfig
 from distill.data.config import DataConfig
-from distill.data.images import load_images
+from distill.data.images import ImageStream, load_images
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.files import DESCRIPTION, load_model, save_model
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.config import ReflowConfig
-from distill.pretrain import ImageStream
 from distill.teachers.base import guided
 from distill.teachers.native import NativeTeacher
 

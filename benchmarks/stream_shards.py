@@ -20,10 +20,10 @@ import torch
 import webdataset
 
 from benchmarks.sections import markdown
-from distill.data.generate import GeneratedShard
 from distill.data.layout import stored_dtype, tar_bytes
 from distill.data.shards import read_shard, write_shard
 from distill.data.sidecar import ShardSpec, TeacherSpec
+from distill.flow.trajectory import GeneratedShard
 from distill.run.dir import RunDir
 
 

@@ -16,12 +16,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ImageSpec
-from distill.data.generate import GeneratedShard
 from distill.data.shards import write_shard
 from distill.data.sidecar import ShardSpec, TeacherSpec
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import expand_as
-from distill.flow.trajectory import TrajectoryBatch
+from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
 from distill.networks.layers import AbstractNetwork

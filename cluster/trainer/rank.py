@@ -22,7 +22,7 @@ from cluster.trainer.zero import DeepSpeedEngine
 from distill.checkpoint.agree import agreed_latest
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
-from distill.data.images import load_images
+from distill.data.images import ImageStream, load_images
 from distill.data.stream import TrajectoryStream
 from distill.engine.engine import Engine
 from distill.export.student import export_checkpoint
@@ -34,7 +34,6 @@ from distill.networks.layers import AbstractNetwork
 from distill.objectives.base import Objective
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
-from distill.pretrain import ImageStream
 from distill.run.dir import RunDir
 from distill.run.files import append_line, lock_file
 from distill.teachers.sit import load_sit

@@ -7,7 +7,6 @@ once, the batch is halved until it does: same ids, same noise, states equal up t
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -20,33 +19,11 @@ from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve, solve_by_jumps
 from distill.flow.times import sampler_times
+from distill.flow.trajectory import GeneratedShard
 from distill.teachers.base import FrozenTeacher, Guided
 from distill.teachers.build import build_field
 from distill.teachers.config import TeacherConfig
 from distill.teachers.native import Jumps
-
-
-@dataclass(frozen=True)
-class GeneratedShard:
-    """Trajectories of consecutive sample ids, on the CPU.
-
-    Attributes:
-        states: [N, M, P, C, H, W] float32 at the P stored points of the grid; state 0 is the noise,
-            the same for every teacher.
-        labels: class of each sample, -1 for "none".
-        ids: sample ids.
-        nfe: evaluations of the guided velocity, summed over samples and teachers.
-        forwards: samples that went through a network: guidance costs two forwards an evaluation.
-        batch_size: samples that were integrated at once, in the end; less than was asked for when
-            memory ran out.
-    """
-
-    states: Float[Tensor, "N M P *S"]
-    labels: Int[np.ndarray, "N"]
-    ids: Int[np.ndarray, "N"]
-    nfe: int
-    forwards: int
-    batch_size: int
 
 
 def common_image(teachers: dict[str, FrozenTeacher]) -> ImageSpec:

@@ -34,7 +34,7 @@ from distill.run.dir import RunDir
 
 @runtime_checkable
 class Trajectories(Protocol):
-    """What is stored; `distill.data.generate.GeneratedShard` is one."""
+    """What is stored; `distill.flow.trajectory.GeneratedShard` is one."""
 
     @property
     def states(self) -> Tensor:

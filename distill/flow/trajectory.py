@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -79,3 +80,26 @@ class TrajectoryBatch:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries for a batch of {batch}"
                 )
+
+
+@dataclass(frozen=True)
+class GeneratedShard:
+    """Trajectories of consecutive sample ids, on the CPU.
+
+    Attributes:
+        states: [N, M, P, C, H, W] float32 at the P stored points of the grid; state 0 is the noise,
+            the same for every teacher.
+        labels: class of each sample, -1 for "none".
+        ids: sample ids.
+        nfe: evaluations of the guided velocity, summed over samples and teachers.
+        forwards: samples that went through a network: guidance costs two forwards an evaluation.
+        batch_size: samples that were integrated at once, in the end; less than was asked for when
+            memory ran out.
+    """
+
+    states: Float[Tensor, "N M P *S"]
+    labels: Int[np.ndarray, "N"]
+    ids: Int[np.ndarray, "N"]
+    nfe: int
+    forwards: int
+    batch_size: int

@@ -11,12 +11,11 @@ from cluster.calls import objective_calls
 from cluster.plan.estimate import estimate, stream_plan, teacher_forwards
 from cluster.settings.hydra import compose
 from distill.config import ImageSpec, TrainConfig
-from distill.data.generate import GeneratedShard
 from distill.data.shards import write_shard
 from distill.data.sidecar import shard_spec, sidecar_path
 from distill.engine.engine import TorchEngine
 from distill.evaluation.evaluate import evaluate
-from distill.flow.trajectory import TrajectoryBatch
+from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.cost import network_cost

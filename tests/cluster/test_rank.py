@@ -11,12 +11,11 @@ from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import Images, initial_network, train_with_exports, work_of
 from distill.checkpoint import manifest
 from distill.config import ConfigError
-from distill.data.images import load_images
+from distill.data.images import ImageStream, load_images
 from distill.engine.engine import TorchEngine
 from distill.networks.files import load_model
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.pretrain import ImageStream
 from distill.run.files import sha256_file
 
 

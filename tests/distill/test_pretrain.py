@@ -2,8 +2,8 @@
 
 import torch
 
+from distill.data.images import FIRST_NOISE, ImageStream
 from distill.flow.noise import sample_noise
-from distill.pretrain import FIRST_NOISE, ImageStream
 
 N = 10
 
