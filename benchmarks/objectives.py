@@ -5,7 +5,7 @@
 
 Same trajectories, same student network, same optimiser for every objective. Two normalisations:
 equal optimiser steps, and equal work of the student in forwards (a backward pass counts as two,
-`cluster.calls.objective_calls`). Finished trainings are kept in benchmarks/.cache and not repeated
+`distill.objectives.config.objective_calls`). Finished trainings are kept in benchmarks/.cache and not repeated
 while code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,png}
 and its tables into docs/results.md.
 """
@@ -41,12 +41,11 @@ from benchmarks.digits import digits_problem  # noqa: E402
 from benchmarks.guides import GUIDED, STEPS, guided_problem, prepare  # noqa: E402
 from benchmarks.problems import MIXTURES, Problem, integrate, mixture_problem  # noqa: E402
 from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
-from cluster.calls import objective_calls  # noqa: E402
 from cluster.settings.hydra import compose  # noqa: E402
 from distill.config import TrainConfig
 from distill.evaluation.metrics import relative_distance  # noqa: E402
 from distill.flow.times import NFE_PER_STEP
-from distill.objectives.config import EndpointConfig, ObjectiveConfig  # noqa: E402
+from distill.objectives.config import EndpointConfig, ObjectiveConfig, objective_calls  # noqa: E402
 
 CACHE = ROOT / "benchmarks" / ".cache"
 SEEDS = (0, 1, 2)

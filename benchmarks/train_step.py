@@ -26,7 +26,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cluster.calls import Calls, objective_calls  # noqa: E402
 from cluster.settings.hydra import compose  # noqa: E402
 from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine  # noqa: E402
@@ -36,12 +35,14 @@ from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective  # noqa: E402
 from distill.objectives.config import (  # noqa: E402
     BezierConfig,
+    Calls,
     ConsistencyConfig,
     EndpointConfig,
     MeanFlowConfig,
     ObjectiveConfig,
     ReflowConfig,
     TraFlowConfig,
+    objective_calls,
 )
 
 IMAGE = ImageSpec(1, 8, 10)

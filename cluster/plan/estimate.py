@@ -17,7 +17,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.calls import objective_calls
 from cluster.settings.schema import RunConfig
 from cluster.state.identity import is_own
 from distill.config import check
@@ -27,6 +26,7 @@ from distill.data.sidecar import shard_spec
 from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.flow.times import NFE_PER_STEP
 from distill.networks.cost import NetworkCost, network_cost, state_bytes
+from distill.objectives.config import objective_calls
 from distill.teachers.config import TeacherConfig
 
 # -----------------------------------------------------------------------------------------------

@@ -17,26 +17,12 @@ from cluster.settings.schema import RunConfig
 from distill.config import ConfigError, check
 from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
 from distill.objectives.config import (
-    BezierConfig,
-    ConsistencyConfig,
-    EndpointConfig,
-    MeanFlowConfig,
-    ObjectiveConfig,
-    ReflowConfig,
-    TraFlowConfig,
+    OBJECTIVES,
 )
 from distill.run.dir import RunDir
 from distill.run.files import write_atomic
 
 NETWORKS: dict[str, type[NetworkConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
-OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
-    "traflow": TraFlowConfig,
-    "bezier": BezierConfig,
-    "endpoint": EndpointConfig,
-    "reflow": ReflowConfig,
-    "consistency": ConsistencyConfig,
-    "meanflow": MeanFlowConfig,
-}
 GROUPS = ("experiment", "data", "student", "teacher", "objective", "train", "eval", "cluster")
 
 

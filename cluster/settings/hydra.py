@@ -25,11 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cluster.cli.arguments import split_launcher
 from cluster.pipeline import work
-from cluster.settings.file import NETWORKS, OBJECTIVES, register_resolvers, sentence, to_config
+from cluster.settings.file import NETWORKS, register_resolvers, sentence, to_config
 from cluster.settings.schema import ClusterConfig, RunConfig
 from distill.config import ConfigError, TrainConfig, check
 from distill.data.config import DataConfig
 from distill.evaluation.config import EvalConfig
+from distill.objectives.config import OBJECTIVES
 
 
 def register() -> None:

@@ -14,7 +14,6 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from cluster.calls import objective_calls
 from cluster.state.cursor import WithCursor
 from cluster.trainer.job import TrainJob, stream_order
 from cluster.trainer.watchdog import ending_when_hung
@@ -33,7 +32,7 @@ from distill.networks.files import DESCRIPTION, load_model
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.base import Objective
 from distill.objectives.build import build_objective
-from distill.objectives.config import ObjectiveConfig, ReflowConfig
+from distill.objectives.config import ObjectiveConfig, ReflowConfig, objective_calls
 from distill.run.dir import RunDir
 from distill.run.files import append_line, lock_file
 from distill.teachers.sit import load_sit

@@ -21,16 +21,10 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import (
-    Call,
-    Distances,
-    LossTerms,
-    Term,
-    draw,
-    eulerian_target,
-    loss_terms,
-)
+from distill.objectives.base import Call, LossTerms, Term, draw, loss_terms
 from distill.objectives.config import BezierConfig
+from distill.objectives.derivatives import eulerian_target
+from distill.objectives.distances import Distances
 
 
 def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[Tensor, "B n1 *S"]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from distill.objectives.base import GradientNorms, Objective, build_distances
+from distill.objectives.base import GradientNorms, Objective
 from distill.objectives.bezier import Bezier
 from distill.objectives.config import (
     BezierConfig,
@@ -14,6 +14,7 @@ from distill.objectives.config import (
     TraFlowConfig,
 )
 from distill.objectives.consistency import Consistency
+from distill.objectives.distances import build_distances
 from distill.objectives.endpoint import Endpoint
 from distill.objectives.meanflow import MeanFlow
 from distill.objectives.reflow import Reflow

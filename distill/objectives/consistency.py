@@ -13,18 +13,9 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, jump
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import (
-    Call,
-    Distance,
-    Distances,
-    LossTerms,
-    Term,
-    draw,
-    draw_index,
-    loss_terms,
-    pick,
-)
+from distill.objectives.base import Call, LossTerms, Term, draw, draw_index, loss_terms, pick
 from distill.objectives.config import ConsistencyConfig
+from distill.objectives.distances import Distance, Distances
 
 
 def consistency_term(

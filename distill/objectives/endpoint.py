@@ -4,8 +4,9 @@ import torch
 
 from distill.flow.paths import MeanVelocity
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import Call, Distance, Distances, LossTerms, Term, loss_terms
+from distill.objectives.base import Call, LossTerms, Term, loss_terms
 from distill.objectives.config import EndpointConfig
+from distill.objectives.distances import Distance, Distances
 
 
 def output_term(batch: TrajectoryBatch, distance: Distance, weight: float) -> Term:

@@ -9,16 +9,10 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, interpolate
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import (
-    Call,
-    Distances,
-    LossTerms,
-    Term,
-    draw,
-    eulerian_target,
-    loss_terms,
-)
+from distill.objectives.base import Call, LossTerms, Term, draw, loss_terms
 from distill.objectives.config import MeanFlowConfig
+from distill.objectives.derivatives import eulerian_target
+from distill.objectives.distances import Distances
 
 
 class MeanFlow:

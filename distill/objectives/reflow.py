@@ -12,16 +12,9 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, interpolate
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import (
-    Call,
-    Distance,
-    Distances,
-    LossTerms,
-    Term,
-    draw,
-    loss_terms,
-)
+from distill.objectives.base import Call, LossTerms, Term, draw, loss_terms
 from distill.objectives.config import ReflowConfig
+from distill.objectives.distances import Distance, Distances
 
 U_SHAPE = 4.0  # a in p(t) ~ cosh(a (t - 1/2)) (Lee et al., 2024, section 4.1)
 

@@ -23,8 +23,6 @@ from distill.flow.times import sampler_times
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import (
     Call,
-    Distance,
-    Distances,
     GradientNorms,
     LossTerms,
     Term,
@@ -32,11 +30,11 @@ from distill.objectives.base import (
     draw_index,
     loss_terms,
     pick,
-    time_derivative,
-    with_time_derivative,
 )
 from distill.objectives.config import TraFlowConfig
 from distill.objectives.consistency import consistency_term
+from distill.objectives.derivatives import time_derivative, with_time_derivative
+from distill.objectives.distances import Distance, Distances
 from distill.objectives.endpoint import output_term
 from distill.objectives.reflow import flow_matching_term
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.calls import objective_calls
 from cluster.plan.estimate import estimate, stream_plan, teacher_forwards
 from cluster.settings.hydra import compose
 from distill.config import ImageSpec, TrainConfig
@@ -28,6 +27,7 @@ from distill.objectives.config import (
     MeanFlowConfig,
     ReflowConfig,
     TraFlowConfig,
+    objective_calls,
 )
 from distill.run.dir import RunDir
 from distill.teachers.config import TeacherConfig

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distill.config import ImageSpec
-from distill.objectives.base import draw_index, pseudo_huber
+from distill.objectives.base import draw_index
 from distill.objectives.build import build_objective
 from distill.objectives.config import (
     ConsistencyConfig,
@@ -13,6 +13,7 @@ from distill.objectives.config import (
     ObjectiveConfig,
     ReflowConfig,
 )
+from distill.objectives.distances import pseudo_huber
 from distill.objectives.reflow import u_shaped
 from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, random_network
 

@@ -10,10 +10,11 @@ from distill.config import ImageSpec
 from distill.flow.paths import bezier_point, bezier_velocity, expand_as, interpolate
 from distill.flow.solvers import solve
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import draw, l2, loss_terms
+from distill.objectives.base import draw, loss_terms
 from distill.objectives.bezier import control_points
 from distill.objectives.build import build_objective
 from distill.objectives.config import BezierConfig
+from distill.objectives.distances import l2
 from distill.objectives.reflow import flow_matching_term
 from distill.testing import (
     NETWORKS,

@@ -8,16 +8,11 @@ from torch import Tensor, nn
 
 from distill.config import ImageSpec
 from distill.flow.paths import jump
-from distill.objectives.base import (
-    Call,
-    eulerian_target,
-    l2,
-    pick,
-    time_derivative,
-    with_time_derivative,
-)
+from distill.objectives.base import Call, pick
 from distill.objectives.build import base, build_objective
 from distill.objectives.config import BezierConfig, MeanFlowConfig, TraFlowConfig
+from distill.objectives.derivatives import eulerian_target, time_derivative, with_time_derivative
+from distill.objectives.distances import l2
 from distill.objectives.traflow import (
     double_backward_term,
     finite_change_term,
