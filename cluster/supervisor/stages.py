@@ -32,7 +32,7 @@ from distill.report.sections import write_report
 from distill.run.dir import RunDir
 from distill.teachers.build import build_teacher
 from distill.teachers.config import TeacherConfig
-from distill.wandb import check_wandb
+from distill.training.trackers import check_wandb
 
 
 @dataclass

@@ -27,7 +27,8 @@ from distill.evaluation.curves import (
     teacher_curves,
     truth,
 )
-from distill.evaluation.draw import (
+from distill.evaluation.metrics import FeatureDistance, distance_name, relative_distance
+from distill.evaluation.sampling import (
     Interrupt,
     Sampler,
     Samples,
@@ -36,7 +37,6 @@ from distill.evaluation.draw import (
     student_sampler,
     teacher_sampler,
 )
-from distill.evaluation.metrics import FeatureDistance, distance_name, relative_distance
 from distill.export.student import latest_student, read_identity
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import fingerprint

@@ -22,8 +22,7 @@ from distill.objectives.base import LossTerms
 from distill.run.dir import RunDir
 from distill.run.files import append_line
 from distill.training.timing import PhaseClock
-from distill.training.trackers import EventFile, scalars
-from distill.wandb import WandbRun
+from distill.training.trackers import EventFile, WandbRun, scalars
 
 # Of a loss that stands out: steps it is compared with, at most and at least; how far it stands out.
 HISTORY, FEWEST, DEVIATIONS = 64, 16, 8.0

@@ -14,10 +14,9 @@ from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import Objective
-from distill.profiler import traced_steps
 from distill.run.dir import RunDir
 from distill.training.log import Losses, TrainLog, Work
-from distill.training.timing import PhaseClock
+from distill.training.timing import PhaseClock, traced_steps
 
 
 class TrainingError(RuntimeError):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch.profiler import profile, schedule
 
 # "other" is what the loop itself does: logs and counts.
 PHASES = ("data", "forward", "backward", "optimizer", "save", "other")
@@ -51,3 +56,25 @@ def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
         return start.elapsed_time(end) / 1000
     assert isinstance(end, float)
     return end - start
+
+
+SKIPPED, TRACED = 2, 3  # steps; the first ones allocate, and the profiler warms up
+
+
+@contextmanager
+def traced_steps(folder: Path, start: int, rank: int, enabled: bool) -> Iterator[Callable[[], Any]]:
+    """A function to be called after every step; the trace of this rank is in `folder` afterwards.
+
+    The file is named after the first step traced. Nothing happens unless `enabled`.
+    """
+    if not enabled:
+        yield lambda: None
+        return
+    path = folder / f"step_{start + SKIPPED:08d}-rank_{rank:05d}.json.gz"
+    folder.mkdir(parents=True, exist_ok=True)
+    with profile(
+        schedule=schedule(wait=SKIPPED - 1, warmup=1, active=TRACED, repeat=1),
+        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+        record_shapes=True,
+    ) as profiler:
+        yield profiler.step

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from torch.utils.tensorboard import SummaryWriter
+
+from distill.config import ConfigError, check
+from distill.run.dir import RunDir
+from distill.run.files import write_atomic
 
 FLUSH_S = 10  # a kill loses so much of the copy
 
@@ -39,3 +46,91 @@ def scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield from scalars(value, f"{prefix}{name}/")
         elif name != "step":
             yield prefix + name, float(value)
+
+
+FINISH_TIMEOUT_S = 60.0  # for what is still to be sent at the end
+
+
+def check_wandb(project: str) -> None:
+    """Raises ConfigError when a project is named and the package is not installed here."""
+    check(
+        project == "" or find_spec("wandb") is not None,
+        f"train.wandb={project} needs the package wandb; pip install 'bowstring[wandb]', or set "
+        "train.wandb= to do without",
+    )
+
+
+class WandbRun:
+    """Scalars of a training, in a run of its own at W&B that goes on after every start."""
+
+    def __init__(
+        self,
+        project: str,
+        run: RunDir,
+        settings: dict[str, Any],
+        say: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """`settings` is shown beside the run; `say` takes the event of the service's failure.
+
+        Raises:
+            ConfigError: the package is not installed, or the service does not know who asks.
+        """
+        check_wandb(project)
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # only what was asked for is sent
+        import wandb
+
+        self._say, self._run, self._failures = say, None, (wandb.Error, OSError, TimeoutError)
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=_run_id(run.wandb / "id"),
+                name=run.root.name,
+                dir=run.root,
+                config=settings,
+                allow_val_change=True,  # a resume may train longer
+                resume="allow",
+                settings=wandb.Settings(
+                    console="off",
+                    silent=True,
+                    disable_code=True,
+                    disable_git=True,
+                    finish_timeout=FINISH_TIMEOUT_S,
+                ),
+            )
+        except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
+            raise ConfigError(
+                f"train.wandb={project}: {' '.join(str(error).split())}; set WANDB_API_KEY in the "
+                "environment, or WANDB_MODE=offline, or train.wandb="
+            ) from error
+        except self._failures as error:
+            self._give_up(error)
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        """Adds the numbers of a step. The service leaves out a step that it has."""
+        if self._run is None:
+            return
+        try:
+            self._run.log(numbers, step=step)
+        except self._failures as error:
+            self._give_up(error)
+
+    def close(self) -> None:
+        """Sends what is left, for a minute at most; `wandb sync` sends what remains."""
+        if self._run is None:
+            return
+        try:
+            self._run.finish()
+        except self._failures as error:
+            self._give_up(error)
+
+    def _give_up(self, error: BaseException) -> None:
+        self._run = None
+        self._say({"kind": "wandb", "error": " ".join(str(error).split()) or repr(error)})
+
+
+def _run_id(path: Path) -> str:
+    """The id in the file, which is made at the first start."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, uuid4().hex.encode())
+    return path.read_text()

@@ -9,9 +9,9 @@ import torch
 
 from distill.config import ConfigError
 from distill.evaluation.config import EvalConfig
-from distill.evaluation.draw import Interrupt, Samples, draw, teacher_sampler
 from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metrics import relative_distance
+from distill.evaluation.sampling import Interrupt, Samples, draw, teacher_sampler
 from distill.flow.noise import sample_noise
 from distill.testing import GaussianFlow
 

@@ -13,8 +13,7 @@ import pytest
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
-from distill.training.trackers import scalars
-from distill.wandb import WandbRun, check_wandb
+from distill.training.trackers import WandbRun, check_wandb, scalars
 
 with_wandb = pytest.mark.skipif(
     find_spec("wandb") is None, reason="wandb is not installed; pip install 'bowstring[wandb]'"
