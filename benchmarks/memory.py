@@ -25,11 +25,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from cluster.plan.memory import state_bytes
 from cluster.trainer.zero import DeepSpeedEngine  # noqa: E402
 from distill.config import OFFLOAD_STAGES, ImageSpec, TrainConfig
 from distill.networks.build import build_network  # noqa: E402
 from distill.networks.config import DiTConfig
-from distill.networks.cost import state_bytes  # noqa: E402
 from distill.testing import run_ranks  # noqa: E402
 
 IMAGE = ImageSpec(1, 8, 10)

@@ -29,7 +29,8 @@ from matplotlib.figure import Figure  # noqa: E402
 
 from benchmarks.world import World  # noqa: E402
 from benchmarks.world_settings import WAYS, Settings  # noqa: E402
-from cluster.plan.estimate import estimate, stream_plan  # noqa: E402
+from cluster.plan.estimate import estimate
+from cluster.plan.stream import stream_plan
 from cluster.settings.hydra import compose  # noqa: E402
 
 PER_HOUR = (0.01, 0.05, 0.10, 0.20, 0.50)

@@ -20,10 +20,10 @@ from typing import Any
 
 from cluster.consumption import planned_sha256
 from cluster.inspect.verify import audit
+from cluster.plan.stream import stream_order
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import Job, read_ids, read_jobs
 from cluster.supervisor.progress import last_step
-from cluster.trainer.job import stream_order
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
 

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_plan
 from cluster.pool import pool as pool_module
 from cluster.pool.pool import TeacherPool
 from cluster.settings.hydra import compose

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 
 from cluster import pool, runner, stages  # noqa: E402
-from cluster.plan.estimate import stream_plan  # noqa: E402
+from cluster.plan.stream import stream_plan
 from cluster.pool.worker import TeacherWorker  # noqa: E402
 from cluster.settings.file import load_config, save_config  # noqa: E402
 from cluster.settings.hydra import compose  # noqa: E402

@@ -8,10 +8,10 @@ import time
 import uuid
 from typing import Any
 
-from cluster.plan.estimate import StreamPlan
+from cluster.plan.placement import Device, gpus_of_worker
+from cluster.plan.stream import StreamPlan
 from cluster.pool.coordinator import Limits
 from cluster.settings.schema import RunConfig, TeacherPoolConfig
-from cluster.state.workers import Device, gpus_of_worker
 from distill.config import check
 from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from distill.run.dir import RunDir
 
 USAGE_ERROR = 2
-LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,12 +48,6 @@ def split_force_new(args: list[str]) -> list[str]:
         )
         rest.append(f"run.name={name}")
     return rest
-
-
-def split_launcher(args: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra arguments that say what to run, and those that name and set up a launcher."""
-    own = [word for word in args if word.lstrip("+~").startswith(LAUNCHER)]
-    return [word for word in args if word not in own], own
 
 
 def read_settings(args: list[str]) -> list[RunConfig]:

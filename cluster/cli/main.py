@@ -13,16 +13,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.cli.arguments import (
-    USAGE_ERROR,
-    Parser,
-    open_run,
-    read_settings,
-    split_force_new,
-    split_launcher,
-)
+from cluster.cli.arguments import USAGE_ERROR, Parser, open_run, read_settings, split_force_new
 from cluster.cli.help import GENERAL, VERBS
 from cluster.pipeline import DISTIL, PIPELINE, work
+from cluster.settings.hydra import split_launcher
 
 INTERRUPTED = 130
 
@@ -43,7 +37,7 @@ def pipeline(verb: str, args: list[str]) -> int:
 
     check_all(configs)  # refused here, before anything heavy is loaded
     if launcher:
-        from cluster.settings.hydra import launch
+        from cluster.cli.sweep import launch
 
         launch(stage, [*settings, *launcher], command)
         return 0

@@ -12,7 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_plan
 from cluster.settings.file import load_config
 from cluster.settings.schema import RunConfig
 from cluster.slurm.jobs import SlurmError, read_ids, read_jobs

@@ -17,58 +17,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from cluster.plan.memory import state_bytes
+from cluster.plan.stream import stream_plan
 from cluster.settings.schema import RunConfig
 from cluster.state.identity import is_own
 from distill.config import check
-from distill.data.layout import sidecar_bytes, tar_bytes
-from distill.data.order import Order
-from distill.data.sidecar import shard_spec
 from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.flow.times import NFE_PER_STEP
-from distill.networks.cost import NetworkCost, network_cost, state_bytes
+from distill.networks.cost import NetworkCost, network_cost
 from distill.objectives.config import objective_calls
 from distill.teachers.config import TeacherConfig
 
 # -----------------------------------------------------------------------------------------------
 # Counts and bytes
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """What the steps of a run read.
-
-    Attributes:
-        blocks, shards, samples: how many are made.
-        sample_bytes: bytes of one sample on disk: its part of a tar and of a sidecar.
-        shard_bytes: bytes of one tar.
-        num_bytes: bytes of all tars together; at most trajectory.max_bytes lie on disk at once.
-    """
-
-    blocks: int
-    shards: int
-    samples: int
-    sample_bytes: int
-    shard_bytes: int
-    num_bytes: int
-
-
-def stream_plan(config: RunConfig) -> StreamPlan:
-    """Blocks, shards, samples and bytes that the training steps of a configuration need."""
-    trajectory = config.trajectory
-    order = Order(config.seed, trajectory.block_samples, trajectory.passes, config.train.batch_size)
-    blocks = order.num_blocks(config.train.max_steps)
-    shards = blocks * trajectory.block_shards
-    fingerprints = {name: 64 * "0" for name in config.teacher}
-    spec = shard_spec(config.seed, config.data.image, trajectory, config.teacher, fingerprints)
-    tar, sidecar = tar_bytes(spec), sidecar_bytes(spec, shards - 1)
-    return StreamPlan(
-        blocks=blocks,
-        shards=shards,
-        samples=shards * trajectory.samples_per_shard,
-        sample_bytes=round((tar + sidecar) / trajectory.samples_per_shard),
-        shard_bytes=tar,
-        num_bytes=shards * tar,
-    )
 
 
 def teacher_forwards(teacher: TeacherConfig) -> int:

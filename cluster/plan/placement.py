@@ -10,10 +10,11 @@ another one (`cluster.supervisor.group`).
 from __future__ import annotations
 
 import math
+import os
 import socket
-from typing import Any
+from typing import Any, Literal
 
-from cluster.settings.schema import ClusterConfig, WorkersConfig
+from cluster.settings.schema import ClusterConfig, TeacherPoolConfig, WorkersConfig
 from distill.config import TrainConfig
 
 ANSWER_S = 2.0  # a raylet that lives accepts a connection at once
@@ -67,3 +68,26 @@ def _answers(node: dict[str, Any]) -> bool:
             return True
     except OSError:
         return False
+
+
+Device = Literal["cuda", "cpu"]
+WORKERS_PER_CORE = 2  # on this machine alone `scale` goes up to this
+
+
+def most_workers(cluster: ClusterConfig) -> int | None:
+    """Teacher workers at most; None on a cluster, whose nodes may come and go."""
+    if cluster.address:
+        return None
+    return max(cluster.teachers.num_workers, WORKERS_PER_CORE * (os.cpu_count() or 1))
+
+
+def _fitting(cluster: ClusterConfig, resources: dict[str, float], device: Device) -> int:
+    """Teacher workers that fit on a node next to the trainer ranks that it may have to take."""
+    ranks = min(int(resources.get("trainer", 0.0)), cluster.trainer.max_workers)
+    worker = needs(cluster.teachers) | {"GPU": gpus_of_worker(cluster.teachers, device)}
+    return fitting(resources, "teacher", worker, needs(cluster.trainer, ranks))
+
+
+def gpus_of_worker(pool: TeacherPoolConfig, device: Device) -> float:
+    """What a worker that computes there asks of its node."""
+    return pool.gpus_per_worker if device == "cuda" else 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
-from cluster.state.workers import Device
+from cluster.plan.placement import Device
 
 
 @dataclass(eq=False)

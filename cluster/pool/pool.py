@@ -16,7 +16,8 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster import production
 from cluster.pace import Pace
-from cluster.plan.estimate import StreamPlan
+from cluster.plan.placement import Device, most_workers
+from cluster.plan.stream import StreamPlan, stream_order
 from cluster.pool import messages
 from cluster.pool.coordinator import Coordinator
 from cluster.pool.member import Member, choose_leaving
@@ -24,14 +25,7 @@ from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import RunConfig
 from cluster.state.cursor import read_cursor
 from cluster.state.room import OldestCheckpoint, evict, first_shard_read, read_evicted
-from cluster.state.workers import (
-    END_OF_PRODUCTION,
-    SCALED_DOWN,
-    Device,
-    most_workers,
-    wanted_workers,
-)
-from cluster.trainer.job import stream_order
+from cluster.state.workers import END_OF_PRODUCTION, SCALED_DOWN, wanted_workers
 from distill.config import ConfigError
 from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, is_committed

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
-from cluster.state.workers import Device
 from distill.data.generate import generate_shard
 from distill.data.shards import write_shard
 from distill.data.sidecar import ShardSpec

@@ -23,8 +23,6 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.cli.arguments import split_launcher
-from cluster.pipeline import work
 from cluster.settings.file import NETWORKS, register_resolvers, sentence, to_config
 from cluster.settings.schema import ClusterConfig, RunConfig
 from distill.config import ConfigError, TrainConfig, check
@@ -136,37 +134,6 @@ def compose(args: list[str]) -> list[RunConfig]:
 # Jobs that a launcher of Hydra starts elsewhere
 
 
-def launch(stage: str, args: list[str], command: str) -> None:
-    """Hands the jobs of a sweep to the launcher that `args` name, and waits for their ends.
-
-    Raises:
-        ConfigError: there is no such launcher, or it has no such setting.
-        ChildProcessError: a job failed.
-    """
-    check("--multirun" in args or "-m" in args, "a launcher is for sweeps: add --multirun")
-
-    def task(tree: DictConfig) -> None:
-        work_elsewhere(stage, args, command, tree)
-
-    _drive(task, args)
-
-
-def work_elsewhere(stage: str, args: list[str], command: str, tree: DictConfig) -> None:
-    """One job of a sweep, in a process of the launcher's.
-
-    Raises:
-        ChildProcessError: it failed. The process that waits for the jobs says so.
-    """
-    tree.run.name = _name(tree, args)
-    config = to_config(tree)
-    config.run.command = command
-    code = work(stage, config)
-    if code:
-        raise ChildProcessError(
-            f"{config.run.dir} failed with exit code {code}; its job's log says why"
-        )
-
-
 def _explain(error: HydraException) -> str:
     """One sentence for an error of Hydra."""
     cause = error.__cause__
@@ -200,3 +167,12 @@ def complete(args: list[str], verbs: tuple[str, ...]) -> None:
     with contextlib.redirect_stdout(shown):
         compose(args)
     print(" ".join(word for word in shown.getvalue().split() if "=base_" not in word))
+
+
+LAUNCHER = ("hydra/launcher=", "hydra.launcher.")
+
+
+def split_launcher(args: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra arguments that say what to run, and those that name and set up a launcher."""
+    own = [word for word in args if word.lstrip("+~").startswith(LAUNCHER)]
+    return [word for word in args if word not in own], own

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_plan
 from cluster.settings.schema import RunConfig
 from cluster.state.identity import check_identity, is_own
 from cluster.state.room import read_evicted

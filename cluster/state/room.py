@@ -18,9 +18,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.plan.estimate import StreamPlan
+from cluster.plan.stream import StreamPlan, stream_order
 from cluster.settings.schema import RunConfig
-from cluster.trainer.job import stream_order
 from distill.checkpoint.manifest import committed_steps, verify_once
 from distill.config import ConfigError, TrainConfig, check
 from distill.data.config import TrajectoryConfig

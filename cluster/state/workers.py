@@ -12,29 +12,18 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-from cluster.plan.placement import fitting, needs
-from cluster.settings.schema import ClusterConfig, TeacherPoolConfig
+from cluster.plan.placement import Device, _fitting
+from cluster.settings.schema import ClusterConfig
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir
 from distill.run.files import read_lines, write_json
 
-Device = Literal["cuda", "cpu"]
-
-WORKERS_PER_CORE = 2  # on this machine alone `scale` goes up to this
 END_OF_PRODUCTION, SCALED_DOWN = "end of production", "scaled down"
 PLANNED = (END_OF_PRODUCTION, SCALED_DOWN)  # reasons to leave that are no loss
-
-
-def most_workers(cluster: ClusterConfig) -> int | None:
-    """Teacher workers at most; None on a cluster, whose nodes may come and go."""
-    if cluster.address:
-        return None
-    return max(cluster.teachers.num_workers, WORKERS_PER_CORE * (os.cpu_count() or 1))
 
 
 # -----------------------------------------------------------------------------------------------
@@ -105,18 +94,6 @@ def wanted_workers(
         left -= wanted[device]
     wanted[first] += left
     return wanted
-
-
-def _fitting(cluster: ClusterConfig, resources: dict[str, float], device: Device) -> int:
-    """Teacher workers that fit on a node next to the trainer ranks that it may have to take."""
-    ranks = min(int(resources.get("trainer", 0.0)), cluster.trainer.max_workers)
-    worker = needs(cluster.teachers) | {"GPU": gpus_of_worker(cluster.teachers, device)}
-    return fitting(resources, "teacher", worker, needs(cluster.trainer, ranks))
-
-
-def gpus_of_worker(pool: TeacherPoolConfig, device: Device) -> float:
-    """What a worker that computes there asks of its node."""
-    return pool.gpus_per_worker if device == "cuda" else 0.0
 
 
 # -----------------------------------------------------------------------------------------------

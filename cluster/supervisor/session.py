@@ -24,9 +24,9 @@ from typing import Any
 import psutil
 import ray
 
+from cluster.plan.placement import most_workers
 from cluster.settings.schema import RunConfig
 from cluster.state.lock import held
-from cluster.state.workers import most_workers
 from cluster.supervisor.progress import StageBars
 from distill.config import check
 from distill.run.dir import RunDir

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.plan.estimate import StreamPlan, stream_plan
+from cluster.plan.stream import StreamPlan, stream_order, stream_plan
 from cluster.pool.pool import TeacherPool
 from cluster.settings.schema import RunConfig
 from cluster.state.done import (
@@ -19,7 +19,7 @@ from cluster.state.done import (
 from cluster.state.identity import record_teachers
 from cluster.state.room import check_room
 from cluster.supervisor.session import Session
-from cluster.trainer.job import TrainJob, stream_order
+from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, check
 from distill.data.images import NO_IMAGES, check_files

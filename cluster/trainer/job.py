@@ -8,7 +8,6 @@ from pathlib import Path
 from cluster.settings.schema import RunConfig
 from cluster.state.identity import hash_of, identity_of
 from distill.config import TrainConfig
-from distill.data.order import Order
 from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir
 
@@ -67,9 +66,3 @@ class TrainJob:
 def stop_file(scratch: Path) -> Path:
     """The file that asks ranks to save and end."""
     return scratch / "stop"
-
-
-def stream_order(config: RunConfig) -> Order:
-    """The plan of the trajectory stream of a run."""
-    trajectory = config.trajectory
-    return Order(config.seed, trajectory.block_samples, trajectory.passes, config.train.batch_size)

@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
+from cluster.plan.stream import stream_order
 from cluster.state.cursor import WithCursor
-from cluster.trainer.job import TrainJob, stream_order
+from cluster.trainer.job import TrainJob
 from cluster.trainer.watchdog import ending_when_hung
 from cluster.trainer.zero import DeepSpeedEngine
 from distill.checkpoint.agree import agreed_latest

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cluster.peers import GroupPeers, background_peers
+from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer.partition import (
     FlatPartition,
     FrozenCopy,
@@ -49,7 +50,6 @@ from distill.engine.engine import (
     new_optimizer,
 )
 from distill.networks.compiled import compiled
-from distill.networks.cost import REDUCE_BUCKET
 from distill.networks.layers import AbstractNetwork
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

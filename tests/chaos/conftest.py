@@ -15,12 +15,12 @@ import pytest
 import torch
 
 from cluster.inspect.verify import audit
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_order, stream_plan
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from cluster.state.identity import hash_of, identity_of
 from cluster.supervisor.progress import last_step
-from cluster.trainer.job import TrainJob, stream_order
+from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import read_manifest, step_name
 from distill.data.generate import generate_shard
 from distill.data.layout import stored_dtype

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.inspect.verify import audit
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_plan
 from cluster.state.cursor import read_cursor
 from cluster.supervisor.progress import last_step
 from distill.checkpoint.manifest import latest_verified

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_order, stream_plan
 from cluster.settings.hydra import compose
 from cluster.state.done import has_all_shards
 from cluster.state.room import (
@@ -18,7 +18,6 @@ from cluster.state.room import (
     recorded,
     room_for_training,
 )
-from cluster.trainer.job import stream_order
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.sidecar import sidecar_path, tar_path

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from cluster.inspect.verify import audit
-from cluster.plan.estimate import show, stream_plan
+from cluster.plan.estimate import show
+from cluster.plan.stream import stream_plan
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.hydra import compose
 from cluster.state.done import with_absolute_paths

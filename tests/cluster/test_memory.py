@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.memory import PRECISIONS, config_of, measure_rank, trained_weights
+from cluster.plan.memory import state_bytes
 from distill.networks.config import DiTConfig
-from distill.networks.cost import state_bytes
 from distill.testing import run_ranks
 
 STAGES, RANKS = range(4), 2

@@ -12,13 +12,12 @@ import pytest
 import torch
 
 from cluster.inspect.verify import audit
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_order, stream_plan
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from cluster.state.done import with_absolute_paths
 from cluster.state.identity import identity_of
 from cluster.state.room import evict, read_evicted
-from cluster.trainer.job import stream_order
 from distill.config import ConfigError
 from distill.data.generate import generate_shard
 from distill.data.shards import write_shard

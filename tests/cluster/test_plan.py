@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from cluster.plan.estimate import estimate, stream_plan, teacher_forwards
+from cluster.plan.estimate import estimate, teacher_forwards
+from cluster.plan.stream import stream_plan
 from cluster.settings.hydra import compose
 from distill.config import ImageSpec, TrainConfig
 from distill.data.shards import write_shard

@@ -15,7 +15,7 @@ from ray.exceptions import (
 )
 
 from cluster.inspect.status import quarantined, restarts
-from cluster.plan.estimate import stream_plan
+from cluster.plan.stream import stream_plan
 from cluster.pool import pool as pool_module
 from cluster.pool.member import Member
 from cluster.pool.messages import Asked, Joined, Quarantined, Released
