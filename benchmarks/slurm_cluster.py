@@ -18,8 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from cluster.consumption import planned_sha256
-from cluster.inspect.verify import audit
+from cluster.inspect.verify import audit, planned_sha256
 from cluster.plan.stream import stream_order
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import Job, read_ids, read_jobs

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from cluster.cli.arguments import USAGE_ERROR, Parser, open_run, read_settings, split_force_new
 from cluster.cli.help import GENERAL, VERBS
-from cluster.pipeline import DISTIL, PIPELINE, work
 from cluster.settings.hydra import split_launcher
+from cluster.supervisor.runner import DISTIL, PIPELINE, work
 
 INTERRUPTED = 130
 

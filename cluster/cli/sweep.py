@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from omegaconf import DictConfig
 
-from cluster.pipeline import work
 from cluster.settings.file import to_config
 from cluster.settings.hydra import _drive, _name
+from cluster.supervisor.runner import work
 from distill.config import check
 
 

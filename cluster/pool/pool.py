@@ -8,6 +8,7 @@ decided is decided in `cluster.pool.coordinator`; here it is carried out.
 from __future__ import annotations
 
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,22 +16,22 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster import production
-from cluster.pace import Pace
-from cluster.plan.placement import Device, most_workers
+from cluster.plan.placement import Device, gpus_of_worker, most_workers
 from cluster.plan.stream import StreamPlan, stream_order
 from cluster.pool import messages
-from cluster.pool.coordinator import Coordinator
-from cluster.pool.member import Member, choose_leaving
+from cluster.pool.coordinator import Coordinator, Limits
+from cluster.pool.member import Member, Pace, choose_leaving
 from cluster.pool.worker import TeacherWorker
-from cluster.settings.schema import RunConfig
+from cluster.settings.schema import RunConfig, TeacherPoolConfig
 from cluster.state.cursor import read_cursor
 from cluster.state.room import OldestCheckpoint, evict, first_shard_read, read_evicted
 from cluster.state.workers import END_OF_PRODUCTION, SCALED_DOWN, wanted_workers
-from distill.config import ConfigError
+from distill.config import ConfigError, check
 from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, is_committed
 from distill.run.dir import RunDir
 from distill.run.events import EventLog
+from distill.run.files import write_json
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
@@ -299,3 +300,53 @@ class TeacherPool:
 
     def _member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)
+
+
+def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) -> Limits:
+    """The coordinator's limits. Without a trainer that reads, all shards are made at once."""
+    pool, trajectory = config.cluster.teachers, config.trajectory
+    return Limits(
+        num_shards=plan.shards,
+        block_shards=trajectory.block_shards,
+        ready_ahead=trajectory.ready_ahead if trainer_reads else plan.shards,
+        max_bytes=trajectory.max_bytes,
+        shard_bytes=plan.shard_bytes,
+        lease_timeout_s=pool.lease_timeout_s,
+        max_attempts=pool.max_attempts,
+    )
+
+
+def actor_options(pool: TeacherPoolConfig, device: Device) -> dict[str, Any]:
+    """Options of a worker's Ray actor. Nobody but the pool starts one again.
+
+    Ray puts an actor that asks for no GPU on a node without one, as long as there is room.
+    """
+    return {
+        "num_cpus": pool.cpus_per_worker,
+        "num_gpus": gpus_of_worker(pool, device),
+        "resources": {"teacher": 1.0},
+        "max_concurrency": 2,
+        "max_restarts": 0,
+    }
+
+
+def check_fingerprints(spec: ShardSpec, worker: str, fingerprints: dict[str, Any]) -> None:
+    """Raises ConfigError unless a worker holds the teachers of the run, weight for weight."""
+    for teacher in spec.teachers:
+        theirs = fingerprints[teacher.name]
+        check(
+            theirs == teacher.fingerprint,
+            f"worker {worker} has other weights for teacher.{teacher.name} ({theirs[:12]}) than "
+            f"the run ({teacher.fingerprint[:12]}); give every node the same file",
+        )
+
+
+def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> str:
+    """What to tell the user of a shard that cannot be made; `quarantine/` gets a file with it."""
+    path = run.quarantine / f"{shard:08d}-{uuid.uuid4().hex[:8]}" / f"{shard:08d}.reason.json"
+    record = {"shard": shard, "reason": f"could not be made: {reason}", "traceback": traceback}
+    write_json(path, {**record, "time": round(time.time(), 3)})
+    return (
+        f"shard {shard} was given up after {reason}; see {path}. Mend the cause and give the same "
+        f"command again. The last:\n{traceback}"
+    )

@@ -16,9 +16,8 @@ from cluster.slurm.jobs import ask, read_jobs
 from cluster.slurm.scripts import KINDS, render, slurm_of
 from cluster.state.done import is_distilled, is_finished
 from cluster.state.identity import check_identity
-from cluster.state.lock import is_live
+from cluster.state.lock import is_live, stop_here
 from cluster.state.workers import staff, write_target
-from cluster.stop import stop_here
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir
 from distill.run.files import read_lines, write_atomic, write_json

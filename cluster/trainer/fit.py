@@ -7,14 +7,18 @@ from the last verified checkpoint.
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch.config import _TorchBackend
 
-from cluster.signals import SignalConfig, stop_signal
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
@@ -95,3 +99,46 @@ def final_error(job: TrainJob) -> Exception | None:
     except FileNotFoundError:
         return None
     return {kind.__name__: kind for kind in FINAL}[found["kind"]](found["message"])
+
+
+RANK_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+stop_signal = threading.Event()
+
+
+class SignalBackend(_TorchBackend):
+    """Ray's process-group set-up, and a flag for stop signals.
+
+    Python takes signals in the main thread, and Ray Train runs its function in another one; this
+    hook is called in the main thread of every rank.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        super().on_start(worker_group, backend_config)
+        worker_group.execute(catch_stop_signals)
+
+
+@dataclass
+class SignalConfig(TorchConfig):
+    """Ray's settings of the process group, with the hook above."""
+
+    @property
+    def backend_cls(self) -> type[SignalBackend]:
+        return SignalBackend
+
+
+def catch_stop_signals() -> None:
+    """From now on a stop signal sets `stop_signal` in this process. For its main thread."""
+    for number in RANK_STOP_SIGNALS:
+        signal.signal(number, _note)
+    os.register_at_fork(after_in_child=_leave_to_the_system)
+
+
+def _note(*_: Any) -> None:
+    stop_signal.set()
+
+
+def _leave_to_the_system() -> None:
+    """In a forked child: the flag there is a copy that nobody reads, and no signal would end it."""
+    for number in RANK_STOP_SIGNALS:
+        if signal.getsignal(number) is _note:
+            signal.signal(number, signal.SIG_DFL)

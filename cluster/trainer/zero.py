@@ -20,16 +20,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cluster.peers import GroupPeers, background_peers
 from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer.partition import (
     FlatPartition,
     FrozenCopy,
+    GroupPeers,
     OneRank,
     ParameterPartition,
     Partition,
     PassingCopy,
     WholeCopy,
+    background_peers,
 )
 from distill.config import ConfigError, TrainConfig
 from distill.engine.ema import Average

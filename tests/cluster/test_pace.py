@@ -3,7 +3,7 @@
 import pytest
 
 from cluster import pace
-from cluster.pace import Pace
+from cluster.pool.member import Pace
 
 
 @pytest.mark.parametrize(

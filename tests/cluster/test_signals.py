@@ -12,7 +12,7 @@ import torch
 from ray.train.torch.config import _TorchBackend
 from small_training import EVERY_TERM, config_of, fit, manifest, zero_engine
 
-from cluster.signals import RANK_STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
+from cluster.trainer.fit import RANK_STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
 from distill.checkpoint.manifest import latest_verified
 from distill.objectives.build import build_objective
 from distill.run.dir import RunDir

@@ -17,10 +17,9 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 from small_training import config_of, read_share, single_engine, zero_engine
 
-from cluster.signals import stop_signal
 from cluster.trainer import fit as trainer
 from cluster.trainer import rank
-from cluster.trainer.fit import NEVER_AGAIN, final_error, is_told_to_stop, train_rank
+from cluster.trainer.fit import NEVER_AGAIN, final_error, is_told_to_stop, stop_signal, train_rank
 from cluster.trainer.rank import _only_trainer
 from distill.checkpoint.manifest import CheckpointError, SaveError, committed_steps
 from distill.config import ConfigError
