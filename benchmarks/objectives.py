@@ -36,11 +36,11 @@ from rich.console import Console  # noqa: E402
 from rich.progress import Progress, TimeElapsedColumn  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from benchmarks import summary  # noqa: E402
-from benchmarks.digits import digits_problem  # noqa: E402
-from benchmarks.guides import GUIDED, STEPS, guided_problem, prepare  # noqa: E402
-from benchmarks.problems import MIXTURES, Problem, integrate, mixture_problem  # noqa: E402
-from benchmarks.student import energy_distance, measure, train_student  # noqa: E402
+from benchmarks.objectives import summary  # noqa: E402
+from benchmarks.objectives.digits import digits_problem  # noqa: E402
+from benchmarks.objectives.guides import GUIDED, STEPS, guided_problem, prepare  # noqa: E402
+from benchmarks.objectives.problems import MIXTURES, Problem, integrate, mixture_problem  # noqa: E402
+from benchmarks.objectives.student import energy_distance, measure, train_student  # noqa: E402
 from cluster.settings.hydra import compose  # noqa: E402
 from distill.config import TrainConfig
 from distill.evaluation.metrics import relative_distance  # noqa: E402
@@ -68,7 +68,7 @@ class Training:
     """One student to train.
 
     Attributes:
-        problem: a name of PROBLEMS, or of the guided problems of `benchmarks.guides`.
+        problem: a name of PROBLEMS, or of the guided problems of `benchmarks.objectives.guides`.
         row: what it is called in the tables.
         objective: its settings.
         steps: optimiser steps.

@@ -16,8 +16,8 @@ from pathlib import Path
 os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import slurm_times
 from benchmarks.sections import Section, main
+from benchmarks.slurm import times as slurm_times
 
 SECTIONS = {"times": Section("From one thing to another", slurm_times)}
 

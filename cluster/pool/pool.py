@@ -15,7 +15,6 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from cluster import production
 from cluster.plan.placement import Device, gpus_of_worker, most_workers
 from cluster.plan.stream import StreamPlan, stream_order
 from cluster.pool import messages
@@ -56,7 +55,7 @@ class TeacherPool:
     deaths: int = 0  # since the last commit
 
     def __post_init__(self) -> None:
-        limits = production.production_limits(self.config, self.plan, self.trainer_reads)
+        limits = production_limits(self.config, self.plan, self.trainer_reads)
         found = committed(self.run)
         gone = read_evicted(self.run, found)
         self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
@@ -133,7 +132,7 @@ class TeacherPool:
             ray.kill(member.actor)
             self._part(member, SCALED_DOWN)
         for device in missing:
-            options = production.actor_options(self.config.cluster.teachers, device)
+            options = actor_options(self.config.cluster.teachers, device)
             actor_class = ray.remote(TeacherWorker).options(**options)
             actor = actor_class.remote(self.config, self.run, self.spec, device)
             self.members.append(Member(actor, device, actor.load.remote(), actor.progress.remote()))
@@ -197,7 +196,7 @@ class TeacherPool:
 
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
         if member.shard is None:
-            production.check_fingerprints(self.spec, result["worker"], result["fingerprints"])
+            check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             member.name = result["worker"]
             self._log.add("worker_join", device=member.device, **result)
             self._handle(messages.Joined(member.name))
@@ -296,7 +295,7 @@ class TeacherPool:
                 evict(self.run, shards, self._oldest.step)
             case messages.GivenUp(shard, reason, error):
                 self._log.add("give_up", shard=shard, reason=reason)
-                raise PoolError(production.set_request_aside(self.run, shard, reason, error))
+                raise PoolError(set_request_aside(self.run, shard, reason, error))
 
     def _member(self, name: str) -> Member:
         return next(member for member in self.members if member.name == name)

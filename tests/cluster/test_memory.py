@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.memory import PRECISIONS, config_of, measure_rank, trained_weights
+from benchmarks.trainer.memory import PRECISIONS, config_of, measure_rank, trained_weights
 from cluster.plan.memory import state_bytes
 from distill.networks.config import DiTConfig
 from distill.testing import run_ranks

@@ -1,12 +1,12 @@
-"""The simulated cluster of benchmarks/world.py: what must hold whatever its numbers are."""
+"""The simulated cluster of benchmarks/stream/world.py: what must hold whatever its numbers are."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from benchmarks.world import World
-from benchmarks.world_settings import WAYS, Settings
+from benchmarks.stream.world import World
+from benchmarks.stream.world_settings import WAYS, Settings
 
 ROUNDS, TEACHERS = 12, 32
 SMALL = Settings(

@@ -1,5 +1,5 @@
 """A real Slurm of four nodes on this machine, and runs submitted to it, both of which are in
-benchmarks/slurm_cluster.py.
+benchmarks/slurm/cluster.py.
 
 Missing packages are installed where that needs no password (MINISLURM_INSTALL=0: never). Without
 them the tests are skipped, and say what was not tested.
@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from benchmarks.slurm_cluster import MINI, Case, Cluster
+from benchmarks.slurm.cluster import MINI, Case, Cluster
 
 
 @pytest.fixture(scope="session")

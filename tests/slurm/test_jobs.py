@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from benchmarks.slurm_cluster import BAD_ENDS, hosts
+from benchmarks.slurm.cluster import BAD_ENDS, hosts
 from cluster.inspect.status import status
 from cluster.settings.file import load_config
 from cluster.slurm.jobs import read_ids

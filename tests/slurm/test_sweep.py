@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from benchmarks.slurm_cluster import BOWSTRING, hosts
+from benchmarks.slurm.cluster import BOWSTRING, hosts
 from cluster.inspect.verify import audit
 from cluster.settings.file import load_config
 from distill.run.dir import RunDir

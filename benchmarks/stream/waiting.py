@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from benchmarks.sections import markdown
-from benchmarks.stream_run import Run, mixture
-from benchmarks.stream_shards import SHAPES, Shape
+from benchmarks.stream.run import Run, mixture
+from benchmarks.stream.shards import SHAPES, Shape
 from distill.config import ImageSpec, TrainConfig
 from distill.data.config import TrajectoryConfig
 from distill.data.order import Order

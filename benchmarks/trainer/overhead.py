@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.sections import markdown
-from benchmarks.train_step import IMAGE, random_batch
-from benchmarks.trainer_cases import CASES, WARM_UP, Case, new_engine, seconds_of, settings
+from benchmarks.trainer.cases import CASES, WARM_UP, Case, new_engine, seconds_of, settings
+from benchmarks.trainer.step import IMAGE, random_batch
 from distill.config import TrainConfig
 from distill.engine.engine import frozen_copy, new_optimizer
 from distill.flow.trajectory import TrajectoryBatch

@@ -27,7 +27,7 @@ import psutil
 import torch
 
 from benchmarks.sections import markdown
-from benchmarks.stream_run import DEADLINE_S, Run, network
+from benchmarks.stream.run import DEADLINE_S, Run, network
 from distill.flow.solvers import solve
 from distill.run.files import read_lines
 from distill.teachers.build import build_field, build_teacher

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.world_settings import WAYS, Settings
+from benchmarks.stream.world_settings import WAYS, Settings
 from cluster.pool.coordinator import Coordinator, Limits
 from cluster.pool.messages import (
     Asked,

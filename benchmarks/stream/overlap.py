@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections import markdown
-from benchmarks.stream_run import Run, mixture, network
+from benchmarks.stream.run import Run, mixture, network
 
 BLOCKS = 2  # of 8 shards, 22 passes each: 176 steps
 EVALUATION_S = 0.33  # on a device of its own; 16 a shard

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.problems import MIXTURES, Field, Problem, Solved, mixture_problem
-from benchmarks.student import train_student
+from benchmarks.objectives.problems import MIXTURES, Field, Problem, Solved, mixture_problem
+from benchmarks.objectives.student import train_student
 from distill.config import TrainConfig
 from distill.objectives.config import BezierConfig, ObjectiveConfig, ReflowConfig
 from distill.teachers.analytic import MixtureTeacher

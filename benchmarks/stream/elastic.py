@@ -17,7 +17,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.sections import markdown
-from benchmarks.stream_run import DEADLINE_S, ROOT, Run, mixture
+from benchmarks.stream.run import DEADLINE_S, ROOT, Run, mixture
 from distill.report.figures import worker_figure
 from distill.report.sections import write_report
 from distill.run.files import read_lines

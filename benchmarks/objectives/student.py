@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.problems import Pairs, Problem
+from benchmarks.objectives.problems import Pairs, Problem
 from distill.config import TrainConfig
 from distill.engine.engine import EVALUATION, TorchEngine, average_kind
 from distill.evaluation.metrics import relative_distance

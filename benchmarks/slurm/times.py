@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.sections import markdown
-from benchmarks.slurm_cluster import BAD_ENDS, Case, Cluster
+from benchmarks.slurm.cluster import BAD_ENDS, Case, Cluster
 
 ROUNDS = 5
 LOST_S, DELAY_S = 10.0, 5.0  # SlurmdTimeout and cred_expire of tests/slurm/minislurm.sh

@@ -1,4 +1,4 @@
-"""Settings of the simulated cluster in `benchmarks.world`.
+"""Settings of the simulated cluster in `benchmarks.stream.world`.
 
 A node that is taken has `per_node` workers, and comes back as new workers. It goes in one of three
 ways:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.problems import Problem, Solved
-from benchmarks.student import averaged, fit
+from benchmarks.objectives.problems import Problem, Solved
+from benchmarks.objectives.student import averaged, fit
 from distill.config import TrainConfig
 from distill.data.config import DataConfig
 from distill.data.images import ImageStream, load_images

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.sections import markdown
-from benchmarks.stream_pool import PERIOD_S, ROUND_S, SHARD_BYTES, pool_share
+from benchmarks.stream.pool import PERIOD_S, ROUND_S, SHARD_BYTES, pool_share
 from cluster.pool.coordinator import Coordinator, Limits
 from cluster.pool.messages import (
     Asked,

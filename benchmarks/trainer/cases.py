@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.train_step import BATCH, IMAGE, NETWORK
+from benchmarks.trainer.step import BATCH, IMAGE, NETWORK
 from cluster.trainer.zero import DeepSpeedEngine
 from distill.config import TrainConfig
 from distill.networks.build import build_network

@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any
 
 from benchmarks.sections import markdown
-from benchmarks.train_step import random_batch
-from benchmarks.trainer_cases import CASES, WARM_UP, new_engine, seconds_of, settings
+from benchmarks.trainer.cases import CASES, WARM_UP, new_engine, seconds_of, settings
+from benchmarks.trainer.step import random_batch
 from distill.checkpoint.commit import load_latest
 from distill.checkpoint.manifest import latest_verified, verify
 from distill.checkpoint.saver import Saver

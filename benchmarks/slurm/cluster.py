@@ -26,7 +26,7 @@ from cluster.supervisor.progress import last_step
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
 
-MINI = Path(__file__).resolve().parents[1] / "tests" / "slurm" / "minislurm.sh"
+MINI = Path(__file__).resolve().parents[2] / "tests" / "slurm" / "minislurm.sh"
 BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]
 DEADLINE_S = 600.0
 # Jobs here are preempted by those in partition `high`, 30 s after they were told.

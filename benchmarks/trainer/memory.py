@@ -3,7 +3,7 @@
 With `train.offload` the formula's two parts, device and host, are added: on a CPU rank both are the
 same memory.
 
-    python benchmarks/memory.py
+    python benchmarks/trainer/memory.py
 
 Each rank takes one optimizer step and calls both averages, then adds up every tensor alive that was
 not there before the engine: the state at rest, without activations and gradients. Prints a table in
@@ -20,7 +20,7 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402

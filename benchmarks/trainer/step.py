@@ -1,6 +1,6 @@
 """Each objective's step against a bare loop that makes the same forwards and backwards by hand.
 
-    python benchmarks/train_step.py
+    python benchmarks/trainer/step.py
 
 Network, batch and number of forwards are the same on both sides. The bare loop has no objective, no
 terms, no random times: it calls the network on the same number of rows, takes a mean square,
@@ -21,7 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402

@@ -21,7 +21,7 @@ from typing import Any
 import psutil
 
 from benchmarks.sections import markdown
-from benchmarks.stream_run import DEADLINE_S, Run, mixture
+from benchmarks.stream.run import DEADLINE_S, Run, mixture
 from cluster.supervisor.progress import last_step
 from cluster.supervisor.session import is_alive
 from distill.report.cost import goodput
