@@ -5,9 +5,9 @@
 
 Same trajectories, same student network, same optimiser for every objective. Two normalisations:
 equal optimiser steps, and equal work of the student in forwards (a backward pass counts as two,
-`distill.objectives.config.objective_calls`). Finished trainings are kept in benchmarks/.cache and not repeated
-while code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,png}
-and its tables into docs/results.md.
+`distill.objectives.config.objective_calls`). Finished trainings are kept in benchmarks/.cache and
+not repeated while code and settings are the same. The whole run writes
+docs/benchmarks/objectives.{json,png} and its tables into docs/results.md.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ os.environ["OMP_NUM_THREADS"] = "1"  # one training per core
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.progress import Progress, TimeElapsedColumn  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from rich.console import Console
+from rich.progress import Progress, TimeElapsedColumn
+from torch import Tensor
 
-from benchmarks.objectives import summary  # noqa: E402
-from benchmarks.objectives.digits import digits_problem  # noqa: E402
-from benchmarks.objectives.guides import GUIDED, STEPS, guided_problem, prepare  # noqa: E402
-from benchmarks.objectives.problems import MIXTURES, Problem, integrate, mixture_problem  # noqa: E402
-from benchmarks.objectives.student import energy_distance, measure, train_student  # noqa: E402
-from cluster.settings.hydra import compose  # noqa: E402
+from benchmarks.objectives import summary
+from benchmarks.objectives.digits import digits_problem
+from benchmarks.objectives.guides import GUIDED, STEPS, guided_problem, prepare
+from benchmarks.objectives.problems import MIXTURES, Problem, integrate, mixture_problem
+from benchmarks.objectives.student import energy_distance, measure, train_student
+from cluster.settings.hydra import compose
 from distill.config import TrainConfig
-from distill.evaluation.metrics import relative_distance  # noqa: E402
+from distill.evaluation.metrics import relative_distance
 from distill.flow.times import NFE_PER_STEP
-from distill.objectives.config import EndpointConfig, ObjectiveConfig, objective_calls  # noqa: E402
+from distill.objectives.config import EndpointConfig, ObjectiveConfig, objective_calls
 
 CACHE = ROOT / "benchmarks" / ".cache"
 SEEDS = (0, 1, 2)

@@ -3,8 +3,8 @@
     python benchmarks/simulate.py            about 5 minutes of one core
     python benchmarks/simulate.py --quick    one seed, three rates, about a minute; writes nothing
 
-`benchmarks.stream.world` says what is real and what is simulated. Three tables: goodput against the rate
-at which nodes are taken, in three ways and with two surpluses of teachers; goodput against
+`benchmarks.stream.world` says what is real and what is simulated. Three tables: goodput against the
+rate at which nodes are taken, in three ways and with two surpluses of teachers; goodput against
 `trajectory.ready_ahead`, the window within which teachers may work; and the whole run of
 `experiment=imagenet256_sit` with the times that `bowstring estimate` gives it. The same seeds give
 the same numbers. Writes docs/benchmarks/simulate.{json,md,png}.
@@ -24,14 +24,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from benchmarks.stream.world import World  # noqa: E402
-from benchmarks.stream.world_settings import WAYS, Settings  # noqa: E402
+from benchmarks.stream.world import World
+from benchmarks.stream.world_settings import WAYS, Settings
 from cluster.plan.estimate import estimate
 from cluster.plan.stream import stream_plan
-from cluster.settings.hydra import compose  # noqa: E402
+from cluster.settings.hydra import compose
 
 PER_HOUR = (0.01, 0.05, 0.10, 0.20, 0.50)
 HEADROOM = (1.0, 1.1)
@@ -108,10 +108,10 @@ def line(first: list[str], row: dict[str, Any]) -> str:
 
 HEADING = """# Preemption of teachers, simulated
 
-`python benchmarks/simulate.py`; `benchmarks/stream/world.py` says what is real and what is simulated.
-Where seeds differ, least and greatest stand behind the mean; in the figure they are the bars.
-`drained`: notice of 120 s, no other shard is taken. `killed`: known after 14 s. `silent`: known
-when the lease runs out, after 120 s.
+`python benchmarks/simulate.py`; `benchmarks/stream/world.py` says what is real and what is
+simulated. Where seeds differ, least and greatest stand behind the mean; in the figure they are the
+bars. `drained`: notice of 120 s, no other shard is taken. `killed`: known after 14 s. `silent`:
+known when the lease runs out, after 120 s.
 
 ![Goodput and waste by rate of preemption, goodput by window](simulate.png)
 """

@@ -45,7 +45,9 @@ def fit(
     settings: TrainConfig,
     seed: int,
 ) -> TorchEngine:
-    """The engine after all steps: `distill.training.loop` without logs, checkpoints and resumption."""
+    """The engine after all steps: `distill.training.loop` without logs, checkpoints and
+    resumption.
+    """
     engine = TorchEngine(network, settings, torch.device("cpu"))
     loss = build_objective(objective, seed, gradient_norms=engine.gradient_norms)
     for step in range(settings.max_steps):

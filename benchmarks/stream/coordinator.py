@@ -1,7 +1,7 @@
 """The coordinator alone: leases per second, its share of a core, memory, and the way back to life.
 
-No Ray and no teacher: simulated workers drive the real state machine of `cluster.pool.coordinator`, and
-the real bookkeeping of `cluster.pool.pool` around it with a stand-in for Ray's six functions.
+No Ray and no teacher: simulated workers drive the real state machine of `cluster.pool.coordinator`,
+and the real bookkeeping of `cluster.pool.pool` around it with a stand-in for Ray's six functions.
 """
 
 from __future__ import annotations

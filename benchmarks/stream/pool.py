@@ -1,4 +1,6 @@
-"""The bookkeeping of `cluster.pool.pool` for many workers, with a stand-in for the functions of Ray."""
+"""The bookkeeping of `cluster.pool.pool` for many workers, with a stand-in for the functions of
+Ray.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A run of the product in a process of its own: `python stream_run.py RUN STAGE [SECONDS]`.
 
-The stage is one of `cluster.supervisor.stages`. With SECONDS every evaluation of a teacher's velocity takes so
-long and nearly no computer: the teacher stands for one on a device of its own.
+The stage is one of `cluster.supervisor.stages`. With SECONDS every evaluation of a teacher's
+velocity takes so long and nearly no computer: the teacher stands for one on a device of its own.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from cluster import pool, runner, stages  # noqa: E402
+from cluster import pool, runner, stages
 from cluster.plan.stream import stream_plan
-from cluster.pool.worker import TeacherWorker  # noqa: E402
-from cluster.settings.file import load_config, save_config  # noqa: E402
-from cluster.settings.hydra import compose  # noqa: E402
-from distill.config import ImageSpec  # noqa: E402
-from distill.networks.build import build_network  # noqa: E402
-from distill.networks.files import save_model  # noqa: E402
+from cluster.pool.worker import TeacherWorker
+from cluster.settings.file import load_config, save_config
+from cluster.settings.hydra import compose
+from distill.config import ImageSpec
+from distill.networks.build import build_network
+from distill.networks.files import save_model
 from distill.run.dir import RunDir
-from distill.run.events import WorkerHistory, worker_history  # noqa: E402
+from distill.run.events import WorkerHistory, worker_history
 from distill.run.files import read_lines
 
 DEADLINE_S = 900.0

@@ -1,8 +1,8 @@
 """What a trainer waits for its data at a producer that is fast enough.
 
-A process writes shards as fast as it can while `distill.training.loop` trains on them, on one core each.
-The last row is a whole `run`: the pool with its leases and back-pressure, and a rank of Ray Train,
-on a closed-form teacher that costs next to nothing.
+A process writes shards as fast as it can while `distill.training.loop` trains on them, on one core
+each. The last row is a whole `run`: the pool with its leases and back-pressure, and a rank of Ray
+Train, on a closed-form teacher that costs next to nothing.
 
 The fraction is that of metrics.jsonl, after the first window: the wait for the first block is the
 time to the first batch and stands apart.

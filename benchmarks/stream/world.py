@@ -1,10 +1,10 @@
 """A cluster in simulated time around the real coordinator: nodes that go, workers, a trainer.
 
-Real are `cluster.pool.coordinator` (leases, heartbeats, expiry, back-pressure) and `distill.data.order`
-(which ids a step reads). Simulated are time, nodes, the time a shard takes, the disk and the step.
-The messages are those that `cluster.pool.pool` sends: a heartbeat of every busy worker four times in a
-lease, results when they are there, the trainer's position when it moves, and a tick once a second.
-The pool itself looks at position and clock ten times a second.
+Real are `cluster.pool.coordinator` (leases, heartbeats, expiry, back-pressure) and
+`distill.data.order` (which ids a step reads). Simulated are time, nodes, the time a shard takes,
+the disk and the step. The messages are those that `cluster.pool.pool` sends: a heartbeat of every
+busy worker four times in a lease, results when they are there, the trainer's position when it
+moves, and a tick once a second. The pool itself looks at position and clock ten times a second.
 """
 
 from __future__ import annotations

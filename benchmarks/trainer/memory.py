@@ -23,14 +23,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
 from cluster.plan.memory import state_bytes
-from cluster.trainer.zero import DeepSpeedEngine  # noqa: E402
+from cluster.trainer.zero import DeepSpeedEngine
 from distill.config import OFFLOAD_STAGES, ImageSpec, TrainConfig
-from distill.networks.build import build_network  # noqa: E402
+from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
-from distill.testing import run_ranks  # noqa: E402
+from distill.testing import run_ranks
 
 IMAGE = ImageSpec(1, 8, 10)
 NETWORK = DiTConfig(patch_size=2, width=256, depth=4, num_heads=4)

@@ -24,16 +24,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
+import torch
 
-from cluster.settings.hydra import compose  # noqa: E402
+from cluster.settings.hydra import compose
 from distill.config import ImageSpec, TrainConfig
-from distill.engine.engine import TorchEngine  # noqa: E402
-from distill.flow.trajectory import TrajectoryBatch  # noqa: E402
-from distill.networks.build import build_network  # noqa: E402
+from distill.engine.engine import TorchEngine
+from distill.flow.trajectory import TrajectoryBatch
+from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
-from distill.objectives.build import build_objective  # noqa: E402
-from distill.objectives.config import (  # noqa: E402
+from distill.objectives.build import build_objective
+from distill.objectives.config import (
     BezierConfig,
     Calls,
     ConsistencyConfig,

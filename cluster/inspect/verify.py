@@ -5,8 +5,8 @@ Three things are proven:
   for room that is its sidecar, and no checkpoint would read it again;
 - every checkpoint is byte for byte what its manifest says;
 - the trainer consumed exactly the planned sequence. Each window of steps in events.jsonl carries a
-  hash of its sample ids; it must equal the hash of what `distill.data.order` plans for those steps, and
-  the windows must follow each other without a gap from step 0. Windows that a restart fell back
+  hash of its sample ids; it must equal the hash of what `distill.data.order` plans for those steps,
+  and the windows must follow each other without a gap from step 0. Windows that a restart fell back
   behind are checked too and then replaced by their repetition.
 """
 

@@ -152,7 +152,9 @@ def _plain(values: list[Any]) -> str:
 
 
 def show_audit(found: dict[str, Any], as_json: bool) -> int:
-    """Prints the result of `cluster.inspect.verify.audit`; 1 when anything is lost, doubled or corrupt."""
+    """Prints the result of `cluster.inspect.verify.audit`; 1 when anything is lost, doubled or
+    corrupt.
+    """
     if as_json:
         print(json.dumps(found, indent=1))
     else:

@@ -4,8 +4,9 @@ Samples are read B per step, each block of `block_shards` shards `passes` times,
 
     blocks = ceil( N B / (block_shards samples_per_shard passes) ),  shards = blocks * block_shards.
 
-Counts and bytes are exact. FLOP follow from the network's formula (`distill.networks.cost`). Hours divide
-them by an assumed speed and leave out waiting, restarts and input; they are no more than that.
+Counts and bytes are exact. FLOP follow from the network's formula (`distill.networks.cost`). Hours
+divide them by an assumed speed and leave out waiting, restarts and input; they are no more than
+that.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from rich.table import Table
 
 from cluster.plan.memory import state_bytes
 from cluster.plan.stream import stream_plan
-from cluster.settings.schema import RunConfig
-from cluster.state.identity import is_own
+from cluster.settings.schema import RunConfig, is_own
 from distill.config import check
 from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.flow.times import NFE_PER_STEP
@@ -43,7 +43,9 @@ def forwards_per_evaluation(teacher: TeacherConfig) -> int:
 
 
 def evaluation_forwards(config: RunConfig) -> int:
-    """Network forwards of `distill.evaluation.evaluate`: student, fine solution, teacher's rows, pictures."""
+    """Network forwards of `distill.evaluation.evaluate`: student, fine solution, teacher's
+    rows, pictures.
+    """
     evaluation, image = config.eval, config.data.image
     best = list(config.teacher.values())[-1]
     drawn = [

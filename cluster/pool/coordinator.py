@@ -8,9 +8,10 @@ nothing of its own: it is rebuilt from the shards found on disk.
       |              |                     '-- quarantined --> free
       '--------------'-- expired, failed, worker left; too often: given up
 
-Every attempt is on another worker: who fails is replaced (`cluster.pool.pool`). A shard is given up when
-`max_attempts` workers failed on it, or three times as many were lost with it. Losing a worker is
-mostly not the shard's fault; but one that kills or hangs whoever makes it must not go on for ever.
+Every attempt is on another worker: who fails is replaced (`cluster.pool.pool`). A shard is given up
+when `max_attempts` workers failed on it, or three times as many were lost with it. Losing a worker
+is mostly not the shard's fault; but one that kills or hangs whoever makes it must not go on for
+ever.
 
 A lease is given for the lowest free shard p, and only if (back-pressure)
 

@@ -15,14 +15,13 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cluster.settings.schema import RunConfig
 from distill.config import ConfigError, check
-from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
+from distill.networks.config import NETWORKS
 from distill.objectives.config import (
     OBJECTIVES,
 )
 from distill.run.dir import RunDir
 from distill.run.files import write_atomic
 
-NETWORKS: dict[str, type[NetworkConfig]] = {"dit": DiTConfig, "unet": UNetConfig}
 GROUPS = ("experiment", "data", "student", "teacher", "objective", "train", "eval", "cluster")
 
 

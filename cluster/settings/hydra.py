@@ -23,11 +23,12 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.settings.file import NETWORKS, register_resolvers, sentence, to_config
+from cluster.settings.file import register_resolvers, sentence, to_config
 from cluster.settings.schema import ClusterConfig, RunConfig
 from distill.config import ConfigError, TrainConfig, check
 from distill.data.config import DataConfig
 from distill.evaluation.config import EvalConfig
+from distill.networks.config import NETWORKS
 from distill.objectives.config import OBJECTIVES
 
 

@@ -265,9 +265,10 @@ class RunConfig:
 def _check_derivative(objective: ObjectiveConfig, train: TrainConfig) -> None:
     """Refuses derivatives of the student that this precision, stage or way of running cannot take.
 
-    A difference over a small step is lost in 16 bits (tests/distill/test_precision.py). DeepSpeed's
-    stage 3 frees weights that a double backward needs again; recomputed blocks would miss what
-    makes attention and layer norm differentiable twice. A compiled pass is differentiated once.
+    A difference over a small step is lost in 16 bits (tests/distill/objectives/test_precision.py).
+    DeepSpeed's stage 3 frees weights that a double backward needs again; recomputed blocks would
+    miss what makes attention and layer norm differentiable twice. A compiled pass is differentiated
+    once.
     """
     match objective:
         case MeanFlowConfig() | BezierConfig():
@@ -287,3 +288,8 @@ def _check_derivative(objective: ObjectiveConfig, train: TrainConfig) -> None:
                     f"{setting} does not work with objective.derivative=double_backward; set "
                     "objective.derivative=jvp, or finite_difference",
                 )
+
+
+def is_own(path: str, run_dir: str) -> bool:
+    """Whether a teacher's path lies inside the run, that is, comes from its own pre-training."""
+    return path.startswith(run_dir.rstrip("/") + "/")

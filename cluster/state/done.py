@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 
 from cluster.plan.stream import stream_plan
-from cluster.settings.schema import RunConfig
-from cluster.state.identity import check_identity, is_own
+from cluster.settings.schema import RunConfig, is_own
+from cluster.state.identity import check_identity
 from cluster.state.room import read_evicted
 from distill.checkpoint.manifest import latest_verified
 from distill.data.stores.store import committed

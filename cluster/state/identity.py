@@ -19,7 +19,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from cluster.settings.schema import RunConfig
+from cluster.settings.schema import RunConfig, is_own
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 from distill.run.files import write_json
@@ -57,11 +57,6 @@ def _values(settings: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
     values = OmegaConf.to_container(OmegaConf.structured(settings), resolve=True)
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items() if key not in without}
-
-
-def is_own(path: str, run_dir: str) -> bool:
-    """Whether a teacher's path lies inside the run, that is, comes from its own pre-training."""
-    return path.startswith(run_dir.rstrip("/") + "/")
 
 
 def identity_of(config: RunConfig) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""One rank of a training: engine, stream and objective, put together around `distill.training.loop`.
+"""One rank of a training: engine, stream and objective, put together around
+`distill.training.loop`.
 
 The same code trains a teacher on real images ("pretrain") and the student on trajectories
 ("train").

@@ -1,8 +1,10 @@
-"""DeepSpeedEngine: ZeRO behind the protocol of `distill.engine.engine`. The only importer of deepspeed.
+"""DeepSpeedEngine: ZeRO behind the protocol of `distill.engine.engine`. The only importer of
+deepspeed.
 
-DeepSpeed partitions, reduces and steps; where it lays the state of a parameter, `cluster.trainer.partition`
-knows. It writes no checkpoint here: we hand out the pieces by parameter name and offset
-(`fragments`), so `distill.checkpoint.commit` can commit them and open them at any world size.
+DeepSpeed partitions, reduces and steps; where it lays the state of a parameter,
+`cluster.trainer.partition` knows. It writes no checkpoint here: we hand out the pieces by parameter
+name and offset (`fragments`), so `distill.checkpoint.commit` can commit them and open them at any
+world size.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Every rank writes the pieces of the state it holds (`engine.Fragment`) to one safetensors file.
 Pieces are of named tensors, so a checkpoint opens at any world size: each rank reads the ranges it
-needs, without a conversion. `distill.checkpoint.manifest` says which checkpoints are whole, `distill.checkpoint.agree`
-how ranks share the reading that takes.
+needs, without a conversion. `distill.checkpoint.manifest` says which checkpoints are whole,
+`distill.checkpoint.agree` how ranks share the reading that takes.
 """
 
 from __future__ import annotations

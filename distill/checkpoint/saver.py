@@ -1,9 +1,9 @@
 """When a checkpoint is written: while training waits, or in the background (`train.save_async`).
 
 In the background, training stands still for the copy of the state to host memory. The rest is done
-by a thread of every rank: the same files, the same order, the same promises (`distill.checkpoint.commit`).
-There is one save at a time. The next one waits for it, and so does the end of training, good or
-bad.
+by a thread of every rank: the same files, the same order, the same promises
+(`distill.checkpoint.commit`). There is one save at a time. The next one waits for it, and so does
+the end of training, good or bad.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import errno
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -29,37 +29,8 @@ from distill.data.layout import (
 )
 from distill.data.sidecar import CorruptShard, ShardSpec, Sidecar, check_spec
 from distill.data.stores.store import ShardStore, open_store, read_sidecar
+from distill.flow.trajectory import GeneratedShard
 from distill.run.dir import RunDir
-
-
-@runtime_checkable
-class Trajectories(Protocol):
-    """What is stored; `distill.flow.trajectory.GeneratedShard` is one."""
-
-    @property
-    def states(self) -> Tensor:
-        """[N, M, points, C, H, W] float32 on the CPU, the noise first."""
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """[N]."""
-
-    @property
-    def ids(self) -> NDArray[np.int64]:
-        """[N]."""
-
-    @property
-    def nfe(self) -> int:
-        """Evaluations of the guided velocity."""
-
-    @property
-    def forwards(self) -> int:
-        """Samples that went through a network."""
-
-    @property
-    def batch_size(self) -> int:
-        """Samples that were integrated at once."""
-
 
 # -----------------------------------------------------------------------------------------------
 # Write
@@ -69,7 +40,7 @@ def write_shard(
     run: RunDir,
     spec: ShardSpec,
     shard: int,
-    generated: Trajectories,
+    generated: GeneratedShard,
     seconds: float,
     producer: str,
 ) -> Sidecar:
@@ -105,7 +76,7 @@ def write_shard(
         raise OSError(error.errno or errno.EIO, message) from error
 
 
-def _to_stored(spec: ShardSpec, generated: Trajectories) -> NDArray[Any]:
+def _to_stored(spec: ShardSpec, generated: GeneratedShard) -> NDArray[Any]:
     """[N, M, stored points, C, H, W] as `stored_dtype`."""
     states = generated.states if spec.store_noise else generated.states[:, :, 1:]
     assert states.shape == (spec.samples_per_shard, *spec.sample_shape), states.shape
@@ -164,7 +135,7 @@ class _Sink:
         return len(data)
 
 
-def _write_tar(path: Path, spec: ShardSpec, generated: Trajectories, states: NDArray[Any]) -> str:
+def _write_tar(path: Path, spec: ShardSpec, generated: GeneratedShard, states: NDArray[Any]) -> str:
     """The sha256 of the tar in `path`, which is new and flushed to disk."""
     header = npy_header(spec)
     content = states.astype(stored_dtype(spec).newbyteorder("<"), copy=False)

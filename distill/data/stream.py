@@ -1,9 +1,9 @@
 """The trajectory stream: committed shards -> this rank's part of each global batch.
 
-Position is the global step and nothing else (`distill.data.order`). A block of shards is decoded into
-one array in memory. While the trainer works, one thread loads the next block and another makes the
-next batch; no more than that is held. A shard that is not there yet is waited for, in words that
-others can see; a bad one is set aside, so that it is made again, and waited for too.
+Position is the global step and nothing else (`distill.data.order`). A block of shards is decoded
+into one array in memory. While the trainer works, one thread loads the next block and another makes
+the next batch; no more than that is held. A shard that is not there yet is waited for, in words
+that others can see; a bad one is set aside, so that it is made again, and waited for too.
 """
 
 import threading

@@ -1,8 +1,8 @@
 """Engine: the model under training, however it is spread over processes.
 
 The loop in `distill.training.loop` sees only this protocol. `TorchEngine` is one process;
-`cluster.trainer.zero.DeepSpeedEngine` is ZeRO. Both keep their state as `Fragment`s, pieces of named
-parameters, so a checkpoint of one opens in the other and on any number of ranks.
+`cluster.trainer.zero.DeepSpeedEngine` is ZeRO. Both keep their state as `Fragment`s, pieces of
+named parameters, so a checkpoint of one opens in the other and on any number of ranks.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 **t = 0 is noise, t = 1 is data.** The straight path is x_t = (1 - t) x_0 + t x_1 with velocity
 x_1 - x_0. A student's jump is G(x, t, s) = x + (s - t) u(x, t, s), so u(x, t, t) is the
 instantaneous velocity and G(x, t, t) = x exactly. Jumps go forward, t <= s; that is not enforced
-here. Models of another convention are converted by their adapter in `distill.teachers.build` and nowhere
-else.
+here. Models of another convention are converted by their adapter in `distill.teachers.build` and
+nowhere else.
 """
 
 from collections.abc import Callable

@@ -1,6 +1,5 @@
 """A model on disk: `model.safetensors`, float32 weights, and `model.json`, of what. No pickle."""
 
-import hashlib
 import json
 import shutil
 import uuid
@@ -13,11 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from distill.config import ConfigError, ImageSpec
+from distill.config import ConfigError, ImageSpec, check
 from distill.networks.build import build_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.layers import AbstractNetwork
-from distill.run.files import sync_directory, write_atomic, write_json
+from distill.run.files import sha256_file, sync_directory, write_atomic, write_json
 
 FORMAT = "bowstring-model-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -153,25 +152,11 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: Path | str
     module.load_state_dict(state, strict=False)
 
 
-def fingerprint(folder: Path) -> str:
-    """sha256, in hex, of the weights file of a model folder.
+def fingerprint(path: Path) -> str:
+    """sha256, in hex, of a file of weights.
 
     Raises:
         ConfigError: the file is missing.
     """
-    return file_sha256(folder / WEIGHTS)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, in hex.
-
-    Raises:
-        ConfigError: the file is missing.
-    """
-    if not path.is_file():
-        raise ConfigError(f"{path} is missing")
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    check(path.is_file(), f"{path} is missing")
+    return sha256_file(path)

@@ -1,4 +1,6 @@
-"""Files written whole or by the line, locked, hashed, and the names of those in the making. Standard library only."""
+"""Files written whole or by the line, locked, hashed, and the names of those in the making.
+Standard library only.
+"""
 
 from __future__ import annotations
 

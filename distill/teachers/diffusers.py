@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
-from distill.networks.files import file_sha256
+from distill.networks.files import fingerprint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -56,7 +56,7 @@ def load_diffusers(folder: Path, device: torch.device | str) -> DiffusersTeacher
         model.
     """
     config = _read_config(folder / "config.json")
-    digest = file_sha256(folder / WEIGHTS)
+    digest = fingerprint(folder / WEIGHTS)
     kind = config.get("_class_name")
     match kind:
         case "UNet2DModel":

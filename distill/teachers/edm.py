@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
 from distill.flow.paths import expand_as
-from distill.networks.files import fingerprint, load_model
+from distill.networks.files import WEIGHTS, fingerprint, load_model
 
 
 class EdmTeacher:
@@ -69,4 +69,4 @@ def load_edm(folder: Path, device: torch.device | str) -> EdmTeacher:
     def raw(x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
         return network(x, c_noise, c_noise, label)
 
-    return EdmTeacher(raw, network.image, fingerprint(folder), **settings)
+    return EdmTeacher(raw, network.image, fingerprint(folder / WEIGHTS), **settings)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.networks.files import fingerprint, load_model
+from distill.networks.files import WEIGHTS, fingerprint, load_model
 from distill.teachers.base import Guided
 
 
@@ -25,7 +25,7 @@ class NativeTeacher:
         self.network, meta = load_model(folder, device)
         self.is_student = meta.get("kind") == "student"
         self.image = self.network.image
-        self.fingerprint = fingerprint(folder)
+        self.fingerprint = fingerprint(folder / WEIGHTS)
 
     @torch.no_grad()
     def velocity(

@@ -16,7 +16,7 @@ from torch import Tensor
 from distill.config import ConfigError, ImageSpec
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
-from distill.networks.files import file_sha256, load_weights, read_tensors
+from distill.networks.files import fingerprint, load_weights, read_tensors
 
 # Heads of the published sizes S, B, L, XL by width; the weights do not tell.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -32,7 +32,7 @@ class SiTTeacher:
         load_weights(self.network, state, source)
         self.network.eval().requires_grad_(False)
         self.image = image
-        self.fingerprint = file_sha256(source)
+        self.fingerprint = fingerprint(source)
 
     @torch.no_grad()
     def velocity(

@@ -1,8 +1,8 @@
 """Where the shards of a run lie, and all that is done to them there.
 
-A run names a folder (`distill.data.stores.local`) or a URL of an object store (`distill.data.stores.bucket`).
-In both a shard is committed by its sidecar, which is put last and never replaces another one. The
-functions below are what the rest of Bowstring uses.
+A run names a folder (`distill.data.stores.local`) or a URL of an object store
+(`distill.data.stores.bucket`). In both a shard is committed by its sidecar, which is put last and
+never replaces another one. The functions below are what the rest of Bowstring uses.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from distill.data.stores.store import read_sidecar
 from distill.evaluation.evaluate import evaluate
 from distill.export.student import export_run
 from distill.flow.solvers import solve
-from distill.networks.files import file_sha256, load_model
+from distill.networks.files import fingerprint, load_model
 from distill.run.dir import RunDir
 
 CHAIN = """
@@ -101,7 +101,7 @@ def test_nothing_is_pre_trained_and_the_fingerprint_is_recorded(earlier, tmp_pat
         check_or_write(config, run)
         assert pretrain(session) == Work()
         spec = run_spec(session)
-    expected = file_sha256(earlier.model(20) / "model.safetensors")
+    expected = fingerprint(earlier.model(20) / "model.safetensors")
     assert json.loads(run.identity.read_text())["teachers"] == {"student": expected}
     assert [teacher.fingerprint for teacher in spec.teachers] == [expected]
 
@@ -161,7 +161,7 @@ def test_reflow_of_reflow_of_reflow(tmp_path):
     for before, later in itertools.pairwise(runs):
         model = before.model(6)
         teachers = json.loads(later.identity.read_text())["teachers"]
-        assert list(teachers.values()) == [file_sha256(model / "model.safetensors")]
+        assert list(teachers.values()) == [fingerprint(model / "model.safetensors")]
         noise, states, labels = stored_states(later)
         network, _ = load_model(model, "cpu")
 

@@ -1,6 +1,7 @@
 """What is saved is verified before it is opened. A save may end at any call to the file system.
 
-Every run here is of a small network in one process; `tests/cluster/test_checkpoint.py` has ranks.
+Every run here is of a small network in one process; `tests/cluster/trainer/test_checkpoint.py` has
+ranks.
 """
 
 import os

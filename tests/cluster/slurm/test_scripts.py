@@ -17,7 +17,7 @@ from distill.run.dir import RunDir
 
 FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
-SCRIPTS = Path(__file__).parents[2] / "slurm"
+SCRIPTS = Path(__file__).parents[3] / "slurm"
 SITE = [
     "cluster=slurm_gpu",
     "cluster.trainer.num_workers=8",

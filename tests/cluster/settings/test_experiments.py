@@ -36,7 +36,7 @@ from distill.report.sections import write_report
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
 
-FOLDER = Path(__file__).parents[2] / "configs" / "experiment"
+FOLDER = Path(__file__).parents[3] / "configs" / "experiment"
 DIT = DiTConfig(patch_size=2, width=16, depth=1, num_heads=2)
 UNET = UNetConfig(
     width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[16], num_heads=2

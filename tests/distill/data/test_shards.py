@@ -79,7 +79,7 @@ def test_opens_with_plain_webdataset(run):
 
 def snippets(section: str) -> list[str]:
     """The Python blocks of a section of docs/formats.md."""
-    text = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
+    text = (Path(__file__).parents[3] / "docs" / "formats.md").read_text()
     part = text.partition(f"## {section}\n")[2].partition("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", part, flags=re.DOTALL)
 

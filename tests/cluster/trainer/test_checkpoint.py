@@ -1,7 +1,7 @@
 """A checkpoint is the run's, not the ranks': it opens on any number, and a dying rank leaves none.
 
 What one process can show of a save, kill -9 at every call of it, damage, a full disk, is in
-tests/distill/test_checkpoint.py.
+tests/distill/checkpoint/test_checkpoint.py.
 """
 
 import os

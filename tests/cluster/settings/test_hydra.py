@@ -11,7 +11,7 @@ from distill.config import ConfigError
 from distill.networks.config import UNetConfig
 from distill.objectives.config import BezierConfig, TraFlowConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 OPTIONS = [
     (path.parent.name, path.stem)
     for path in sorted(CONFIGS.glob("*/*.yaml"))

@@ -31,7 +31,7 @@ from distill.run.dir import RunDir
 from distill.run.files import append_line, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """A save on several ranks: who reads what, and how it fails.
 
-Ranks are threads here; `tests/distill/test_killed_saves.py` has processes.
+Ranks are threads here; `tests/distill/checkpoint/test_killed_saves.py` has processes.
 """
 
 import errno

@@ -10,7 +10,7 @@ from distill.config import ConfigError, ImageSpec
 from distill.flow.solvers import solve
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
-from distill.networks.files import file_sha256, save_model
+from distill.networks.files import fingerprint, save_model
 from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
 from distill.teachers.base import guided
 from distill.teachers.build import build_field, build_teacher
@@ -178,7 +178,7 @@ def test_native_teacher_is_the_diagonal_of_its_network(tmp_path):
     teacher = build_teacher(TeacherConfig(path=str(tmp_path / "m")), CPU)
     x, t, label = draw(2, *IMAGE.shape).float(), torch.tensor([0.2, 0.8]), torch.tensor([-1, 2])
     assert torch.equal(teacher.velocity(x, t, label), network(x, t, t, label))
-    assert teacher.fingerprint == file_sha256(tmp_path / "m" / "model.safetensors")
+    assert teacher.fingerprint == fingerprint(tmp_path / "m" / "model.safetensors")
     assert not teacher.velocity(x, t, label).requires_grad
 
 
