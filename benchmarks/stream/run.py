@@ -18,11 +18,12 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from cluster import pool, runner, stages
 from cluster.plan.stream import stream_plan
+from cluster.pool import pool
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
+from cluster.supervisor import runner, stages
 from distill.config import ImageSpec
 from distill.networks.build import build_network
 from distill.networks.files import save_model

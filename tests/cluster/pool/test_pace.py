@@ -2,7 +2,7 @@
 
 import pytest
 
-from cluster import pace
+from cluster.pool import member
 from cluster.pool.member import Pace
 
 
@@ -11,8 +11,8 @@ from cluster.pool.member import Pace
 )
 def test_the_longer_it_takes_the_rarer_it_is(wall, core, rests, monkeypatch):
     now = {"monotonic": 100.0, "thread_time": 7.0}
-    monkeypatch.setattr(pace.time, "monotonic", lambda: now["monotonic"])
-    monkeypatch.setattr(pace.time, "thread_time", lambda: now["thread_time"])
+    monkeypatch.setattr(member.time, "monotonic", lambda: now["monotonic"])
+    monkeypatch.setattr(member.time, "thread_time", lambda: now["thread_time"])
     listing = Pace()
     assert listing.is_due(now["monotonic"])
     now["monotonic"] += wall

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from distill.config import ImageSpec
 from distill.flow.paths import jump
+from distill.objectives import derivatives
 from distill.objectives.base import Call, pick
-from distill.objectives.build import base, build_objective
+from distill.objectives.build import build_objective
 from distill.objectives.config import BezierConfig, MeanFlowConfig, TraFlowConfig
 from distill.objectives.derivatives import eulerian_target, time_derivative, with_time_derivative
 from distill.objectives.distances import l2
@@ -242,7 +243,7 @@ def test_the_finite_step_of_the_eulerian_target_is_of_first_order(name, monkeypa
     exact = eulerian_target(network, here, call, v, label, "jvp")
     errors = []
     for h in (2e-3, 1e-3, 5e-4):
-        monkeypatch.setattr(base, "FINITE_STEP", h)
+        monkeypatch.setattr(derivatives, "FINITE_STEP", h)
         found = eulerian_target(network, here, call, v, label, "finite_difference")
         errors.append(float((found - exact).norm()))
     assert order(errors) == pytest.approx(1, abs=0.05)
