@@ -39,7 +39,7 @@ from distill.evaluation.sampling import (
 )
 from distill.export.student import latest_student, read_identity
 from distill.flow.paths import MeanVelocity
-from distill.networks.files import fingerprint
+from distill.networks.files import WEIGHTS, fingerprint
 from distill.report.cost import read_cost
 from distill.report.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
@@ -229,7 +229,7 @@ def evaluate(
         "objective": objective,
         "step": student.meta.get("step"),
         "settings": asdict(evaluation),
-        "model_sha256": fingerprint(folder),
+        "model_sha256": fingerprint(folder / WEIGHTS),
         "teacher": curves,
         "student": student_rows,
         "n": evaluation.num_samples,

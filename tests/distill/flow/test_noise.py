@@ -83,7 +83,7 @@ def test_noise_does_not_depend_on_chunks():
 
 def test_noise_is_the_same_in_another_process():
     code = (
-        "import sys, numpy as np; from distill.noise import sample_noise;"
+        "import sys, numpy as np; from distill.flow.noise import sample_noise;"
         "sys.stdout.buffer.write(sample_noise(3, np.arange(2, 6), (3, 5, 7)).tobytes())"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from distill.run import dir as rundir
+from distill.run import files
 from distill.run.files import append_line, read_lines
 
 
@@ -36,7 +36,7 @@ def test_a_damaged_line_costs_itself_only(tmp_path, damage):
 
 def test_a_write_that_takes_a_part_is_gone_on_with(tmp_path, monkeypatch):
     write = os.write
-    monkeypatch.setattr(rundir.os, "write", lambda file, data: write(file, data[:7]))
+    monkeypatch.setattr(files.os, "write", lambda file, data: write(file, data[:7]))
     append_line(tmp_path / "lines", {"kind": "steps", "first": 0, "last": 9})
     append_line(tmp_path / "lines", {"kind": "steps", "first": 10, "last": 19})
     assert [line["last"] for line in read_lines(tmp_path / "lines")] == [9, 19]
