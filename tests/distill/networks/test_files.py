@@ -36,10 +36,10 @@ def test_buffers_may_be_left_out_and_the_fingerprint_is_of_the_weights(tmp_path)
         save_model(tmp_path / name, dict(network.named_parameters()), DIT, IMAGE, {"name": name})
     loaded, _ = load_model(tmp_path / "a", "cpu")
     assert torch.equal(loaded.get_buffer("pos_embed"), network.get_buffer("pos_embed"))
-    assert fingerprint(tmp_path / "a" / WEIGHTS) == fingerprint(tmp_path / "b")
+    assert fingerprint(tmp_path / "a" / WEIGHTS) == fingerprint(tmp_path / "b" / WEIGHTS)
     other = build_network(DIT, IMAGE, seed=4)
     save_model(tmp_path / "c", dict(other.named_parameters()), DIT, IMAGE, {})
-    assert fingerprint(tmp_path / "a" / WEIGHTS) != fingerprint(tmp_path / "c")
+    assert fingerprint(tmp_path / "a" / WEIGHTS) != fingerprint(tmp_path / "c" / WEIGHTS)
 
 
 def test_saving_again_replaces_and_leaves_nothing_behind(tmp_path):
