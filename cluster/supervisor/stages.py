@@ -22,7 +22,8 @@ from cluster.supervisor.session import Session
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, check
-from distill.data.images import NO_IMAGES, check_files
+from distill.data.images import check_files
+from distill.data.sets import NO_IMAGES, SETS
 from distill.data.sidecar import ShardSpec, shard_spec
 from distill.data.stores.store import open_store
 from distill.evaluation.inception import check_inception
@@ -76,7 +77,7 @@ def pretrain(session: Session) -> Work:
     missing = {n: p for n, p in own_teachers(session.config).items() if not has_model(p)}
     if not missing:
         return Work()
-    check(session.config.data.name != "latents", NO_IMAGES)
+    check(SETS[session.config.data.name].has_images, NO_IMAGES)
     check_files(session.config.data)
     job = TrainJob("pretrain", session.config, None, session.scratch)
     made = [job.run.model(step) for step in job.exports]

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from omegaconf import MISSING
 
 from distill.config import ImageSpec, check, check_choice, check_positive
+from distill.data.sets import SETS
 
 
 @dataclass
@@ -16,17 +17,17 @@ class DataConfig:
     `latents` has none: the run's teacher comes from elsewhere, and only distances to it are taken.
     """
 
-    name: str = MISSING  # digits | fashion | npz | latents
+    name: str = MISSING  # a row of distill.data.sets
     path: str = ""  # fashion: folder with the files, "" is the usual one; npz: the file
     channels: int = MISSING
     size: int = MISSING  # height = width, pixels, after padding
     num_classes: int = 0  # 0: unconditional
 
     def __post_init__(self) -> None:
-        check_choice("data.name", self.name, ("digits", "fashion", "npz", "latents"))
+        check_choice("data.name", self.name, tuple(SETS))
         check_positive("data", channels=self.channels, size=self.size)
         check(
-            self.name != "latents" or not self.image.is_picture,
+            SETS[self.name].has_images or not self.image.is_picture,
             f"data.name=latents with data.channels={self.channels}: grey and RGB images are "
             "compared with real ones; set data.name=npz and data.path",
         )

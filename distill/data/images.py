@@ -1,9 +1,4 @@
-"""Real images by name: scikit-learn's digits, Fashion-MNIST's files, any set as one npz."""
-
-import gzip
-import zipfile
-import zlib
-from pathlib import Path
+"""Batches of real images, for the training of a teacher and as the reference of an evaluation."""
 
 import numpy as np
 import torch
@@ -11,17 +6,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from distill.config import ConfigError, check
+from distill.config import check
 from distill.data.config import DataConfig
+from distill.data.sets import SETS
 from distill.flow.noise import permutation, sample_noise, uniform
 from distill.flow.trajectory import TrajectoryBatch
-
-FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-FASHION_COUNT = 60_000  # training images
-NO_IMAGES = (
-    "data.name=latents has no images to train a teacher on; take one from elsewhere "
-    "(teacher=sit, teacher=diffusers or teacher=native, with its path)"
-)
 
 
 def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor, "N"]]:
@@ -31,17 +20,9 @@ def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor,
         ConfigError: files absent, cut or of another kind; settings that do not describe the images.
     """
     check_files(data)
-    match data.name:
-        case "digits":
-            images, labels = _digits()
-        case "fashion":
-            images, labels = _fashion(*_fashion_files(data))
-        case "npz":
-            images, labels = _npz(Path(data.path))
-        case "latents":
-            raise ConfigError(NO_IMAGES)
-        case _:
-            raise ConfigError(f"data.name={data.name} is not known")
+    pixels, classes_of = SETS[data.name].load(data.path)
+    images = torch.from_numpy(np.ascontiguousarray(pixels))
+    labels = torch.from_numpy(classes_of)
     channels, size = images.shape[1], images.shape[2]
     check(
         data.channels == channels, f"data.channels={data.channels}, but {data.name} has {channels}"
@@ -64,85 +45,7 @@ def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor,
 
 def check_files(data: DataConfig) -> None:
     """Raises ConfigError when a file of the data set is absent, so that it is known early."""
-    if data.name == "npz" and not Path(data.path).is_file():
-        raise ConfigError(
-            f"data.path={data.path} is no file; set it to an .npz with `images`, uint8 "
-            "[N, H, H, C], and `labels`, integers [N] (docs/operations.md)"
-        )
-    for path in _fashion_files(data) if data.name == "fashion" else []:
-        if not path.exists():
-            raise ConfigError(
-                f"{path} is not there. On Debian and Ubuntu: apt-get install "
-                "dataset-fashion-mnist. Elsewhere set data.path to a folder with the *-ubyte.gz "
-                "files of Fashion-MNIST"
-            )
-
-
-def _npz(path: Path) -> tuple[Tensor, Tensor]:
-    """The images of a file, and its labels; without `labels` all are of class 0."""
-    try:
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("it is no zip file, or cut")
-        with np.load(path, allow_pickle=False) as file:
-            images = file["images"]
-            labels = file["labels"] if "labels" in file.files else np.zeros(len(images), np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path} cannot be read as an .npz with `images` ({error})") from error
-    is_square = images.ndim == 4 and images.size > 0 and images.shape[1] == images.shape[2]
-    is_labelled = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not (images.dtype == np.uint8 and is_square and is_labelled and labels.min() >= 0):
-        raise ConfigError(
-            f"{path}: `images` must be uint8 [N, H, H, C] and `labels` integers [N] from 0 on; "
-            f"they are {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
-        )
-    pixels = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    return pixels.contiguous(), torch.from_numpy(labels.astype(np.int64))
-
-
-def _digits() -> tuple[Tensor, Tensor]:
-    """1,797 scans of handwritten digits, 8x8, values 0 .. 16."""
-    from sklearn.datasets import (
-        load_digits,
-    )  # as long to import as torch; ranks of a student do not
-
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float()[:, None] / 8 - 1
-    return images, torch.from_numpy(digits.target).long()
-
-
-def _fashion_files(data: DataConfig) -> list[Path]:
-    """Where the training images and their labels should be."""
-    folder = Path(data.path) if data.path else FASHION_FOLDER
-    return [folder / f"train-{kind}-ubyte.gz" for kind in ("images-idx3", "labels-idx1")]
-
-
-def _fashion(images: Path, labels: Path) -> tuple[Tensor, Tensor]:
-    """60,000 pictures of clothes, 28x28 (Xiao et al., 2017)."""
-    pixels = torch.from_numpy(_read_idx(images, (FASHION_COUNT, 28, 28)))
-    classes = torch.from_numpy(_read_idx(labels, (FASHION_COUNT,)))
-    return pixels[:, None].float() / 127.5 - 1, classes.long()
-
-
-def _read_idx(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The bytes of a gzipped idx file as uint8 of `shape`.
-
-    An idx header is 0, 0, type 8, number of axes, then each length as big-endian uint32.
-    """
-    try:
-        with gzip.open(path) as file:
-            content = file.read()
-    except (EOFError, OSError, zlib.error) as error:
-        raise ConfigError(
-            f"{path} cannot be read ({error}); it is cut or damaged, fetch it again"
-        ) from error
-    header = bytes([0, 0, 8, len(shape)]) + np.array(shape, dtype=">u4").tobytes()
-    expected = len(header) + int(np.prod(shape))
-    if content[: len(header)] != header or len(content) != expected:
-        raise ConfigError(
-            f"{path} is not an idx file of {' x '.join(map(str, shape))} bytes "
-            f"({len(content)} bytes, expected {expected}); fetch it again"
-        )
-    return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape).copy()
+    SETS[data.name].check(data.path)
 
 
 # Noise of the images' stream starts here, so that no trajectory of the same seed starts from noise

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from distill.config import ConfigError
-from distill.data import images as datasets
+from distill.data import sets
 from distill.data.config import DataConfig
 from distill.data.images import load_images
 
@@ -16,7 +16,7 @@ FASHION = DataConfig(name="fashion", channels=1, size=32, num_classes=10)
 
 def write_fashion(folder, count, monkeypatch):
     """A folder that looks like Fashion-MNIST with `count` images."""
-    monkeypatch.setattr(datasets, "FASHION_COUNT", count)
+    monkeypatch.setattr(sets, "FASHION_COUNT", count)
     pixels = np.random.default_rng(0).integers(0, 256, (count, 28, 28), dtype=np.uint8)
     labels = np.arange(count, dtype=np.uint8) % 10
     for name, array in (("images-idx3", pixels), ("labels-idx1", labels)):
@@ -146,7 +146,7 @@ def test_latents_have_no_images():
 
 
 @pytest.mark.skipif(
-    not datasets.FASHION_FOLDER.exists(), reason="the package dataset-fashion-mnist is not here"
+    not sets.FASHION_FOLDER.exists(), reason="the package dataset-fashion-mnist is not here"
 )
 def test_the_debian_package():
     images, labels = load_images(FASHION)
