@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -101,29 +101,42 @@ def _check_option(key: str, option: str) -> None:
     )
 
 
+def sbatch(name: str) -> Any:
+    """A field whose value becomes the option `--name=value` of sbatch; "" leaves it to the site."""
+    return field(default="", metadata={"sbatch": name})
+
+
 @dataclass
 class JobConfig:
     """What the Slurm jobs of one kind ask for. Where it is empty, the site's default holds."""
 
     nodes: int = 1
-    partition: str = ""
-    account: str = ""
-    qos: str = ""
-    constraint: str = ""
-    time: str = ""  # limit: HH:MM:SS or D-HH:MM:SS, in quotes in a file
-    memory: str = ""  # of a node, e.g. 60G
+    partition: str = sbatch("partition")
+    account: str = sbatch("account")
+    qos: str = sbatch("qos")
+    constraint: str = sbatch("constraint")
+    time: str = sbatch("time")  # limit: HH:MM:SS or D-HH:MM:SS, in quotes in a file
+    memory: str = sbatch("mem")  # of a node, e.g. 60G
     options: list[str] = field(default_factory=list)  # of sbatch, e.g. --exclusive
 
     def __post_init__(self) -> None:
         check_positive("cluster.slurm", nodes=self.nodes)
-        for name in ("partition", "account", "qos", "constraint", "time", "memory"):
-            value = str(getattr(self, name))
+        for name, (_, value) in self._named().items():
             check(
                 re.search(r"[\s\"'\\#]", value) is None,
                 f"cluster.slurm.*.{name}='{value}' must be one word without quotes",
             )
         for option in self.options:
             _check_option("cluster.slurm.*.options", option)
+
+    def named_options(self) -> list[str]:
+        """Options of sbatch that are set, "--name=value"."""
+        return [f"--{option}={value}" for option, value in self._named().values() if value]
+
+    def _named(self) -> dict[str, tuple[str, str]]:
+        """Option of sbatch and value, by setting."""
+        marked = [f for f in fields(self) if "sbatch" in f.metadata]
+        return {f.name: (f.metadata["sbatch"], str(getattr(self, f.name))) for f in marked}
 
 
 @dataclass

@@ -99,16 +99,7 @@ def sbatch_options(config: RunConfig, slurm: SlurmConfig, kind: str, root: Path)
     ]
     if gpus:
         options.append(slurm.gpu_option.replace("{gpus}", str(gpus)))
-    for name, value in (
-        ("partition", job.partition),
-        ("account", job.account),
-        ("qos", job.qos),
-        ("constraint", job.constraint),
-        ("time", job.time),
-        ("mem", job.memory),
-    ):
-        if value:
-            options.append(f"--{name}={value}")
+    options += job.named_options()
     if kind == "train":
         ranks = config.cluster.trainer
         least = math.ceil(ranks.min_workers / (ranks.max_workers // job.nodes))

@@ -27,7 +27,7 @@ from distill.evaluation.curves import (
     teacher_curves,
     truth,
 )
-from distill.evaluation.metrics import FeatureDistance, distance_name, relative_distance
+from distill.evaluation.metrics import Drawn, FeatureDistance, distance_name, measure
 from distill.evaluation.sampling import (
     Interrupt,
     Sampler,
@@ -109,9 +109,7 @@ class Evaluator:
         assert self._reference is not None
         reference, _ = self._reference
         x, seconds = self.draw(sampler, title) if sampler else self._reference
-        row = {"distance_to_teacher": relative_distance(x, reference, self.samples.noise)}
-        if self.features is not None:
-            row |= self.features.compare(to_uint8(x))
+        row = measure(Drawn(x, reference, self.samples.noise, self.features))
         return row | {"seconds_per_1000": 1000 * seconds / len(x)}
 
 

@@ -6,11 +6,16 @@ With x_0 the noise, x_1 the teacher's fine ODE end point and G^N the student's N
     Fréchet             = |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))     (moments of features)
     kernel distance     = unbiased MMD^2 with the kernel (f . f' / d + 1)^3     (Binkowski 2018)
 
+A new metric is a function here and a row of `METRICS`: its numbers stand in every row of
+results.json.
+
 torch-fidelity's own cache is not used (its key knows neither weights nor sample count), and
 features are turned to float64 before any moment, whatever dtype the extractor has. Only Inception
 features make a Fréchet distance a FID.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -34,6 +39,7 @@ from torch_fidelity.utils import create_feature_extractor
 
 from distill.evaluation.config import ExtractorConfig
 from distill.evaluation.inception import check_inception
+from distill.sample import to_uint8
 
 INCEPTION = "inception-v3-compat"
 PIXELS = "bowstring-pixels"
@@ -174,3 +180,43 @@ def distance_name(extractor: str, num: int) -> str:
     if extractor != "inception":
         return f"Fréchet distance ({extractor})"
     return "FID-50k" if num == 50_000 else f"FID (n = {num:,})"
+
+
+# -----------------------------------------------------------------------------------------------
+# All that is measured of one sampler
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Samples, and what they are compared with.
+
+    Attributes:
+        x: end points of a sampler, [N, C, H, W] in [-1, 1].
+        reference: those of the teacher's fine solution from the same noise.
+        noise: where both started.
+        features: distances to the real images; None for latents, which have none.
+    """
+
+    x: Float[Tensor, "N C H W"]
+    reference: Float[Tensor, "N C H W"]
+    noise: Float[Tensor, "N C H W"]
+    features: FeatureDistance | None
+
+
+def distance_to_teacher(drawn: Drawn) -> dict[str, float]:
+    """`relative_distance` to the teacher's fine solution."""
+    distance = relative_distance(drawn.x, drawn.reference, drawn.noise)
+    return {"distance_to_teacher": distance}
+
+
+def distances_to_data(drawn: Drawn) -> dict[str, float]:
+    """Fréchet and kernel distance to the real images, where there are any."""
+    return drawn.features.compare(to_uint8(drawn.x)) if drawn.features else {}
+
+
+METRICS: tuple[Callable[[Drawn], dict[str, float]], ...] = (distance_to_teacher, distances_to_data)
+
+
+def measure(drawn: Drawn) -> dict[str, float]:
+    """The numbers of all metrics, by name."""
+    return {name: value for metric in METRICS for name, value in metric(drawn).items()}
