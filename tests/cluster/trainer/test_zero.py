@@ -128,10 +128,10 @@ CASES = [
     (stage, name)
     for stage in range(4)
     for name in OBJECTIVES
-    if (stage, name) != (3, "traflow-double")  # cluster.config refuses it
+    if (stage, name) != (3, "traflow-double")  # cluster.settings.schema refuses it
 ]
 # Accumulation and recomputation on top, at two of the stages; not where a micro-batch sets the
-# weights of the terms, or where cluster.config refuses it.
+# weights of the terms, or where cluster.settings.schema refuses it.
 EXTRAS = {2: {"micro_batch": 2}, 3: {"micro_batch": 1, "activation_checkpointing": True}}
 PLAIN = ("traflow-adaptive", "traflow-double")
 

@@ -31,7 +31,7 @@ CASES = [
     for stage in range(4)
     for name in NETWORKS
     for mode in MODES
-    if (stage, mode) != (3, "double_backward")  # cluster.config refuses it
+    if (stage, mode) != (3, "double_backward")  # cluster.settings.schema refuses it
 ]
 
 
