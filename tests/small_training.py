@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from distill.checkpoint import commit as checkpoint
+from distill.checkpoint.commit import load_latest
 from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise
@@ -19,6 +20,7 @@ from distill.objectives.config import TraFlowConfig
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
 from distill.testing import GaussianFlow
+from distill.training.build import build_callbacks
 from distill.training.loop import train
 
 IMAGE = ImageSpec(1, 4, 3)
@@ -66,6 +68,26 @@ def read_share(step: int, rank: int, world_size: int, size: int = 8) -> Trajecto
     )
 
 
+class Reads:
+    """A source that never waits, from a function of the step."""
+
+    wait_s = 0.0
+
+    def __init__(self, read) -> None:
+        self.read = read
+
+
+def fit_all(
+    engine, read, objective, config: TrainConfig, root: str | Path, origin=None, more=(), **options
+) -> int:
+    """Trains on from what is in `root`, with everything that hangs on a training of a run."""
+    source, run = Reads(read), RunDir(Path(root))
+    flops = options.pop("flops", None)
+    callbacks = [*build_callbacks(engine, source, config, run, origin or {}, flops), *more]
+    start = load_latest(run.checkpoints, engine)
+    return train(engine, source, objective, config, callbacks, start=start, **options)
+
+
 def fit(
     engine,
     root: str | Path,
@@ -81,16 +103,12 @@ def fit(
         last[0] = step
         return read_share(step, engine.rank, engine.world_size, config.batch_size)
 
-    return train(
-        engine,
-        read,
-        objective or build_objective(EVERY_TERM, 0),
-        config,
-        RunDir(Path(root)),
-        origin={},
-        wait_s=lambda: 0.0,
-        should_stop=lambda: is_asked() or last[0] + 1 >= until,
-    )
+    objective = objective or build_objective(EVERY_TERM, 0)
+
+    def is_over() -> bool:
+        return is_asked() or last[0] + 1 >= until
+
+    return fit_all(engine, read, objective, config, root, should_stop=is_over)
 
 
 def single_engine(config: TrainConfig) -> TorchEngine:

@@ -35,6 +35,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import EndpointConfig
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
+from distill.training.build import build_callbacks
 from distill.training.loop import train
 
 BLOCK_SHARDS, PASSES, LOG_EVERY = 4, 2, 4
@@ -72,16 +73,8 @@ def waiting(
     began = time.perf_counter()
     stream.read(0)
     first_s = time.perf_counter() - began
-    train(
-        engine,
-        stream.read,
-        build_objective(EndpointConfig(), 0),
-        config,
-        run,
-        origin={},
-        wait_s=lambda: stream.wait_s,
-        should_stop=lambda: False,
-    )
+    callbacks = build_callbacks(engine, stream, config, run, {})
+    train(engine, stream, build_objective(EndpointConfig(), 0), config, callbacks)
     producer.join()
     stream.close()
     return {

@@ -24,6 +24,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
 from distill.testing import run_ranks
+from distill.training.build import build_callbacks
 from distill.training.loop import train
 from distill.training.memory import keep_freed_memory
 
@@ -59,8 +60,8 @@ def bare_step(case: Case, config: TrainConfig) -> Callable[[TrajectoryBatch], No
 def compare(name: str, stage: int, folder: Path) -> dict[str, Any]:
     """Seconds of a step of the loop over ZeRO and of the bare one, in turn.
 
-    The bare step is taken inside `read`. So a step of the loop is the time from where `read` is
-    left to where it is entered again.
+    The bare step is taken while the loop reads. So a step of the loop is the time from where
+    `read` is left to where it is entered again.
     """
     case = CASES[name]
     config = settings(case, zero_stage=stage, max_steps=WARM_UP + case.steps, save_every=10**6)
@@ -68,22 +69,17 @@ def compare(name: str, stage: int, folder: Path) -> dict[str, Any]:
     batch = random_batch(case.batch)
     entered, left, theirs = [], [], []
 
-    def read(step: int) -> TrajectoryBatch:
-        entered.append(time.perf_counter())
-        theirs.append(seconds_of(lambda: bare(batch)))
-        left.append(time.perf_counter())
-        return batch
+    class Source:
+        wait_s = 0.0
 
-    train(
-        engine,
-        read,
-        build_objective(ReflowConfig(), 0),
-        config,
-        RunDir(folder),
-        origin={},
-        wait_s=lambda: 0.0,
-        should_stop=lambda: False,
-    )
+        def read(self, step: int) -> TrajectoryBatch:
+            entered.append(time.perf_counter())
+            theirs.append(seconds_of(lambda: bare(batch)))
+            left.append(time.perf_counter())
+            return batch
+
+    callbacks = build_callbacks(engine, Source(), config, RunDir(folder), {})
+    train(engine, Source(), build_objective(ReflowConfig(), 0), config, callbacks)
     ours = [
         end - start for start, end in zip(left[WARM_UP:-1], entered[WARM_UP + 1 :], strict=True)
     ]

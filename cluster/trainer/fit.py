@@ -1,4 +1,4 @@
-"""The trainer group: Ray Train runs the ranks, each runs `cluster.trainer.rank`.
+"""Starts the ranks of a training through Ray Train; each runs `cluster.trainer.rank`.
 
 The group can be started again at any time: a rank finds everything in the run directory and goes on
 from the last verified checkpoint.
@@ -26,15 +26,14 @@ from distill.data.stream import StreamError
 from distill.run.files import write_json
 from distill.training.loop import TrainingError
 
-FINAL = (
-    ConfigError,
-    CheckpointError,
-    TrainingError,
-    StreamError,
-)  # a restart would only repeat these; a save that failed (SaveError) may succeed the next time
+# A restart would only repeat these; a save that failed (SaveError) may succeed the next time.
+FINAL = (ConfigError, CheckpointError, TrainingError, StreamError)
 
 # Its other limits are -1, for ever: ranks that do not start, a node that is drained.
 NEVER_AGAIN = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
+
+RANK_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+stop_signal = threading.Event()
 
 
 def fit(job: TrainJob, ranks: int, name: str) -> int:
@@ -99,10 +98,6 @@ def final_error(job: TrainJob) -> Exception | None:
     except FileNotFoundError:
         return None
     return {kind.__name__: kind for kind in FINAL}[found["kind"]](found["message"])
-
-
-RANK_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-stop_signal = threading.Event()
 
 
 class SignalBackend(_TorchBackend):

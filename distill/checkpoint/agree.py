@@ -14,7 +14,6 @@ import torch
 from distill.checkpoint.manifest import (
     MANIFEST,
     CheckpointError,
-    SaveError,
     check_none_kept,
     committed_steps,
     refuse,
@@ -34,9 +33,7 @@ def gather_texts(ranks: Peers, text: str) -> list[str]:
     return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
 
 
-def raise_together(
-    ranks: Peers, failure: str, kind: type[CheckpointError] | type[SaveError]
-) -> None:
+def raise_together(ranks: Peers, failure: str, kind: type[Exception]) -> None:
     """Raises `kind` on all ranks, with the reasons of those that failed. Collective.
 
     `failure` is why this rank failed, "" when it did not.

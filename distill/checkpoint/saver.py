@@ -48,9 +48,13 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._thread.shutdown()  # waits
+        self.close()
         if error is None:
             self.wait()
+
+    def close(self) -> None:
+        """Ends the thread once the last save is done, well or not."""
+        self._thread.shutdown()
 
     @property
     def has_failed(self) -> bool:

@@ -60,6 +60,8 @@ class ImageStream:
     index = r mod W of each global batch, so the sequence does not depend on W.
     """
 
+    wait_s, waiting_for = 0.0, ""  # images never make a trainer wait
+
     def __init__(
         self,
         images: Float[Tensor, "N C H W"],

@@ -1,26 +1,36 @@
-"""The training loop, top to bottom: it counts, logs and saves, and knows no objective."""
+"""The training loop, top to bottom. It knows no objective, and nothing of what hangs on it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Protocol, runtime_checkable
 
 import torch
+from torch import Tensor
 
-from distill.checkpoint.commit import load_latest, load_verified
-from distill.checkpoint.saver import Saver
 from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.base import Objective
-from distill.run.dir import RunDir
-from distill.training.log import Losses, TrainLog, Work
-from distill.training.timing import PhaseClock, traced_steps
+from distill.training.callbacks import Callback, Everyone, Step
 
 
 class TrainingError(RuntimeError):
     """The loss or its gradient is not finite. The message names the step, the term and the ids."""
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where a rank's batches come from."""
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds spent waiting for data so far."""
+
+    def read(self, step: int) -> TrajectoryBatch | None:
+        """This rank's part of global batch `step`; None when told to stop while it waited."""
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
@@ -33,85 +43,63 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def train(
     engine: Engine,
-    read: Callable[[int], TrajectoryBatch | None],
+    source: Source,
     objective: Objective,
     config: TrainConfig,
-    run: RunDir,
+    callbacks: Sequence[Callback] = (),
     *,
-    origin: dict[str, Any],
-    wait_s: Callable[[], float],
-    should_stop: Callable[[], bool],
-    work: Work | None = None,
-    start: int | None = None,
+    start: int = 0,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> int:
     """Steps done when it stopped: `config.max_steps`, or fewer when asked to stop.
 
-    Resumes from the newest checkpoint that verifies. Who has just asked `agreed_latest` for it
-    gives its step as `start`, and nothing is verified twice. `read(step)` gives this rank's part of
-    global batch `step`, or None when it was told to stop while it waited for data; `wait_s()` the
-    seconds spent waiting for data so far; `origin` is what manifests say of the run; `work` what a
-    sample costs, if a formula knows. Collective: every rank calls it; rank 0 writes the logs.
+    The engine holds the state after `start` steps (`distill.checkpoint.commit.load_latest`). One
+    rank that `should_stop` is enough: all stop after the same step, and save. Collective: every
+    rank calls it.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the state before that step is saved.
         SaveError: on every rank: a save failed on one of them, with its reason.
-        CheckpointError: on every rank: no checkpoint can be opened.
     """
     accumulation = config.accumulation(engine.world_size)
-    if start is None:
-        start = load_latest(run.checkpoints, engine)
-    else:
-        load_verified(run.checkpoints, start, engine)
-    saved = start
-    with (
-        TrainLog(engine, run, start, wait_s, work, config) as log,
-        Saver(run.checkpoints, engine, config, origin, log.event) as saver,
-        traced_steps(run.profile, start, engine.rank, config.profile) as traced,
-    ):
-        for step in range(start, config.max_steps):
-            log.clock.enter("data")
-            batch = read(step)
+    with closing(Everyone(callbacks)) as hooks:
+        hooks.begin(start)
+        done, saved, stop = start, start, False
+        while done < config.max_steps and not stop:
+            hooks.enter("data")
+            batch = source.read(done)
             if engine.any(batch is None):  # one rank may have waited, and another not
-                if step > saved:
-                    log.write(step)
-                    saver.save(step)
-                return step
+                if done > saved:
+                    _save(hooks, done)
+                break
             assert batch is not None
-            batch, lr, overflowed = batch.to(engine.device), learning_rate(step, config), True
+            batch, lr, overflowed = batch.to(engine.device), learning_rate(done, config), True
             while overflowed:  # fp16: the same step again, at a lower loss scale
-                results = _accumulate(engine, objective, batch, accumulation, step, log.clock)
-                finite = all(bool(torch.isfinite(result.total)) for result in results)
-                mine = torch.tensor([not finite, should_stop(), saver.has_failed])
-                flags = engine.gather(mine).any(dim=0)
-                grad_norm = math.nan if flags[0] else engine.step(step, lr)
-                overflowed = engine.overflowed and not flags[0]
-            log.clock.enter("other")
-            if flags[2]:
-                saver.wait()  # raises, on every rank
+                loss, terms = _accumulate(engine, objective, batch, accumulation, done, hooks)
+                broken = not bool(torch.isfinite(loss))
+                mine = torch.tensor([broken, should_stop(), hooks.has_failed])
+                broken, stop, failed = engine.gather(mine).any(dim=0).tolist()
+                grad_norm = math.nan if broken else engine.step(done, lr)
+                overflowed = engine.overflowed and not broken
+            hooks.enter("other")
+            if failed:
+                hooks.wait()  # raises, on every rank
             if not math.isfinite(grad_norm):  # on every rank; nothing was applied
-                log.write(step)
-                saver.save(step)
-                saver.wait()
-                what = "loss" if flags[0] else "gradient"
-                raise TrainingError(
-                    f"step {step}: the {what} is not finite: "
-                    + _find_failure(engine, objective, batch, accumulation, step)
-                )
+                _save(hooks, done)
+                hooks.wait()
+                what = "loss" if broken else "gradient"
+                found = _find_failure(engine, objective, batch, accumulation, done)
+                raise TrainingError(f"step {done}: the {what} is not finite: {found}")
 
-            done, stop = step + 1, bool(flags[1])
-            log.add(batch, results, lr, grad_norm)
-            due = stop or done % config.save_every == 0 or done == config.max_steps
-            if due or done % config.log_every == 0:
-                log.write(done)
-            if due:
-                log.clock.enter("save")
-                saver.save(done)
+            hooks.step(Step(done, batch, loss, terms, lr, grad_norm))
+            done += 1
+            if stop or hooks.wants_save(done):
+                _save(hooks, done)
                 saved = done
-                log.skip_save()
-            traced()
-            if stop:
-                return done
-    return max(start, config.max_steps)
+            elif done % config.log_every == 0:
+                _record(hooks, done)
+        hooks.wait()
+        return done
 
 
 def _accumulate(
@@ -120,18 +108,40 @@ def _accumulate(
     batch: TrajectoryBatch,
     accumulation: int,
     step: int,
-    clock: PhaseClock,
-) -> list[Losses]:
-    """Losses of the micro-batches of a step; their gradients are in the engine."""
-    results: list[Losses] = []
+    hooks: Callback,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and terms of a step, means over its micro-batches; their gradients are in the engine.
+
+    The values are detached, so that no graph outlives its micro-batch.
+    """
+    names: list[str] = []
+    rows: list[Tensor] = []
     for micro in batch.split(accumulation):
-        clock.enter("forward")
+        hooks.enter("forward")
         result = objective.loss(micro, engine.student, engine.target, step)
-        results.append(Losses.of(result))
-        clock.enter("backward")
-        engine.backward(result.total, last=len(results) == accumulation)
-    clock.enter("optimizer")
-    return results
+        total = result.total
+        names = list(result.terms)
+        rows.append(torch.stack([total, *result.terms.values()]).detach().float())
+        hooks.enter("backward")
+        engine.backward(total, last=len(rows) == accumulation)
+    hooks.enter("optimizer")
+    loss, *terms = torch.stack(rows).mean(dim=0)
+    return loss, dict(zip(names, terms, strict=True))
+
+
+def _record(hooks: Callback, done: int) -> None:
+    metrics = hooks.measure(done)
+    if metrics:
+        hooks.record(done, metrics)
+
+
+def _save(hooks: Callback, done: int) -> None:
+    """Saves, and records before that: a checkpoint must not be ahead of the record of its data."""
+    _record(hooks, done)
+    hooks.enter("save")
+    hooks.save(done)
+    hooks.saved(done)
+    hooks.enter("other")
 
 
 def _find_failure(

@@ -1,19 +1,20 @@
-"""Where the time of a training step goes."""
+"""Where the time of a training step goes: a clock of its phases, and a trace of a few steps."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.profiler import profile, schedule
 
+from distill.training.callbacks import Callback, Step
+
 # "other" is what the loop itself does: logs and counts.
 PHASES = ("data", "forward", "backward", "optimizer", "save", "other")
+SKIPPED, TRACED = 2, 3  # steps of a trace; the first ones allocate, and the profiler warms up
 
 
 class PhaseClock:
@@ -28,13 +29,18 @@ class PhaseClock:
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
         self.enter("other")
 
+    @property
+    def phase(self) -> str:
+        """The phase that goes on."""
+        return self._marks[-1][0]
+
     def enter(self, phase: str) -> None:
         """What follows, up to the next call, is `phase`."""
         self._marks.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
         """Seconds by phase since the last call; the phase goes on. Waits for the device."""
-        self.enter(self._marks[-1][0])
+        self.enter(self.phase)
         spent = dict.fromkeys(PHASES, 0.0)
         for (phase, start), (_, end) in pairwise(self._marks):
             spent[phase] += _seconds(start, end)
@@ -58,23 +64,28 @@ def _seconds(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
     return end - start
 
 
-SKIPPED, TRACED = 2, 3  # steps; the first ones allocate, and the profiler warms up
+class Profiler(Callback):
+    """Writes a trace of a few steps of this rank, named after the first of them."""
 
+    def __init__(self, folder: Path, rank: int) -> None:
+        self._folder, self._rank = folder, rank
+        self._open = ExitStack()
+        self._profile: profile | None = None
 
-@contextmanager
-def traced_steps(folder: Path, start: int, rank: int, enabled: bool) -> Iterator[Callable[[], Any]]:
-    """A function to be called after every step; the trace of this rank is in `folder` afterwards.
+    def begin(self, done: int) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"step_{done + SKIPPED:08d}-rank_{self._rank:05d}.json.gz"
+        self._profile = self._open.enter_context(
+            profile(
+                schedule=schedule(wait=SKIPPED - 1, warmup=1, active=TRACED, repeat=1),
+                on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
+                record_shapes=True,
+            )
+        )
 
-    The file is named after the first step traced. Nothing happens unless `enabled`.
-    """
-    if not enabled:
-        yield lambda: None
-        return
-    path = folder / f"step_{start + SKIPPED:08d}-rank_{rank:05d}.json.gz"
-    folder.mkdir(parents=True, exist_ok=True)
-    with profile(
-        schedule=schedule(wait=SKIPPED - 1, warmup=1, active=TRACED, repeat=1),
-        on_trace_ready=lambda profiler: profiler.export_chrome_trace(str(path)),
-        record_shapes=True,
-    ) as profiler:
-        yield profiler.step
+    def step(self, step: Step) -> None:
+        assert self._profile is not None
+        self._profile.step()
+
+    def close(self) -> None:
+        self._open.close()

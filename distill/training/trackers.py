@@ -1,4 +1,7 @@
-"""TensorBoard's event files, a copy of metrics.jsonl. The only importer of tensorboard."""
+"""Copies of metrics.jsonl for people's tools: TensorBoard's event files, and W&B.
+
+The only importer of tensorboard and of wandb. A copy that cannot be written ends no training.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir
 from distill.run.files import write_atomic
+from distill.training.callbacks import Callback
 
-FLUSH_S = 10  # a kill loses so much of the copy
-
-
-class EventFile:
-    """Scalars of a training that goes on after `start` steps. A thread writes them."""
-
-    def __init__(self, folder: Path, start: int) -> None:
-        # Hides what an earlier start wrote of the steps that are now done again.
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1, flush_secs=FLUSH_S)
-
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds the numbers of a step; raises OSError if none can be written."""
-        for tag, value in numbers.items():
-            self._writer.add_scalar(tag, value, step)
-
-    def close(self) -> None:
-        """Writes what is left. A full disk is said by the logs that this is a copy of."""
-        with suppress(OSError):
-            self._writer.close()
+FLUSH_S = 10  # a kill loses so much of TensorBoard's copy
+FINISH_TIMEOUT_S = 60.0  # for what is still to be sent to W&B at the end
 
 
 def scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -48,7 +35,28 @@ def scalars(metrics: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, fl
             yield prefix + name, float(value)
 
 
-FINISH_TIMEOUT_S = 60.0  # for what is still to be sent at the end
+class TensorBoard(Callback):
+    """An event file of every start. A thread writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: SummaryWriter | None = None
+
+    def begin(self, done: int) -> None:
+        # Hides what an earlier start wrote of the steps that are now done again.
+        self._writer = SummaryWriter(str(self._folder), purge_step=done + 1, flush_secs=FLUSH_S)
+
+    def record(self, done: int, metrics: dict[str, Any]) -> None:
+        """Raises OSError if none can be written."""
+        assert self._writer is not None
+        for tag, value in scalars(metrics):
+            self._writer.add_scalar(tag, value, done)
+
+    def close(self) -> None:
+        """Writes what is left. A full disk is said by the logs that this is a copy of."""
+        if self._writer is not None:
+            with suppress(OSError):
+                self._writer.close()
 
 
 def check_wandb(project: str) -> None:
@@ -60,8 +68,8 @@ def check_wandb(project: str) -> None:
     )
 
 
-class WandbRun:
-    """Scalars of a training, in a run of its own at W&B that goes on after every start."""
+class Wandb(Callback):
+    """A run of its own at W&B that goes on after every start."""
 
     def __init__(
         self,
@@ -73,20 +81,25 @@ class WandbRun:
         """`settings` is shown beside the run; `say` takes the event of the service's failure.
 
         Raises:
-            ConfigError: the package is not installed, or the service does not know who asks.
+            ConfigError: the package is not installed.
         """
         check_wandb(project)
+        self._project, self._files, self._settings, self._say = project, run, settings, say
+        self._run: Any = None
+
+    def begin(self, done: int) -> None:
+        """Raises ConfigError: the service does not know who asks."""
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # only what was asked for is sent
         import wandb
 
-        self._say, self._run, self._failures = say, None, (wandb.Error, OSError, TimeoutError)
+        self._failures = (wandb.Error, OSError, TimeoutError)
         try:
             self._run = wandb.init(
-                project=project,
-                id=_run_id(run.wandb / "id"),
-                name=run.root.name,
-                dir=run.root,
-                config=settings,
+                project=self._project,
+                id=_run_id(self._files.wandb / "id"),
+                name=self._files.root.name,
+                dir=self._files.root,
+                config=self._settings,
                 allow_val_change=True,  # a resume may train longer
                 resume="allow",
                 settings=wandb.Settings(
@@ -99,18 +112,18 @@ class WandbRun:
             )
         except (wandb.errors.UsageError, wandb.errors.AuthenticationError) as error:
             raise ConfigError(
-                f"train.wandb={project}: {' '.join(str(error).split())}; set WANDB_API_KEY in the "
-                "environment, or WANDB_MODE=offline, or train.wandb="
+                f"train.wandb={self._project}: {' '.join(str(error).split())}; set WANDB_API_KEY "
+                "in the environment, or WANDB_MODE=offline, or train.wandb="
             ) from error
         except self._failures as error:
             self._give_up(error)
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
-        """Adds the numbers of a step. The service leaves out a step that it has."""
+    def record(self, done: int, metrics: dict[str, Any]) -> None:
+        """The service leaves out a step that it has."""
         if self._run is None:
             return
         try:
-            self._run.log(numbers, step=step)
+            self._run.log(dict(scalars(metrics)), step=done)
         except self._failures as error:
             self._give_up(error)
 

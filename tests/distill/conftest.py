@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from small_training import fit_all
 
 from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
@@ -13,10 +14,8 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.run.dir import RunDir
 from distill.testing import StraightFlow, flow_batch
-from distill.training.log import Work
-from distill.training.loop import train
+from distill.training.log import Flops
 
 
 class TinyTraining(NamedTuple):
@@ -25,23 +24,23 @@ class TinyTraining(NamedTuple):
     batch: TrajectoryBatch
     image: ImageSpec = ImageSpec(1, 4, 3)
     network: DiTConfig = DiTConfig(patch_size=2, width=8, depth=1, num_heads=1)
-    work: Work = Work(flops_per_sample=1e3, peak_flops=1e6)
+    flops: Flops = Flops(per_sample=1e3, peak_per_s=1e6)
 
-    def fit(self, root, steps, read=None, objective=None, stop=lambda: False, **settings):
-        """Trains to step `steps`; the engine."""
+    def fit(self, root, steps, read=None, objective=None, stop=lambda: False, more=(), **settings):
+        """Trains to step `steps`, with `more` callbacks; the engine."""
         config = TrainConfig(batch_size=4, max_steps=steps, **settings)
         network = build_network(self.network, self.image, seed=3)
         engine = TorchEngine(network, config, torch.device("cpu"))
-        train(
+        fit_all(
             engine,
             read or (lambda step: self.batch),
             objective or build_objective(ReflowConfig(), 0),
             config,
-            RunDir(root),
-            origin={"seed": 0},
-            wait_s=lambda: 0.0,
+            root,
+            {"seed": 0},
+            more,
             should_stop=stop,
-            work=self.work,
+            flops=self.flops,
         )
         return engine
 

@@ -23,15 +23,14 @@ from cluster.supervisor import runner
 from cluster.supervisor.session import open_session
 from cluster.supervisor.stages import pretrain, run_spec
 from cluster.trainer.job import TrainJob
-from cluster.trainer.rank import initial_network, open_source, train_with_exports
+from cluster.trainer.rank import initial_network, resume
+from cluster.trainer.sources import build_source
 from distill.config import ConfigError
 from distill.engine.engine import TorchEngine
 from distill.evaluation.evaluate import evaluate
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import save_model
-from distill.objectives.build import build_objective
-from distill.objectives.config import ReflowConfig
 from distill.report.sections import write_report
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
@@ -139,13 +138,12 @@ def one(*args):
     return config
 
 
-def train_here(job, objective):
+def train_here(job):
     """One process trains to the end; where its first weights came from."""
     network, origin = initial_network(job)
     engine = TorchEngine(network, job.train, torch.device("cpu"))
-    built = build_objective(objective, job.config.seed, engine.device, engine.gradient_norms)
-    source = open_source(job, engine, lambda: False)
-    assert train_with_exports(job, engine, source, built, lambda: False) == job.train.max_steps
+    source = build_source(job, engine, lambda: False, lambda: None)
+    assert resume(job, engine, source, lambda: False) == job.train.max_steps
     return origin
 
 
@@ -161,13 +159,13 @@ def test_two_steps_in_small(experiment, tmp_path):
         own = pretrain(session).job
         assert (own is not None) == (experiment == "cifar10")
         if own is not None:
-            train_here(own, ReflowConfig())
+            train_here(own)
         spec = run_spec(session)
         worker = TeacherWorker(config, run, spec, "cpu")
         worker.load()
         for shard in range(stream_plan(config).shards):
             worker.produce(shard)
-        origin = train_here(TrainJob("train", config, spec, session.scratch), config.objective)
+        origin = train_here(TrainJob("train", config, spec, session.scratch))
     assert origin == expected_origin
     assert audit(run)["ok"]
     losses = [line["loss"] for line in read_lines(run.metrics)]

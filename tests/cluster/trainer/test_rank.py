@@ -8,14 +8,13 @@ import torch
 from cluster.plan.estimate import estimate
 from cluster.settings.hydra import compose
 from cluster.trainer.job import TrainJob
-from cluster.trainer.rank import Images, initial_network, train_with_exports, work_of
+from cluster.trainer.rank import flops_of, initial_network, resume
+from cluster.trainer.sources import Source
 from distill.checkpoint import manifest
 from distill.config import ConfigError
 from distill.data.images import ImageStream, load_images
 from distill.engine.engine import TorchEngine
 from distill.networks.files import load_model
-from distill.objectives.build import build_objective
-from distill.objectives.config import ReflowConfig
 from distill.run.files import sha256_file
 
 
@@ -33,13 +32,8 @@ def run(job, stop_at=None):
     seen = []
     read = stream.read
     stream.read = lambda step: seen.append(step) or read(step)
-    done = train_with_exports(
-        job,
-        engine,
-        Images(stream),
-        build_objective(ReflowConfig(), job.config.seed),
-        lambda: stop_at is not None and seen[-1] + 1 >= stop_at,
-    )
+    source = Source(stream, lambda: None)
+    done = resume(job, engine, source, lambda: stop_at is not None and seen[-1] + 1 >= stop_at)
     return engine, done, seen
 
 
@@ -114,11 +108,11 @@ def test_a_student_of_another_shape_starts_fresh_and_says_so(tmp_path):
     assert origin == "fresh: teacher.pretrained has another architecture than the student"
 
 
-def test_the_work_of_a_step_is_that_of_the_estimate(tmp_path):
+def test_the_flops_of_a_step_are_those_of_the_estimate(tmp_path):
     job = job_in(tmp_path, "train.batch_size=32", "cluster.device_peak_flops=3e9")
     found = estimate(job.config, None)["formula"]["flops"]
     for stage, settings in (("pretrain", job.config.pretrain.train), ("train", job.config.train)):
-        work = work_of(TrainJob(stage, job.config, None, tmp_path))
+        flops = flops_of(TrainJob(stage, job.config, None, tmp_path))
         samples = settings.max_steps * settings.batch_size
-        assert samples * work.flops_per_sample == found[stage]
-        assert work.peak_flops == 3e9
+        assert samples * flops.per_sample == found[stage]
+        assert flops.peak_per_s == 3e9

@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from ray.train.v2._internal.execution.failure_handling import (
 )
 from ray.train.v2.api.exceptions import ControllerError, PreemptionError, WorkerGroupError
 from ray.train.v2.api.preemption import PreemptionInfo
-from small_training import config_of, read_share, single_engine, zero_engine
+from small_training import config_of, fit_all, read_share, single_engine, zero_engine
 
 from cluster.trainer import fit as trainer
 from cluster.trainer import rank
@@ -29,7 +28,6 @@ from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
 from distill.testing import run_ranks
-from distill.training.loop import train
 
 
 @pytest.mark.parametrize(
@@ -91,15 +89,12 @@ def waiting_rank(rank: int, world_size: int, root: str) -> int:
     """Rank 1 is told to stop while it waits for step 3, whose data rank 0 has."""
     config = config_of(max_steps=10, save_every=100, zero_stage=1)
     engine = zero_engine(config)
-    return train(
+    return fit_all(
         engine,
         lambda step: None if (rank, step) == (1, 3) else read_share(step, rank, world_size),
         build_objective(ReflowConfig(), 0),
         config,
-        RunDir(Path(root)),
-        origin={},
-        wait_s=lambda: 0.0,
-        should_stop=lambda: False,
+        root,
     )
 
 

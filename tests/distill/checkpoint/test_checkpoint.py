@@ -277,7 +277,7 @@ def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatc
             time.sleep(0.01)
         return tiny.batch
 
-    monkeypatch.setattr("distill.training.loop.Saver", Known)
+    monkeypatch.setattr("distill.training.saving.Saver", Known)
     monkeypatch.setattr(checkpoint, "write_atomic", full)
     with pytest.raises(SaveError, match="No space left on device"):
         fit(tmp_path, 100, read, save_every=4, save_async=True)

@@ -20,7 +20,8 @@ from distill.report.cost import phase_seconds
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
 from distill.training import timing as phases
-from distill.training.log import FEWEST, HISTORY, Losses, TrainLog, Work, stands_out
+from distill.training.callbacks import Step
+from distill.training.log import FEWEST, HISTORY, Flops, TrainLog, stands_out
 from distill.training.timing import PHASES, PhaseClock
 from distill.training.trackers import scalars
 
@@ -75,8 +76,8 @@ def test_metrics_say_where_the_time_goes_and_what_was_achieved(tmp_path, fit):
 
 
 def test_mfu_is_said_only_against_a_known_peak(tmp_path, tiny):
-    unknown = Work(flops_per_sample=1e3, peak_flops=0.0)
-    tiny._replace(work=unknown).fit(tmp_path, 5, log_every=5)
+    unknown = Flops(per_sample=1e3, peak_per_s=0.0)
+    tiny._replace(flops=unknown).fit(tmp_path, 5, log_every=5)
     (line,) = read_lines(RunDir(tmp_path).metrics)
     assert line["flops_per_s"] > 0 and "mfu" not in line
 
@@ -135,11 +136,13 @@ class RankZeroOfTwo(TorchEngine):
 def test_the_rank_with_the_largest_loss_is_named(tmp_path, tiny):
     config = TrainConfig()
     engine = RankZeroOfTwo(build_network(tiny.network, tiny.image), config, CPU)
-    with TrainLog(engine, RunDir(tmp_path), 100, lambda: 0.0, None, config) as log:
-        for index in range(20):
-            value = torch.tensor(50.0 if index == 18 else 1.0)
-            log.add(tiny.batch, [Losses(value, {"a": value})], 1e-3, 1.0)
-        log.write(120)
+    log = TrainLog(engine, RunDir(tmp_path), lambda: 0.0, None)
+    log.begin(100)
+    log.enter("data")
+    for index in range(100, 120):
+        value = torch.tensor(50.0 if index == 118 else 1.0)
+        log.step(Step(index, tiny.batch, value, {"a": value}, lr=1e-3, grad_norm=1.0))
+    log.record(120, log.measure(120))
     (spike,) = events(RunDir(tmp_path), "spike")
     assert (spike["step"], spike["rank"], spike["ids"]) == (118, 1, [0, 10, 20, 30])
     assert (spike["loss"], spike["median"]) == (275.0, 5.5)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import EVERY_TERM, IMAGE, NETWORK, read_share
+from small_training import EVERY_TERM, IMAGE, NETWORK, fit_all, read_share
 
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError, TrainConfig
@@ -19,7 +19,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
-from distill.training.loop import TrainingError, learning_rate, train
+from distill.training.loop import TrainingError, learning_rate
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -47,14 +47,13 @@ def fit(
         seen.append(step)
         return read_share(step, 0, 1)
 
-    done = train(
+    done = fit_all(
         engine,
         counted,
         objective or build_objective(EVERY_TERM, 0),
         config,
-        RunDir(root),
-        origin={"seed": 0, "config_hash": "ab"},
-        wait_s=lambda: 0.0,
+        root,
+        {"seed": 0, "config_hash": "ab"},
         should_stop=lambda: stop_after is not None and len(seen) >= stop_after,
     )
     return engine, done, seen

@@ -13,7 +13,7 @@ import pytest
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
-from distill.training.trackers import WandbRun, check_wandb, scalars
+from distill.training.trackers import Wandb, check_wandb, scalars
 
 with_wandb = pytest.mark.skipif(
     find_spec("wandb") is None, reason="wandb is not installed; pip install 'bowstring[wandb]'"
@@ -119,5 +119,5 @@ def test_one_whom_the_service_cannot_know_is_told_so(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     with pytest.raises(ConfigError, match=r"train.wandb=project: .* set WANDB_API_KEY") as said:
-        WandbRun("project", RunDir(tmp_path), {}, print)
+        Wandb("project", RunDir(tmp_path), {}, print).begin(0)
     assert "too short" not in str(said.value)
