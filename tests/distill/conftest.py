@@ -26,11 +26,24 @@ class TinyTraining(NamedTuple):
     network: DiTConfig = DiTConfig(patch_size=2, width=8, depth=1, num_heads=1)
     flops: Flops = Flops(per_sample=1e3, peak_per_s=1e6)
 
-    def fit(self, root, steps, read=None, objective=None, stop=lambda: False, more=(), **settings):
+    def new_network(self):
+        """The network before the first step."""
+        return build_network(self.network, self.image, seed=3)
+
+    def fit(
+        self,
+        root,
+        steps,
+        read=None,
+        objective=None,
+        stop=lambda: False,
+        more=(),
+        engine=None,
+        **settings,
+    ):
         """Trains to step `steps`, with `more` callbacks; the engine."""
         config = TrainConfig(batch_size=4, max_steps=steps, **settings)
-        network = build_network(self.network, self.image, seed=3)
-        engine = TorchEngine(network, config, torch.device("cpu"))
+        engine = engine or TorchEngine(self.new_network(), config, torch.device("cpu"))
         fit_all(
             engine,
             read or (lambda step: self.batch),
