@@ -1,6 +1,7 @@
 """Exports in the middle of a training, and where the first weights come from."""
 
 import shutil
+import time
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from cluster.settings.hydra import compose
 from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import flops_of, initial_network, resume
 from cluster.trainer.sources import Source
-from distill.checkpoint import manifest
+from distill.checkpoint import manifest, saver
 from distill.config import ConfigError
 from distill.data.images import ImageStream, load_images
 from distill.engine.engine import TorchEngine
 from distill.networks.files import load_model
-from distill.run.files import sha256_file
+from distill.run.files import read_lines, sha256_file
+from distill.training import saving
 
 
 def job_in(folder, *overrides):
@@ -55,6 +57,28 @@ def test_an_export_on_the_way_changes_nothing(tmp_path):
     assert any(not torch.equal(late[0][name], early[name]) for name in early)
 
 
+def test_an_export_is_no_stop_and_what_it_takes_belongs_to_no_window(tmp_path, monkeypatch):
+    job = job_in(tmp_path, "pretrain.export_steps=[2]", "pretrain.train.log_every=1")
+    real = saving.export_checkpoint
+    monkeypatch.setattr(saving, "export_checkpoint", lambda *args: time.sleep(0.5) or real(*args))
+    run(job)
+    kinds = [event["kind"] for event in read_lines(job.run.events)]
+    assert kinds == ["resume", "steps", "steps", "save", "steps", "steps", "save"]
+    assert all(line["step_s"] < 0.5 for line in read_lines(job.run.metrics))
+
+
+def test_an_export_waits_for_the_save_in_the_background(tmp_path, monkeypatch):
+    plain = job_in(tmp_path / "plain", "pretrain.export_steps=[2]")
+    slow = job_in(tmp_path / "slow", "pretrain.export_steps=[2]", "pretrain.train.save_async=true")
+    run(plain)
+    real = saver.commit
+    monkeypatch.setattr(saver, "commit", lambda *args: time.sleep(0.3) or real(*args))
+    run(slow)
+    for step in (2, 4):
+        files = [job.run.model(step) / "model.safetensors" for job in (plain, slow)]
+        assert sha256_file(files[0]) == sha256_file(files[1])
+
+
 def test_a_stop_saves_and_the_next_start_goes_on(tmp_path):
     job = job_in(tmp_path, "pretrain.export_steps=[2]")
     assert run(job, stop_at=1)[1:] == (1, [0])
@@ -79,6 +103,14 @@ def test_a_kill_between_save_and_export_costs_no_training(tmp_path):
     shutil.rmtree(job.run.model(4))
     assert run(job)[1:] == (4, [])
     assert job.run.model(4).is_dir()
+
+
+def test_a_kill_between_save_and_export_costs_no_early_model(tmp_path):
+    job = job_in(tmp_path, "pretrain.export_steps=[2]")
+    run(job, stop_at=2)
+    shutil.rmtree(job.run.model(2))
+    assert run(job)[1:] == (4, [2, 3])
+    assert job.run.model(2).is_dir() and job.run.model(4).is_dir()
 
 
 def test_an_early_model_that_is_gone_is_named(tmp_path):
