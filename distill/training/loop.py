@@ -53,9 +53,9 @@ def train(
 ) -> int:
     """Steps done when it stopped: `config.max_steps`, or fewer when asked to stop.
 
-    The engine holds the state after `start` steps (`distill.checkpoint.commit.load_latest`). One
-    rank that `should_stop` is enough: all stop after the same step, and save. Collective: every
-    rank calls it.
+    The engine holds the state after `start` steps (`distill.checkpoint.commit.load_latest`). When
+    `should_stop` says so on one rank, all save and stop after the same step. Collective: every rank
+    calls it, each with callbacks of its own.
 
     Raises:
         TrainingError: a loss or gradient is not finite; the state before that step is saved.

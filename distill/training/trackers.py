@@ -1,6 +1,6 @@
 """Copies of metrics.jsonl for people's tools: TensorBoard's event files, and W&B.
 
-The only importer of tensorboard and of wandb. A copy that cannot be written ends no training.
+The only importer of tensorboard and of wandb. A tracker is a callback that takes what is recorded.
 """
 
 from __future__ import annotations
