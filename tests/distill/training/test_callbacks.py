@@ -224,7 +224,7 @@ class Saves(Listens):
     @property
     def has_failed(self):
         steps = self.calls.count(("enter", "data", self.number))
-        return self.plan.end == "save" and self.plan.start + steps - 1 == self.plan.at
+        return self.plan.end == "save" and steps > 0 and self.plan.start + steps - 1 == self.plan.at
 
     def wait(self):
         super().wait()
