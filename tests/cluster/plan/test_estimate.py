@@ -28,7 +28,6 @@ from distill.objectives.config import (
     MeanFlowConfig,
     ReflowConfig,
     TraFlowConfig,
-    objective_calls,
 )
 from distill.run.dir import RunDir
 from distill.teachers.config import TeacherConfig
@@ -95,7 +94,7 @@ def test_objective_calls_are_those_that_the_objective_makes(config):
         global_size=4,
     )
     build_objective(config, seed=0).loss(batch, network("student"), network("target"), 0)
-    assert objective_calls(config).forwards == sum(calls.values())
+    assert config.calls().forwards == sum(calls.values())
 
 
 @pytest.mark.parametrize(
@@ -131,7 +130,7 @@ def test_work_in_forwards_is_what_torch_counts_in_a_step(config):
         engine.backward(loss, last=True)
     ratio = step.get_total_flops() / forward.get_total_flops()
     # the first layer has no gradient to its input
-    assert ratio == pytest.approx(objective_calls(config).in_forwards, rel=0.02)
+    assert ratio == pytest.approx(config.calls().in_forwards, rel=0.02)
 
 
 def test_a_trajectory_costs_steps_times_stages_times_two_for_guidance():
