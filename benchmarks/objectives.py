@@ -5,9 +5,9 @@
 
 Same trajectories, same student network, same optimiser for every objective. Two normalisations:
 equal optimiser steps, and equal work of the student in forwards (a backward pass counts as two,
-`ObjectiveConfig.calls`). Finished trainings are kept in benchmarks/.cache and
-not repeated while code and settings are the same. The whole run writes
-docs/benchmarks/objectives.{json,png} and its tables into docs/results.md.
+`ObjectiveConfig.calls`). Finished trainings are kept in benchmarks/.cache and not repeated while
+code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,png} and its
+tables into docs/results.md.
 """
 
 from __future__ import annotations
