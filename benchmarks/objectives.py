@@ -5,9 +5,9 @@
 
 Same trajectories, same student network, same optimiser for every objective. Two normalisations:
 equal optimiser steps, and equal work of the student in forwards (a backward pass counts as two,
-`distill.objectives.config.objective_calls`). Finished trainings are kept in benchmarks/.cache and
-not repeated while code and settings are the same. The whole run writes
-docs/benchmarks/objectives.{json,png} and its tables into docs/results.md.
+`ObjectiveConfig.calls`). Finished trainings are kept in benchmarks/.cache and not repeated while
+code and settings are the same. The whole run writes docs/benchmarks/objectives.{json,png} and its
+tables into docs/results.md.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from cluster.settings.hydra import compose
 from distill.config import TrainConfig
 from distill.evaluation.metrics import relative_distance
 from distill.flow.times import NFE_PER_STEP
-from distill.objectives.config import EndpointConfig, ObjectiveConfig, objective_calls
+from distill.objectives.config import EndpointConfig, ObjectiveConfig
 
 CACHE = ROOT / "benchmarks" / ".cache"
 SEEDS = (0, 1, 2)
@@ -86,7 +86,7 @@ class Training:
     @property
     def forwards(self) -> int:
         """Work of the student per sample of a batch, in forwards, over the whole training."""
-        return self.steps * objective_calls(self.objective).in_forwards
+        return self.steps * self.objective.calls().in_forwards
 
 
 # -----------------------------------------------------------------------------------------------
@@ -194,12 +194,12 @@ def plan(is_quick: bool, problems: list[str]) -> Iterator[tuple[str, Training]]:
     objectives = {name: shipped(name) for name in OVERRIDES}
     for problem in reversed(problems):  # the longest first, so that no core idles at the end
         steps = make_problem(problem, is_quick).steps
-        budget = steps * objective_calls(EndpointConfig()).in_forwards  # of equal compute
+        budget = steps * EndpointConfig().calls().in_forwards  # of equal compute
         for seed in SEEDS[: 1 if is_quick else None]:
             for row, objective in objectives.items():
                 yield "equal steps", Training(problem, row, objective, steps, seed, is_quick)
                 if not is_quick:
-                    same = int(budget // objective_calls(objective).in_forwards)
+                    same = int(budget // objective.calls().in_forwards)
                     yield "equal compute", Training(problem, row, objective, same, seed, is_quick)
     if not is_quick:
         for name, rows in GUIDED.items():

@@ -42,7 +42,6 @@ from distill.objectives.config import (
     ObjectiveConfig,
     ReflowConfig,
     TraFlowConfig,
-    objective_calls,
 )
 
 IMAGE = ImageSpec(1, 8, 10)
@@ -123,7 +122,7 @@ def bare_step(calls: Calls) -> Callable[[int], None]:
 
 def compare(config: ObjectiveConfig, repeats: int) -> dict[str, float]:
     """Median seconds of a step of the objective and of the bare loop, timed in turn."""
-    calls = objective_calls(config)
+    calls = config.calls()
     steps = {"objective": objective_step(config), "bare": bare_step(calls)}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for index in range(repeats + 3):

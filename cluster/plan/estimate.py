@@ -25,7 +25,6 @@ from distill.config import check
 from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.flow.times import NFE_PER_STEP
 from distill.networks.cost import NetworkCost, network_cost
-from distill.objectives.config import objective_calls
 from distill.teachers.config import TeacherConfig
 
 # -----------------------------------------------------------------------------------------------
@@ -96,7 +95,7 @@ def stages(config: RunConfig, speed: float) -> dict[str, Stage]:
         found["pretrain"] = _stage(seen, 3 * seen, network, ranks, speed)
     forwards = plan.samples * sum(teacher_forwards(teacher) for teacher in config.teacher.values())
     found["generate"] = _stage(forwards, forwards, network, teachers, speed)
-    calls = objective_calls(config.objective)
+    calls = config.objective.calls()
     seen = config.train.max_steps * config.train.batch_size
     found["train"] = _stage(seen * calls.forwards, seen * calls.in_forwards, network, ranks, speed)
     forwards = evaluation_forwards(config)

@@ -13,7 +13,7 @@ from distill.config import PretrainConfig, TrainConfig, check, check_positive
 from distill.data.config import DataConfig, TrajectoryConfig
 from distill.evaluation.config import EvalConfig
 from distill.networks.config import NetworkConfig
-from distill.objectives.config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
+from distill.objectives.config import ObjectiveConfig
 from distill.run.dir import RunDir
 from distill.teachers.config import TeacherConfig
 
@@ -261,9 +261,8 @@ class RunConfig:
                 f"trajectory.grid={self.trajectory.grid}",
             )
         trajectory = self.trajectory
-        self.objective.check_stored(trajectory.grid, trajectory.points)
+        self.objective.check_run(self.train, trajectory.grid, trajectory.points)
         self.cluster.trainer.sizes(self.train)
-        _check_derivative(self.objective, self.train)
         stream = self.trajectory
         reads = stream.block_samples * stream.passes
         blocks = -(-self.train.batch_size // reads)  # one batch reaches this far into later blocks
@@ -273,34 +272,6 @@ class RunConfig:
             f"train.batch_size={self.train.batch_size}: a batch may reach {blocks} blocks ahead, "
             f"{blocks * stream.block_shards} shards",
         )
-
-
-def _check_derivative(objective: ObjectiveConfig, train: TrainConfig) -> None:
-    """Refuses derivatives of the student that this precision, stage or way of running cannot take.
-
-    A difference over a small step is lost in 16 bits (tests/distill/objectives/test_precision.py).
-    DeepSpeed's stage 3 frees weights that a double backward needs again; recomputed blocks would
-    miss what makes attention and layer norm differentiable twice. A compiled pass is differentiated
-    once.
-    """
-    match objective:
-        case MeanFlowConfig() | BezierConfig():
-            check(
-                train.precision == "fp32" or objective.derivative != "finite_difference",
-                f"train.precision={train.precision} is too coarse for objective={objective.name} "
-                "with objective.derivative=finite_difference; set objective.derivative=jvp",
-            )
-        case TraFlowConfig(weight_velocity=weight, derivative="double_backward") if weight > 0:
-            for setting, refused in (
-                (f"train.zero_stage={train.zero_stage}", train.zero_stage == 3),
-                ("train.activation_checkpointing=true", train.activation_checkpointing),
-                ("train.compile=true", train.compile),
-            ):
-                check(
-                    not refused,
-                    f"{setting} does not work with objective.derivative=double_backward; set "
-                    "objective.derivative=jvp, or finite_difference",
-                )
 
 
 def is_own(path: str, run_dir: str) -> bool:

@@ -24,7 +24,7 @@ from distill.networks.cost import network_cost
 from distill.networks.files import load_model
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
-from distill.objectives.config import ObjectiveConfig, ReflowConfig, objective_calls
+from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.run.dir import RunDir
 from distill.run.files import append_line, lock_file
 from distill.teachers.sit import load_sit
@@ -87,7 +87,7 @@ def build_job_callbacks(job: TrainJob, engine: Engine, source: Source) -> list[C
 def flops_of(job: TrainJob) -> Flops:
     """FLOP of a sample by formula, recomputed blocks left out, and the peak to compare with."""
     forward = network_cost(job.config.student, job.config.data.image).flops
-    per_sample = objective_calls(objective_of(job)).in_forwards * forward
+    per_sample = objective_of(job).calls().in_forwards * forward
     return Flops(float(per_sample), job.config.cluster.device_peak_flops)
 
 

@@ -106,8 +106,8 @@ class _LossModule(nn.Module):
     """The network as DeepSpeed sees it: a module whose forward takes the loss and returns it.
 
     DeepSpeed hooks itself to what a forward returns, and any pass back through that starts its
-    reduction and divides by the accumulation steps: `autograd.grad` and a double backward as well
-    as the step's own. So it gets the loss to hook to, and the network is called directly.
+    reduction and divides by the accumulation steps: that of `autograd.grad` as well as the step's
+    own. So it gets the loss to hook to, and the network is called directly.
     """
 
     def __init__(self, network: nn.Module) -> None:

@@ -52,7 +52,11 @@ class NetworkCost:
 
 
 def network_cost(config: NetworkConfig, image: ImageSpec) -> NetworkCost:
-    """Cost of the network that `distill.networks.build_network` makes of these settings."""
+    """Cost of the network that `distill.networks.build.build_network` makes of these settings.
+
+    Raises:
+        ConfigError: a network that is not known here.
+    """
     match config:
         case DiTConfig():
             return _dit(config, image)
@@ -129,7 +133,3 @@ def _residual(
         cost.conv(outputs, 3 * outputs, 1, pixels)
         cost.attention(pixels, outputs)
         cost.conv(outputs, outputs, 1, pixels)
-
-
-# -----------------------------------------------------------------------------------------------
-# Memory

@@ -1,7 +1,10 @@
-"""What the objectives share: protocol, terms, distances, random draws, derivatives.
+"""What an objective is, and the parts that all are made of.
 
-An objective is a few terms. A term says which evaluations of the student it needs, and what its
-value is once they are made. So the evaluations of all terms go through the network as one batch.
+    L = sum_k w_k mean_i D_k(i)
+
+An objective is a few terms D_k. A term says which evaluations of the student it needs, and what it
+is for sample i once they are made. So those of all terms go through the network as one batch, and
+one that two terms share is made once. Random times are drawn by place in the global batch.
 """
 
 from collections.abc import Callable
@@ -16,8 +19,11 @@ from distill.flow.noise import uniform
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.flow.trajectory import TrajectoryBatch
 
-# [len(losses)] norms of the gradient of each loss, averaged over ranks, for the last layer's weight
+# N losses -> |d loss / d w| of each for the last layer's weight w, averaged over ranks
 GradientNorms = Callable[[list[Tensor]], Float[Tensor, "N"]]
+
+# -----------------------------------------------------------------------------------------------
+# An objective
 
 
 @dataclass
@@ -34,7 +40,7 @@ class LossTerms:
 
     @property
     def total(self) -> Float[Tensor, ""]:
-        """sum_k weights[k] terms[k]: the loss."""
+        """L = sum_k weights[k] terms[k]."""
         return torch.stack([self.weights[name] * term for name, term in self.terms.items()]).sum()
 
 
@@ -49,6 +55,10 @@ class Objective(Protocol):
 
         `student` carries gradient to its weights; `target`, its moving average, to its input only.
         """
+
+
+# -----------------------------------------------------------------------------------------------
+# Terms, and the evaluations of the student that they share
 
 
 @dataclass(frozen=True)
@@ -82,24 +92,18 @@ class Term:
 def loss_terms(terms: dict[str, Term], student: MeanVelocity, label: Int[Tensor, "B"]) -> LossTerms:
     """Means over the batch of all terms, from one evaluation of the student.
 
-    A call that several terms share is made once.
+    A call that several terms share, the same object in each, is made once.
     """
     calls = list({id(call): call for term in terms.values() for call in term.calls}.values())
-    results: dict[int, Tensor] = {}
-    if calls:
-        x = torch.cat([call.x for call in calls])
-        t, s = torch.cat([call.t for call in calls]), torch.cat([call.s for call in calls])
-        parts = student(x, t, s, label.repeat(len(calls))).chunk(len(calls))
-        results = {id(call): part for call, part in zip(calls, parts, strict=True)}
+    x = torch.cat([call.x for call in calls])
+    t, s = torch.cat([call.t for call in calls]), torch.cat([call.s for call in calls])
+    parts = student(x, t, s, label.repeat(len(calls))).chunk(len(calls))
+    results = {id(call): part for call, part in zip(calls, parts, strict=True)}
     values = {n: term.value(*[results[id(c)] for c in term.calls]) for n, term in terms.items()}
     return LossTerms(
         {name: term.weight for name, term in terms.items()},
         {name: value.mean() for name, value in values.items()},
     )
-
-
-# -----------------------------------------------------------------------------------------------
-# Distances
 
 
 # -----------------------------------------------------------------------------------------------
@@ -129,7 +133,3 @@ def draw_index(
 def pick(states: Float[Tensor, "B K1 *S"], index: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
     """states[i, index[i]] for every sample i."""
     return states[torch.arange(len(states), device=states.device), index]
-
-
-# -----------------------------------------------------------------------------------------------
-# Derivatives of the student

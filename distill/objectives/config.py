@@ -1,17 +1,70 @@
-"""Settings of the objectives, one dataclass each; see distill/objectives. No torch."""
+"""Settings of the objectives, one dataclass each, and what is known of a loss without running it:
+what it calls, and what it cannot be trained with. No torch.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import astuple, dataclass, field
 
 from omegaconf import MISSING
 
-from distill.config import check, check_choice, check_positive
+from distill.config import TrainConfig, check, check_choice, check_positive
 from distill.flow.times import sampler_times
+
+# -----------------------------------------------------------------------------------------------
+# What a loss calls
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Network calls of one training sample: with gradient to the weights, without, with gradient
+    to the input, and forward-mode derivatives (a value and its tangent, two forwards).
+
+    `passes` are no calls: adaptive weights go back through a call once more, for the gradient of
+    its term at the last layer.
+    """
+
+    weights: int = 0
+    plain: int = 0
+    inputs: int = 0
+    tangents: int = 0
+    passes: int = 0
+
+    @property
+    def forwards(self) -> int:
+        """All of them, in forwards."""
+        return self.weights + self.plain + self.inputs + 2 * self.tangents
+
+    @property
+    def in_forwards(self) -> int:
+        """Work in units of one forward: a backward pass costs one for the inputs and one for the
+        weights.
+        """
+        once = self.plain + self.passes
+        return 3 * self.weights + once + 2 * self.inputs + 2 * self.tangents
+
+    def __add__(self, other: Calls) -> Calls:
+        return Calls(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
+
+
+ONE = Calls(weights=1)
+CONSISTENCY = Calls(weights=1, plain=2, inputs=1)
+# The target of `eulerian_target`, by the derivative it takes: exact, or over a small step.
+EULERIAN = {"jvp": Calls(weights=1, tangents=1), "finite_difference": Calls(weights=1, plain=1)}
+
+
+def counted(*weighted: tuple[float, Calls]) -> Calls:
+    """The calls of terms (weight, calls); one of weight 0 is not computed."""
+    return sum((calls for weight, calls in weighted if weight > 0), Calls())
+
+
+# -----------------------------------------------------------------------------------------------
+# Settings
 
 
 @dataclass
-class ObjectiveConfig:
+class ObjectiveConfig(ABC):
     """Base of the objectives. `distance` is the pointwise distance D of the loss terms."""
 
     name: str = MISSING
@@ -26,10 +79,26 @@ class ObjectiveConfig:
             "VGG16 weights",
         )
 
-    def check_stored(self, grid: int, points: list[int]) -> None:
-        """Raises ConfigError unless the trajectories of the teachers suffice: they are stored at
-        k / `grid` for k in `points`.
+    @abstractmethod
+    def calls(self) -> Calls:
+        """Network calls of one training sample. `estimate` and the FLOP/s of a training follow."""
+
+    @abstractmethod
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """Raises ConfigError unless the loss works with the rest of the run: how it is trained, and
+        the teachers' states, which are stored at k / `grid` for k in `points`.
         """
+
+
+def check_eulerian(name: str, derivative: str, train: TrainConfig) -> None:
+    """Raises ConfigError for a derivative over a small step in 16 bits: it is lost in rounding
+    (tests/distill/objectives/test_precision.py).
+    """
+    check(
+        train.precision == "fp32" or derivative != "finite_difference",
+        f"train.precision={train.precision} is too coarse for objective={name} with "
+        "objective.derivative=finite_difference; set objective.derivative=jvp",
+    )
 
 
 def check_weights(**weights: float) -> None:
@@ -58,14 +127,19 @@ class TraFlowConfig(ObjectiveConfig):
         default_factory=lambda: [2, 4, 4, 8]
     )  # jumps of the states and velocity terms: those of samplers with so many steps; []: any
     velocity_mode: str = "trajectory"  # straight | trajectory
-    derivative: str = "finite_difference"  # jvp | double_backward | finite_difference
+    derivative: str = "finite_difference"  # jvp | finite_difference
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("objective.weights", self.weights, ("fixed", "adaptive"))
         check_choice("objective.velocity_mode", self.velocity_mode, ("straight", "trajectory"))
-        derivatives = ("jvp", "double_backward", "finite_difference")
-        check_choice("objective.derivative", self.derivative, derivatives)
+        check(
+            self.derivative != "double_backward",
+            "objective.derivative=double_backward is gone since version 0.2; a run that has it "
+            "needs version 0.1, a new one takes finite_difference, or jvp, which is the same loss "
+            "with the derivative held fixed",
+        )
+        check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
         check_weights(
             output=self.weight_output,
             states=self.weight_states,
@@ -78,8 +152,25 @@ class TraFlowConfig(ObjectiveConfig):
             f"objective.sampler_nfe={self.sampler_nfe} must be above 0",
         )
 
-    def check_stored(self, grid: int, points: list[int]) -> None:
-        """The sampler's jumps go between stored states."""
+    def calls(self) -> Calls:
+        # Adaptive weights go back through the target once more than the step does.
+        again = Calls(passes=1) if self.weights == "adaptive" else Calls()
+        return counted(
+            (self.weight_output, ONE),
+            (self.weight_states, ONE),
+            (self.weight_velocity, self._velocity_calls()),
+            (self.weight_consistency, CONSISTENCY + again),
+            (self.weight_flow_matching, ONE),
+        )
+
+    def _velocity_calls(self) -> Calls:
+        """Those of the velocity term alone. It shares the jump of the states term where it can."""
+        is_shared = self.weight_states > 0 and self.velocity_mode == "trajectory"
+        slope = ONE if self.derivative == "finite_difference" else Calls(tangents=1)
+        return slope if is_shared else ONE + slope
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """The sampler's jumps go between stored states. A difference over one survives 16 bits."""
         for nfe in self.sampler_nfe:
             visited = {time * grid for time in sampler_times(nfe)}
             check(
@@ -115,8 +206,17 @@ class BezierConfig(ObjectiveConfig):
         check_weights(drift=self.weight_drift, map=self.weight_map, end=self.weight_end)
         check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
 
-    def check_stored(self, grid: int, points: list[int]) -> None:
+    def calls(self) -> Calls:
+        return counted(
+            (self.weight_drift, ONE),
+            (self.weight_map, EULERIAN[self.derivative]),
+            (self.weight_end, ONE),
+        )
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
         """A path of degree n is fitted through n - 1 states between its ends."""
+        if self.weight_map > 0:
+            check_eulerian(self.name, self.derivative, train)
         check(
             self.variant != "path" or len(points) - 2 >= self.degree - 1,
             f"objective.degree={self.degree} of a path needs {self.degree - 1} stored states "
@@ -131,6 +231,12 @@ class EndpointConfig(ObjectiveConfig):
 
     name: str = "endpoint"
 
+    def calls(self) -> Calls:
+        return ONE
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """It takes no derivative and two stored states are enough."""
+
 
 @dataclass
 class ReflowConfig(ObjectiveConfig):
@@ -144,12 +250,24 @@ class ReflowConfig(ObjectiveConfig):
         super().__post_init__()
         check_choice("objective.times", self.times, ("uniform", "u_shaped"))
 
+    def calls(self) -> Calls:
+        return ONE
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """It takes no derivative and two stored states are enough."""
+
 
 @dataclass
 class ConsistencyConfig(ObjectiveConfig):
     """Consistency trajectory model without the adversarial term (Kim et al., 2024)."""
 
     name: str = "consistency"
+
+    def calls(self) -> Calls:
+        return CONSISTENCY
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """It takes no derivative and two stored states are enough."""
 
 
 @dataclass
@@ -168,6 +286,13 @@ class MeanFlowConfig(ObjectiveConfig):
             f"objective.p_diagonal={self.p_diagonal} must be between 0 and 1",
         )
 
+    def calls(self) -> Calls:
+        return EULERIAN[self.derivative]
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """Two stored states are enough."""
+        check_eulerian(self.name, self.derivative, train)
+
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "traflow": TraFlowConfig,
@@ -177,79 +302,3 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "consistency": ConsistencyConfig,
     "meanflow": MeanFlowConfig,
 }
-
-
-@dataclass(frozen=True)
-class Calls:
-    """Network calls of one training sample: with gradient to the weights, without, with gradient
-    to the input, and forward-mode derivatives (a value and its tangent, two forwards).
-
-    `passes` are no calls: adaptive weights go back through a call once more, for the gradient of
-    its term at the last layer.
-    """
-
-    weights: int = 0
-    plain: int = 0
-    inputs: int = 0
-    tangents: int = 0
-    passes: int = 0
-
-    @property
-    def forwards(self) -> int:
-        """All of them, in forwards."""
-        return self.weights + self.plain + self.inputs + 2 * self.tangents
-
-    @property
-    def in_forwards(self) -> int:
-        """Work in units of one forward: a backward pass costs one for the inputs and one for the
-        weights.
-        """
-        once = self.plain + self.passes
-        return 3 * self.weights + once + 2 * self.inputs + 2 * self.tangents
-
-    def __add__(self, other: Calls) -> Calls:
-        return Calls(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
-
-
-ONE, CONSISTENCY = Calls(1), Calls(1, plain=2, inputs=1)
-EULERIAN = {"finite_difference": Calls(1, plain=1), "jvp": Calls(1, tangents=1)}
-
-
-def objective_calls(objective: ObjectiveConfig) -> Calls:
-    """Network forwards of the objective on one sample. A term of weight 0 is not computed."""
-    match objective:
-        case TraFlowConfig():
-            again = Calls(passes=1) if objective.weights == "adaptive" else Calls()
-            weighted = [
-                (objective.weight_output, ONE),
-                (objective.weight_states, ONE),
-                (objective.weight_velocity, velocity_calls(objective)),
-                (objective.weight_consistency, CONSISTENCY + again),
-                (objective.weight_flow_matching, ONE),
-            ]
-        case BezierConfig():
-            weighted = [
-                (objective.weight_drift, ONE),
-                (objective.weight_map, EULERIAN[objective.derivative]),
-                (objective.weight_end, ONE),
-            ]
-        case MeanFlowConfig():
-            return EULERIAN[objective.derivative]
-        case ConsistencyConfig():
-            return CONSISTENCY
-        case _:
-            return ONE
-    return sum((calls for weight, calls in weighted if weight > 0), Calls())
-
-
-def velocity_calls(objective: TraFlowConfig) -> Calls:
-    """Those of the velocity term alone. It shares the jump of the states term where it can."""
-    is_shared = objective.weight_states > 0 and objective.velocity_mode == "trajectory"
-    jump = Calls() if is_shared else ONE
-    match objective.derivative:
-        case "finite_difference":
-            return jump + ONE
-        case "jvp":
-            return jump + Calls(tangents=1)
-        case _:  # forward, back, and back through both: about three evaluations with gradient
-            return Calls(3, passes=int(objective.weights == "adaptive"))

@@ -1,14 +1,10 @@
-"""Derivatives of the student along a path: by forward mode, by difference, by double backward."""
-
-from collections.abc import Callable, Sequence
-from typing import Any
+"""Derivatives of the student along a path, without gradient: exact, by forward mode, or over a
+small step, which is one more forward and needs float32 (`check_eulerian` of the settings).
+"""
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.overrides import TorchFunctionMode
 
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.objectives.base import Call
@@ -27,59 +23,6 @@ def time_derivative(
     """sg[ du(x, t, s)/ds ] by forward mode, tangent 1 on s."""
     with torch.no_grad():
         return torch.func.jvp(lambda s_: u(x, t, s_, label), (s,), (torch.ones_like(s),))[1]
-
-
-class PlainLayerNorm(TorchFunctionMode):
-    """Writes layer_norm out: (x - mean) / sqrt(variance + eps) weight + bias.
-
-    torch's own takes mean and variance for constants in third derivatives, without a word
-    (pytorch issue 175754). The gradient of du/ds by double backward is one.
-    """
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # everything torch does passes here, attributes too
-        function = self._layer_norm if func is F.layer_norm else func
-        return function(*args, **(kwargs or {}))
-
-    @staticmethod
-    def _layer_norm(
-        input: Tensor,
-        normalized_shape: Sequence[int],
-        weight: Tensor | None = None,
-        bias: Tensor | None = None,
-        eps: float = 1e-5,
-    ) -> Tensor:
-        axes = tuple(range(-len(normalized_shape), 0))
-        variance, mean = torch.var_mean(input, axes, correction=0, keepdim=True)
-        result = (input - mean) * (variance + eps).rsqrt()
-        result = result if weight is None else result * weight
-        return result if bias is None else result + bias
-
-
-def with_time_derivative(
-    u: MeanVelocity,
-    x: Float[Tensor, "B *S"],
-    t: Float[Tensor, "B"],
-    s: Float[Tensor, "B"],
-    label: Int[Tensor, "B"],
-) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"]]:
-    """u(x, t, s) and du/ds by double backward; gradient reaches the weights through both.
-
-    For any w, g(w) = d(w . u)/ds is linear in w; so du/ds = dg/dw for the gradient of sum g.
-    """
-    s = s.clone().requires_grad_()
-    # The fused kernels of attention cannot be differentiated twice, those of layer_norm not thrice.
-    with sdpa_kernel(SDPBackend.MATH), PlainLayerNorm():
-        value = u(x, t, s, label)
-    w = torch.zeros_like(value, requires_grad=True)
-    (g,) = torch.autograd.grad(value, s, w, create_graph=True)
-    (du_ds,) = torch.autograd.grad(g.sum(), w, create_graph=True)
-    return value, du_ds
 
 
 def eulerian_target(

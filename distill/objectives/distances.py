@@ -1,4 +1,7 @@
-"""Distances D of the objectives, per sample."""
+"""Distances D of the objectives, one number per sample: between images, and between velocities.
+
+`distill.objectives.lpips` has the third one, by the features of a network.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,7 +55,7 @@ def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
         case "l2":
             return Distances(l2, l2)
         case "lpips":
-            # With torchvision, as long to import as torch itself, at every start of a rank.
+            # It imports torchvision, which takes as long as torch itself, at every start of a rank.
             from distill.objectives.lpips import load_lpips
 
             return Distances(load_lpips(config.lpips_backbone, device), pseudo_huber)

@@ -33,7 +33,7 @@ from distill.objectives.base import (
 )
 from distill.objectives.config import TraFlowConfig
 from distill.objectives.consistency import consistency_term
-from distill.objectives.derivatives import time_derivative, with_time_derivative
+from distill.objectives.derivatives import time_derivative
 from distill.objectives.distances import Distance, Distances
 from distill.objectives.endpoint import output_term
 from distill.objectives.reflow import flow_matching_term
@@ -114,8 +114,7 @@ class TraFlow:
             slope = last_change(batch, b) if by_difference else state_derivative(batch, b)
         if by_difference:
             return finite_change_term(jump, batch.times[b - 1], slope, distance, weight)
-        form = jvp_term if config.derivative == "jvp" else double_backward_term
-        return form(jump, slope, student, batch.labels, distance, weight)
+        return jvp_term(jump, slope, student, batch.labels, distance, weight)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -161,7 +160,7 @@ def states_term(
 
 
 # -----------------------------------------------------------------------------------------------
-# The velocity, in three forms
+# The velocity, in two forms
 
 
 def last_change(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
@@ -224,23 +223,6 @@ def jvp_term(
         return distance(u, slope - expand_as(jump.s - jump.t, u) * du_ds)
 
     return Term(weight, [jump], value)
-
-
-def double_backward_term(
-    jump: Call,
-    slope: Float[Tensor, "B *S"],
-    student: MeanVelocity,
-    label: Int[Tensor, "B"],
-    distance: Distance,
-    weight: float,
-) -> Term:
-    """D( u + (s - t) du/ds, slope ), gradient through the derivative too."""
-
-    def value() -> Float[Tensor, "B"]:
-        u, du_ds = with_time_derivative(student, jump.x, jump.t, jump.s, label)
-        return distance(u + expand_as(jump.s - jump.t, u) * du_ds, slope)
-
-    return Term(weight, [], value)
 
 
 # -----------------------------------------------------------------------------------------------

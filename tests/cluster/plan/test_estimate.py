@@ -1,137 +1,34 @@
-"""The estimate equals what torch counts, what the objectives call, and what lies on disk."""
+"""The estimate is what a run makes, calls and writes."""
 
 import shutil
 
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from cluster.plan.estimate import estimate, teacher_forwards
 from cluster.plan.stream import stream_plan
 from cluster.settings.hydra import compose
-from distill.config import ImageSpec, TrainConfig
 from distill.data.shards import write_shard
 from distill.data.sidecar import shard_spec, sidecar_path
-from distill.engine.engine import TorchEngine
 from distill.evaluation.evaluate import evaluate
-from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
-from distill.networks.build import build_network
-from distill.networks.config import DiTConfig, UNetConfig
-from distill.networks.cost import network_cost
+from distill.flow.trajectory import GeneratedShard
 from distill.networks.dit import DiT
-from distill.objectives.build import build_objective
-from distill.objectives.config import (
-    BezierConfig,
-    ConsistencyConfig,
-    EndpointConfig,
-    MeanFlowConfig,
-    ReflowConfig,
-    TraFlowConfig,
-    objective_calls,
-)
+from distill.objectives.config import OBJECTIVES
 from distill.run.dir import RunDir
 from distill.teachers.config import TeacherConfig
 
 
-@pytest.mark.parametrize(
-    ("config", "image"),
-    [
-        (DiTConfig(patch_size=2, width=64, depth=4, num_heads=4), ImageSpec(1, 8, 10)),
-        (
-            DiTConfig(patch_size=4, width=32, depth=2, num_heads=2, mlp_ratio=2.5),
-            ImageSpec(3, 16, 0),
-        ),
-        (UNetConfig(width=32), ImageSpec(3, 32, 10)),
-        (
-            UNetConfig(
-                width=16, channel_mults=[1, 2, 3, 4], blocks_per_level=1, attention_sizes=[8, 4]
-            ),
-            ImageSpec(1, 32, 0),
-        ),
-    ],
-)
-def test_parameters_and_flops_equal_those_that_torch_counts(config, image):
-    network, cost = build_network(config, image), network_cost(config, image)
-    assert cost.parameters == sum(parameter.numel() for parameter in network.parameters())
-    x, t = torch.zeros(2, *image.shape), torch.zeros(2)
-    with FlopCounterMode(display=False) as counter:
-        network(x, t, t, torch.zeros(2, dtype=torch.int64))
-    assert 2 * cost.flops == counter.get_total_flops()
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        TraFlowConfig(sampler_nfe=[2, 4]),
-        TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0, sampler_nfe=[2, 4]),
-        TraFlowConfig(weight_states=0.0, sampler_nfe=[2, 4]),
-        TraFlowConfig(velocity_mode="straight", sampler_nfe=[2, 4]),
-        BezierConfig(),
-        BezierConfig(weight_map=0.0, weight_drift=1.0),
-        EndpointConfig(),
-        ReflowConfig(),
-        ConsistencyConfig(),
-        MeanFlowConfig(),
-    ],
-)
-def test_objective_calls_are_those_that_the_objective_makes(config):
-    calls = {"student": 0, "target": 0}
-
-    def network(name):
-        def u(x, t, s, label):
-            calls[name] += len(x) // 4  # calls of a batch of 4, made as one
-            return x * 0.5
-
-        return u
-
-    batch = TrajectoryBatch(
-        states=torch.randn(4, 2, 5, 1, 2, 2),
-        times=torch.linspace(0, 1, 5),
-        weights=torch.tensor([0.5, 0.5]),
-        labels=torch.zeros(4, dtype=torch.int64),
-        ids=torch.arange(4),
-        positions=torch.arange(4),
-        global_size=4,
-    )
-    build_objective(config, seed=0).loss(batch, network("student"), network("target"), 0)
-    assert objective_calls(config).forwards == sum(calls.values())
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0),
-        TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0, weights="adaptive"),
-        BezierConfig(),
-        EndpointConfig(),
-        ConsistencyConfig(),
-        MeanFlowConfig(),
-    ],
-)
-def test_work_in_forwards_is_what_torch_counts_in_a_step(config):
-    # Forward mode and double backward are left out: torch's counter does not see them rightly.
-    image = ImageSpec(1, 8, 10)
-    network = build_network(DiTConfig(patch_size=2, width=64, depth=4, num_heads=4), image)
-    engine = TorchEngine(network, TrainConfig(), torch.device("cpu"))
-    batch = TrajectoryBatch(
-        states=torch.randn(4, 2, 9, *image.shape),
-        times=torch.linspace(0, 1, 9),
-        weights=torch.tensor([0.5, 0.5]),
-        labels=torch.arange(4),
-        ids=torch.arange(4),
-        positions=torch.arange(4),
-        global_size=4,
-    )
-    objective = build_objective(config, seed=0, gradient_norms=engine.gradient_norms)
-    with FlopCounterMode(display=False) as forward:
-        engine.target(batch.noise, torch.zeros(4), torch.ones(4), batch.labels)
-    with FlopCounterMode(display=False) as step:
-        loss = objective.loss(batch, engine.student, engine.target, 0).total
-        engine.backward(loss, last=True)
-    ratio = step.get_total_flops() / forward.get_total_flops()
-    # the first layer has no gradient to its input
-    assert ratio == pytest.approx(objective_calls(config).in_forwards, rel=0.02)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_can_be_asked_for_and_is_estimated(name):
+    """By its file in configs/objective; that the calls are true, tests/distill/objectives says."""
+    (config,) = compose(["experiment=tiny", f"objective={name}"])
+    assert type(config.objective) is OBJECTIVES[name]
+    found, calls = estimate(config), config.objective.calls()
+    seen = config.train.max_steps * config.train.batch_size
+    assert found["exact"]["forwards"]["train"] == seen * calls.forwards > 0
+    forward = found["formula"]["flops_per_forward"]
+    assert found["formula"]["flops"]["train"] == seen * calls.in_forwards * forward
 
 
 def test_a_trajectory_costs_steps_times_stages_times_two_for_guidance():

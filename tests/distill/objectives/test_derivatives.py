@@ -1,4 +1,4 @@
-"""Derivatives of the student: the three forms of the velocity term, and the Eulerian target."""
+"""Derivatives of the student: both forms of the velocity term, and the Eulerian target."""
 
 import math
 
@@ -12,10 +12,9 @@ from distill.objectives import derivatives
 from distill.objectives.base import Call, pick
 from distill.objectives.build import build_objective
 from distill.objectives.config import BezierConfig, MeanFlowConfig, TraFlowConfig
-from distill.objectives.derivatives import eulerian_target, time_derivative, with_time_derivative
+from distill.objectives.derivatives import eulerian_target, time_derivative
 from distill.objectives.distances import l2
 from distill.objectives.traflow import (
-    double_backward_term,
     finite_change_term,
     jvp_term,
     last_change,
@@ -26,7 +25,7 @@ from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, ra
 IMAGE = ImageSpec(1, 4, 3)
 MEAN = torch.full(IMAGE.shape, 0.5, dtype=torch.float64)
 FLOW, STRAIGHT = GaussianFlow(MEAN, 0.3), StraightFlow(MEAN, 0.3)
-FORMS = ("jvp", "double_backward", "finite_difference")
+FORMS = ("jvp", "finite_difference")
 VELOCITY_ALONE = {
     "weight_output": 0.0,
     "weight_states": 0.0,
@@ -63,6 +62,18 @@ def gradient(loss: Tensor, network: nn.Module) -> Tensor:
     )
 
 
+def full_loss(network: nn.Module, call: Call, slope: Tensor, label: Tensor) -> Tensor:
+    """|u + (s - t) du/ds - slope|^2 / d with du/ds by a central difference, and gradient through it
+    too. Backward over torch's forward mode would lose a part of that in layer norm (pytorch issue
+    175754).
+    """
+    h = 1e-5
+    times = (call.s, call.s + h, call.s - h)
+    u, ahead, behind = (network(call.x, call.t, s, label) for s in times)
+    du_ds = (ahead - behind) / (2 * h)
+    return l2(u + (call.s - call.t)[:, None, None, None] * du_ds, slope).mean()
+
+
 def order(errors: list[float]) -> float:
     """The exponent p of error ~ h^p, from the last halving of h."""
     return math.log2(errors[-2] / errors[-1])
@@ -80,16 +91,13 @@ def test_the_slope_of_a_jump_at_its_start_is_the_velocity(name):
 
 
 @both_networks
-def test_forward_mode_double_backward_and_a_central_difference_are_one_derivative(name):
+def test_forward_mode_and_a_central_difference_are_one_derivative(name):
     network, (x, t, s, label) = random_network(name, IMAGE), point()
     h = 1e-5
     central = (network(x, t, s + h, label) - network(x, t, s - h, label)) / (2 * h)
     forward = time_derivative(network, x, t, s, label)
-    value, backward = with_time_derivative(network, x, t, s, label)
-    assert central.norm() > 1
+    assert central.norm() > 1 and not forward.requires_grad
     torch.testing.assert_close(forward, central, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(backward, forward, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(value, network(x, t, s, label))
 
 
 def test_the_exact_derivative_of_the_states_has_an_error_of_second_order():
@@ -120,51 +128,34 @@ def test_with_the_two_ends_alone_the_change_is_all_there_is():
 
 
 # -----------------------------------------------------------------------------------------------
-# The three forms
-
-
-@pytest.mark.parametrize("mode", ["trajectory", "straight"])
-@both_networks
-def test_forward_mode_and_double_backward_have_the_same_loss(name, mode):
-    network, batch = random_network(name, IMAGE), flow_batch(FLOW)
-    losses = [
-        build_objective(velocity_config(form, mode), 0).loss(batch, network, network, 3).total
-        for form in ("jvp", "double_backward")
-    ]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+# The two forms
 
 
 @pytest.mark.parametrize("mode", ["trajectory", "straight"])
 @both_networks
 def test_the_finite_form_differs_by_the_first_order_of_the_grid(name, mode):
-    """Halving the interval of the stored grid halves the gap, of the loss and of its gradient."""
-    network = random_network(name, IMAGE)
-    gaps, gradient_gaps = [], []
+    """Halving the interval of the stored grid halves the gap of the losses."""
+    network, gaps = random_network(name, IMAGE), []
     for grid in (256, 512):
         batch = flow_batch(FLOW, grid=grid)
-        (exact, g), (finite, g_h) = (
-            (float(loss.detach()), gradient(loss, network))
-            for form in ("double_backward", "finite_difference")
-            for loss in [
+        exact, finite = (
+            float(
                 build_objective(velocity_config(form, mode), 0)
                 .loss(batch, network, network, 3)
-                .total
-            ]
+                .total.detach()
+            )
+            for form in FORMS
         )
         gaps.append(abs(finite - exact) / exact)
-        gradient_gaps.append(float((g_h - g).norm() / g.norm()))
     assert gaps[-1] < 0.05
-    assert gradient_gaps[-1] < 0.05
     assert order(gaps) == pytest.approx(1, abs=0.2)
-    assert order(gradient_gaps) == pytest.approx(1, abs=0.2)
 
 
 @both_networks
 def test_at_fixed_times_the_finite_form_converges_with_order_one(name):
     network, (x, t, s, label) = random_network(name, IMAGE), point()
     slope = draw(*x.shape, seed=1)
-    term = double_backward_term(Call(x, t, s), slope, network, label, l2, 1.0)
-    exact = term.value().mean()
+    exact = full_loss(network, Call(x, t, s), slope, label)
     expected = gradient(exact, network)
     gaps, gradient_gaps = [], []
     for h in (2e-3, 1e-3, 5e-4):
@@ -187,8 +178,7 @@ def test_forward_mode_holds_its_derivative_fixed(name):
     c = slope - (s - t)[:, None, None, None] * time_derivative(network, x, t, s, label)
     expected = gradient(l2(network(x, t, s, label), c).mean(), network)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
-    through = double_backward_term(Call(x, t, s), slope, network, label, l2, 1.0)
-    other = gradient(through.value().mean(), network)
+    other = gradient(full_loss(network, Call(x, t, s), slope, label), network)
     assert float((other - found).norm() / other.norm()) > 0.1  # the full gradient is another one
 
 
@@ -203,13 +193,12 @@ def test_the_exact_flow_map_has_no_finite_velocity_loss():
     assert float(objective.loss(batch, FLOW.student, FLOW.student, 3).total) < 1e-24
 
 
-@pytest.mark.parametrize("form", ["jvp", "double_backward"])
-def test_the_exact_flow_map_has_a_velocity_gap_of_second_order(form):
+def test_the_exact_flow_map_has_a_velocity_gap_of_second_order():
     """The only error is that of the states' derivative: the root of the squared loss is O(h^2)."""
     gaps = []
     for grid in (32, 64, 128):
         batch = flow_batch(FLOW, grid=grid, count=64)
-        objective = build_objective(velocity_config(form), 0)
+        objective = build_objective(velocity_config("jvp"), 0)
         result = objective.loss(batch, FLOW.student, FLOW.student, 3)
         gaps.append(float(result.total.sqrt()))
     assert gaps[-1] < 1e-2

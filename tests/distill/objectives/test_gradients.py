@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from every_objective import EVERY
 from torch import nn
 
 from distill.config import ImageSpec, TrainConfig
@@ -12,9 +13,6 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
-    EndpointConfig,
-    MeanFlowConfig,
-    ReflowConfig,
     TraFlowConfig,
 )
 from distill.testing import NETWORKS, GaussianFlow, flow_batch, random_network
@@ -22,26 +20,15 @@ from distill.testing import NETWORKS, GaussianFlow, flow_batch, random_network
 CLASSES, NO_CLASSES = ImageSpec(1, 4, 3), ImageSpec(1, 4, 0)
 ONES = torch.ones(CLASSES.shape, dtype=torch.float64)
 FLOW, OTHER = GaussianFlow(0.5 * ONES, 0.3), GaussianFlow(-0.5 * ONES, 0.6)
-EVERY_TERM = {
-    "weight_velocity": 1.0,
-    "weight_consistency": 1.0,
-    "weight_flow_matching": 1.0,
-}
-ALL = {
-    "traflow": TraFlowConfig(**EVERY_TERM),
+EVERY_TERM = TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0)
+# Every objective that exists, and settings of some together. Adaptive weights are no part of a
+# term, and test_traflow has them.
+ALL = {name: config for name, config in EVERY.items() if name != "traflow-weights=adaptive"}
+ALL |= {
+    "traflow-every-term": EVERY_TERM,
     "traflow-any-jump": TraFlowConfig(sampler_nfe=[]),
-    "traflow-jvp": TraFlowConfig(derivative="jvp"),
-    "traflow-double-backward": TraFlowConfig(derivative="double_backward"),
-    "traflow-straight": TraFlowConfig(**EVERY_TERM, velocity_mode="straight", distance="l2"),
-    "bezier-path": BezierConfig(variant="path", weight_drift=1.0),
-    "bezier-path-jvp": BezierConfig(variant="path", degree=3, derivative="jvp"),
-    "bezier-endpoint": BezierConfig(variant="endpoint"),
-    "bezier-straight": BezierConfig(variant="straight"),
-    "endpoint": EndpointConfig(),
-    "reflow": ReflowConfig(),
-    "consistency": ConsistencyConfig(),
-    "meanflow": MeanFlowConfig(),
-    "meanflow-jvp": MeanFlowConfig(derivative="jvp"),
+    "traflow-straight": replace(EVERY_TERM, velocity_mode="straight", distance="l2"),
+    "bezier-cubic-jvp": BezierConfig(degree=3, derivative="jvp"),
 }
 
 both_networks = pytest.mark.parametrize("name", NETWORKS)

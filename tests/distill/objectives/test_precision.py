@@ -8,9 +8,11 @@ from copy import deepcopy
 
 import pytest
 import torch
+from every_objective import EVERY
 from torch.nn import functional as F
 
-from distill.config import ImageSpec
+from distill.config import ConfigError, ImageSpec, TrainConfig
+from distill.engine.engine import last_layer_gradients
 from distill.flow.paths import jump
 from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
@@ -19,10 +21,8 @@ from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
 from distill.objectives.config import (
     BezierConfig,
-    ConsistencyConfig,
-    EndpointConfig,
     MeanFlowConfig,
-    ReflowConfig,
+    ObjectiveConfig,
     TraFlowConfig,
 )
 
@@ -36,15 +36,9 @@ NETWORKS = {
 }
 VELOCITY = {"weight_output": 0.0, "weight_states": 0.0, "weight_velocity": 1.0}
 OBJECTIVES = {
-    "traflow": TraFlowConfig(),
+    **EVERY,
     "traflow velocity, difference": TraFlowConfig(**VELOCITY),
     "traflow velocity, jvp": TraFlowConfig(**VELOCITY, derivative="jvp"),
-    "traflow velocity, double backward": TraFlowConfig(**VELOCITY, derivative="double_backward"),
-    "bezier": BezierConfig(derivative="jvp"),
-    "endpoint": EndpointConfig(),
-    "reflow": ReflowConfig(),
-    "consistency": ConsistencyConfig(),
-    "meanflow": MeanFlowConfig(derivative="jvp"),
 }
 SAMPLES = 32
 
@@ -98,7 +92,11 @@ def loss_and_gradient(
     def average(x, t, s, label):
         return target(x.to(dtype), t, s, label).float()
 
-    loss = build_objective(config, 0).loss(batch, student, average, 0).total
+    def gradient_norms(losses):
+        return last_layer_gradients(trained, losses).norm(dim=1)
+
+    objective = build_objective(config, 0, gradient_norms=gradient_norms)
+    loss = objective.loss(batch, student, average, 0).total
     loss.backward()
     grads = [p.grad.float().flatten() for p in trained.parameters() if p.grad is not None]
     return loss.item(), torch.cat(grads)
@@ -111,16 +109,28 @@ def gap(network, config, batch) -> tuple[float, float]:
     return abs(rounded / exact - 1), 1 - float(F.cosine_similarity(gradient, turned, dim=0))
 
 
+def is_refused(config: ObjectiveConfig) -> bool:
+    """Whether the settings say that bf16 is too coarse."""
+    try:
+        config.check_run(TrainConfig(precision="bf16"), 8, list(range(9)))
+    except ConfigError:
+        return True
+    return False
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_loss_and_gradient_in_bf16_are_those_in_fp32(network, batch, name):
+def test_loss_and_gradient_in_bf16_are_those_in_fp32_or_it_is_refused(network, batch, name):
+    """What is refused would be off by more, so nothing is refused in vain."""
     relative, turn = gap(network, OBJECTIVES[name], batch)
-    assert relative < 0.03
-    assert turn < 0.005
+    if is_refused(OBJECTIVES[name]):
+        assert relative > 0.05
+    else:
+        assert relative < 0.03
+        assert turn < 0.005
 
 
 @pytest.mark.parametrize("kind", [MeanFlowConfig, BezierConfig])
-def test_a_difference_over_a_small_step_is_lost_in_bf16(network, batch, kind):
-    """So `cluster.settings.schema` refuses it, and offers the exact derivative."""
+def test_a_difference_over_a_small_step_is_what_bf16_loses(network, batch, kind):
     difference, _ = gap(network, kind(derivative="finite_difference"), batch)
     exact, _ = gap(network, kind(derivative="jvp"), batch)
-    assert difference > 0.05 and difference > 10 * exact
+    assert difference > 10 * exact
