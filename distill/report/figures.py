@@ -25,7 +25,6 @@ INK = "#010203"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 WORKER_BINS = 100  # over the whole time
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text and takes the font of the page
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -43,8 +42,8 @@ def inline_svg(figure: Figure, title: str) -> str:
     """The figure as an <svg> element: no links, no fixed ink colour, `title` for screen readers."""
     buffer = io.StringIO()
     # The salt keeps the ids of several figures on one page apart, and the file the same every time.
-    # The style again: ticks are made when they are drawn.
-    with matplotlib.rc_context({**STYLE, "svg.hashsalt": title}):
+    # Text stays text and takes the font of the page.
+    with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
