@@ -1,13 +1,26 @@
-"""Sweeps whose jobs a launcher of Hydra starts elsewhere."""
+"""From a verb's configuration to the supervisor, in this process or in a job that a launcher of
+Hydra starts elsewhere.
+"""
 
 from __future__ import annotations
 
 from omegaconf import DictConfig
 
 from cluster.settings.file import to_config
-from cluster.settings.hydra import _drive, _name
-from cluster.supervisor.runner import work
+from cluster.settings.hydra import drive, name_of
+from cluster.settings.schema import RunConfig
 from distill.config import check
+
+
+def work(stage: str, config: RunConfig) -> int:
+    """Exit code of the supervisor's function: `run`, `pretrain`, `generate`, `train`, or `distil`,
+    which is `run` without evaluation. A name, so that the job of a launcher can be told it.
+    """
+    from cluster.supervisor import runner  # ray and torch: not for the process that waits for jobs
+
+    functions = (runner.run, runner.pretrain, runner.generate, runner.train, runner.distil)
+    names = ("run", "pretrain", "generate", "train", "distil")
+    return dict(zip(names, functions, strict=True))[stage](config)
 
 
 def launch(stage: str, args: list[str], command: str) -> None:
@@ -22,7 +35,7 @@ def launch(stage: str, args: list[str], command: str) -> None:
     def task(tree: DictConfig) -> None:
         work_elsewhere(stage, args, command, tree)
 
-    _drive(task, args)
+    drive(task, args)
 
 
 def work_elsewhere(stage: str, args: list[str], command: str, tree: DictConfig) -> None:
@@ -31,7 +44,7 @@ def work_elsewhere(stage: str, args: list[str], command: str, tree: DictConfig) 
     Raises:
         ChildProcessError: it failed. The process that waits for the jobs says so.
     """
-    tree.run.name = _name(tree, args)
+    tree.run.name = name_of(tree, args)
     config = to_config(tree)
     config.run.command = command
     code = work(stage, config)

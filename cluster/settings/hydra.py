@@ -47,7 +47,7 @@ def register() -> None:
         store.store(group="objective", name=f"base_{name}", node=objective)
 
 
-def _name(tree: DictConfig, args: list[str]) -> str:
+def name_of(tree: DictConfig, args: list[str]) -> str:
     """Name of the run; jobs of a sweep get the swept values into theirs.
 
     It asks for choices that Hydra knows only in its task.
@@ -88,7 +88,7 @@ def _hydra_process(args: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _drive(task: TaskFunction, args: list[str]) -> None:
+def drive(task: TaskFunction, args: list[str]) -> None:
     """Lets Hydra run a task with its arguments.
 
     Raises:
@@ -124,10 +124,10 @@ def compose(args: list[str]) -> list[RunConfig]:
 
     def task(tree: DictConfig) -> None:
         check(os.getpid() == here, "a launcher must stand on the command line: hydra/launcher=NAME")
-        tree.run.name = _name(tree, args)
+        tree.run.name = name_of(tree, args)
         trees.append(tree)
 
-    _drive(task, args)
+    drive(task, args)
     return [to_config(tree) for tree in trees]
 
 

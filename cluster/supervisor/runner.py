@@ -188,15 +188,3 @@ def _show(
         if job.stage == "train":
             note = read_cursor(job.run)[1] or note
         session.bars.show(title, done, job.train.max_steps, group.note or note)
-
-
-PIPELINE = ("run", "pretrain", "generate", "train")
-DISTIL = "distil"  # `run --no-evaluation`
-
-
-def work(stage: str, config: RunConfig) -> int:
-    """Exit code of a verb of PIPELINE, or of DISTIL."""
-    from cluster.supervisor import runner
-
-    stages = (runner.run, runner.pretrain, runner.generate, runner.train, runner.distil)
-    return dict(zip((*PIPELINE, DISTIL), stages, strict=True))[stage](config)

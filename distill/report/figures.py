@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 from pathlib import Path
@@ -24,7 +25,6 @@ INK = "#010203"
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9")
 WORKER_BINS = 100  # over the whole time
 STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text and takes the font of the page
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.spines.right": False,
@@ -42,6 +42,7 @@ def inline_svg(figure: Figure, title: str) -> str:
     """The figure as an <svg> element: no links, no fixed ink colour, `title` for screen readers."""
     buffer = io.StringIO()
     # The salt keeps the ids of several figures on one page apart, and the file the same every time.
+    # Text stays text and takes the font of the page.
     with matplotlib.rc_context({"svg.hashsalt": title, "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", transparent=True, bbox_inches="tight")
     text = buffer.getvalue()
@@ -50,7 +51,7 @@ def inline_svg(figure: Figure, title: str) -> str:
     text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
     text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
-    text = text.replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
+    text = text.replace("<svg", f'<svg role="img" aria-label="{html.escape(title)}"', 1)
     return text.replace(INK, "currentColor")
 
 
@@ -64,7 +65,7 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def quality_figure(results: dict[str, Any], key: str, label: str) -> str:
+def quality_figure(results: dict[str, Any], key: str, label: str) -> Figure:
     """`key` against NFE: the student, and the teacher's solvers. Logarithmic where values spread.
 
     A distance of exactly 0, of the reference solution to itself, has no place on such an axis.
@@ -86,10 +87,10 @@ def quality_figure(results: dict[str, Any], key: str, label: str) -> str:
         ticks = sorted({r["nfe"] for rows in curves.values() for r in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.legend(frameon=False)
-        return inline_svg(figure, f"{label} against NFE")
+        return figure
 
 
-def loss_figure(metrics: list[dict[str, Any]]) -> str:
+def loss_figure(metrics: list[dict[str, Any]]) -> Figure:
     """Total loss and every term over steps, on a logarithmic axis."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes("step", "loss")
@@ -102,10 +103,10 @@ def loss_figure(metrics: list[dict[str, Any]]) -> str:
             axes.plot(steps, values, color=color, label=name, linewidth=1.3)
         axes.set_yscale("log")
         axes.legend(frameon=False, ncols=3)
-        return inline_svg(figure, "loss terms over steps")
+        return figure
 
 
-def speed_figure(metrics: list[dict[str, Any]]) -> str:
+def speed_figure(metrics: list[dict[str, Any]]) -> Figure:
     """Training throughput, and the share of time spent waiting for data, over wall time."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
@@ -121,7 +122,7 @@ def speed_figure(metrics: list[dict[str, Any]]) -> str:
         bottom.set_xlabel("minutes since the first logged step")
         for axes in (top, bottom):
             axes.grid(True)
-        return inline_svg(figure, "throughput and data wait over time")
+        return figure
 
 
 def worker_figure(history: WorkerHistory, samples_per_shard: int) -> Figure:

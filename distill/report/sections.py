@@ -6,14 +6,14 @@ samples/grid.npz), and says of each that is missing how to get it.
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
+from matplotlib.figure import Figure
 
 from distill.report.cost import phase_seconds
 from distill.report.figures import (
@@ -25,7 +25,6 @@ from distill.report.figures import (
     worker_figure,
     write_overview,
 )
-from distill.report.page import STYLE, duration, missing, number, size, table
 from distill.run.dir import RunDir
 from distill.run.events import WorkerHistory, worker_history
 from distill.run.files import read_lines, write_atomic
@@ -65,7 +64,7 @@ def read_facts(run: RunDir, command: str) -> Facts:
 
 
 # -----------------------------------------------------------------------------------------------
-# Sections
+# What each section shows; nothing where its data is missing
 
 
 def headline(facts: Facts) -> str:
@@ -97,72 +96,40 @@ def row_label(row: str) -> str:
     return f"Student, {count}" if who == "student" else f"Teacher, {how.capitalize()}, {count}"
 
 
-def pictures(facts: Facts) -> str:
+def pictures(facts: Facts) -> list[dict[str, Any]]:
     """Picture rows: the same noise down every column."""
     if facts.grid is None:
-        return missing(
-            "There are no pictures.", "bowstring evaluate draws them, unless the run is in latents."
-        )
-    parts, previous = [], None
-    for row, images in zip(facts.grid["rows"].tolist(), facts.grid["images"], strict=True):
-        who = row.split(",")[0]
-        if previous not in (None, who):
-            parts.append('<div class="gap"></div>')
-        previous = who
-        label = html.escape(row_label(row))
-        cells = "".join(f'<img alt="" src="{png_uri(image)}">' for image in images)
-        parts.append(f'<span>{label}</span><div role="img" aria-label="{label}">{cells}</div>')
-    caption = (
-        "Every column starts from the same noise and the same label. The first row is what the "
-        "student should reproduce; the last rows are the teacher stopped as early as the student."
-    )
-    return (
-        f'<figure><div class="strips">{"".join(parts)}</div><figcaption>{caption}</figcaption>'
-        "</figure>"
-    )
+        return []
+    return [
+        {
+            "maker": row.split(",")[0],
+            "label": row_label(row),
+            "images": [png_uri(image) for image in images],
+        }
+        for row, images in zip(facts.grid["rows"].tolist(), facts.grid["images"], strict=True)
+    ]
 
 
-def quality(facts: Facts) -> str:
+def quality(facts: Facts) -> dict[str, Any] | None:
     """Curves and table of the evaluation."""
     results = facts.results
     if results is None:
-        return missing("There is no results.json yet.", "It comes with: bowstring evaluate.")
-    label = "distance to teacher"
-    parts = [
-        "<p>Squared distance between an image and the end of the teacher's own trajectory from the "
-        "same noise, relative to the squared length of the way from noise to image. "
-        f"{results['n']:,} samples of seed {results['seed']}, which no training saw. "
-        "The lower the better.</p>",
-        f"<figure>{quality_figure(results, 'distance_to_teacher', label)}</figure>",
-    ]
-    name = results["frechet_name"]
+        return None
+    label, name = "distance to teacher", results["frechet_name"]
     rows = results["student"] + results["teacher"]
     has_features = any("frechet" in row for row in rows)
-    if has_features:
-        reference = results["reference"]
-        parts.append(
-            f"<p>{html.escape(name)} to {reference['n']:,} real images "
-            f"({html.escape(reference['name'])}), features "
-            f"{html.escape(results['extractor']['name'])}, sha256 "
-            f"<code>{results['extractor']['sha256'][:16]}</code>. The "
-            "teacher's own solver at many evaluations shows what its student can reach.</p>"
-        )
-        parts.append(f"<figure>{quality_figure(results, 'frechet', name)}</figure>")
-    head = ["", "NFE", label, *([name, "kernel distance"] if has_features else []), "s / 1,000"]
-    keys = ["distance_to_teacher", *(["frechet", "kid"] if has_features else [])]
-    lines = [
-        [row_name(row, results)]
-        + [number(row.get(key)) for key in ("nfe", *keys, "seconds_per_1000")]
-        for row in rows
-    ]
-    parts.append(table(head, lines, marked=set(range(len(results["student"])))))
-    if results["truth"]["guidance"] != 1:
-        parts.append(
-            f'<p class="soft">The teacher is sampled with guidance '
-            f"{results['truth']['guidance']:g}: each of its evaluations runs its network "
-            "twice, the student's once.</p>"
-        )
-    return "".join(parts)
+    keys = ["nfe", "distance_to_teacher", *(["frechet", "kid"] if has_features else [])]
+    keys.append("seconds_per_1000")
+    return {
+        "results": results,
+        "distances": quality_figure(results, "distance_to_teacher", label),
+        "features": quality_figure(results, "frechet", name) if has_features else None,
+        "head": ["", "NFE", label]
+        + ([name, "kernel distance"] if has_features else [])
+        + ["s / 1,000"],
+        "rows": [[row_name(row, results), *(number(row.get(key)) for key in keys)] for row in rows],
+        "marked": len(results["student"]),
+    }
 
 
 def row_name(row: dict[str, Any], results: dict[str, Any]) -> str:
@@ -178,26 +145,19 @@ def last_of_each_step(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [record for _, record in sorted({r["step"]: r for r in metrics}.items())]
 
 
-def losses(facts: Facts) -> str:
+def losses(facts: Facts) -> Figure | None:
     """Loss terms over steps."""
     metrics = last_of_each_step(facts.metrics)
-    if not metrics:
-        return missing("No training step has been logged yet.", "They come with: bowstring train.")
-    caption = "Terms before their weights. The total is weighted."
-    return f"<figure>{loss_figure(metrics)}<figcaption>{caption}</figcaption></figure>"
+    return loss_figure(metrics) if metrics else None
 
 
-def speed(facts: Facts) -> str:
-    """Throughput and data wait."""
+def speed(facts: Facts) -> dict[str, Any] | None:
+    """Throughput and data wait, and where the time of a step goes."""
     metrics = [record for record in facts.metrics if "samples_per_s" in record]
-    if not metrics:
-        return missing("No speed has been logged yet.", "It comes with: bowstring train.")
-    caption = "Waiting means that the trainer was ready and the next shards were not there."
-    figure = f"<figure>{speed_figure(metrics)}<figcaption>{caption}</figcaption></figure>"
-    return figure + step_split(facts)
+    return {"figure": speed_figure(metrics), "step": step_split(facts)} if metrics else None
 
 
-def step_split(facts: Facts) -> str:
+def step_split(facts: Facts) -> list[list[str]]:
     """Where the time of a step goes; nothing for runs from before that was noted."""
     phases = phase_seconds(facts.metrics)
     whole = sum(phases.values()) or 1.0
@@ -208,89 +168,97 @@ def step_split(facts: Facts) -> str:
         rows.append(["work, last", f"{last['flops_per_s']:.3g} FLOP/s", share])
     if "peak_memory_bytes" in last:
         rows.append(["peak memory of a rank", size(last["peak_memory_bytes"]), ""])
-    return table(["of a mean step", "", "share"], rows) if rows else ""
+    return rows
 
 
-def teachers(facts: Facts) -> str:
+def teachers(facts: Facts) -> Figure | None:
     """Teacher workers and their speed."""
     if facts.identity is None or not facts.workers.changes:
-        return missing("No teacher worker was asked for yet.", "They come with: bowstring run.")
-    count = facts.identity["stream"]["samples_per_shard"]
-    title = "teacher workers and pairs per second over time"
-    figure = inline_svg(worker_figure(facts.workers, count), title)
-    caption = (
-        "A shard counts evenly over the time from its lease to its commit. Workers that are wanted "
-        "and not at work still load their teachers. Where the trainer holds them back, or all is "
-        "made, the speed falls and the workers stay."
+        return None
+    return worker_figure(facts.workers, facts.identity["stream"]["samples_per_shard"])
+
+
+def identity(facts: Facts) -> dict[str, str] | None:
+    """What run.json says of the run."""
+    if facts.identity is None:
+        return None
+    versions = facts.identity.get("versions", {})
+    return {
+        "hash": str(facts.identity.get("hash", "-"))[:16],
+        "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
+    }
+
+
+# -----------------------------------------------------------------------------------------------
+# Numbers in words
+
+
+def number(value: float | int | None) -> str:
+    """A number for a table: thousands separators, or three to four digits."""
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if abs(value) >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
+
+
+def duration(seconds: float | int) -> str:
+    """Seconds in words: "12 s", "3 min 20 s", "5 h 06 min"."""
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size(num_bytes: float | int) -> str:
+    """Bytes in decimal units."""
+    for unit in ("bytes", "kB", "MB", "GB", "TB"):
+        if num_bytes < 1000 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} {unit}"
+
+
+# -----------------------------------------------------------------------------------------------
+# The page
+
+
+def render(facts: Facts) -> str:
+    """The page: templates/page.html, which has its words and escapes what it is given."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distill.report"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return f"<figure>{figure}<figcaption>{caption}</figcaption></figure>"
-
-
-def cost(facts: Facts) -> str:
-    """The cost ledger."""
-    if facts.results is None:
-        return missing("There is no cost ledger yet.", "It comes with: bowstring evaluate.")
-    ledger = facts.results["cost"]
-    rows = [
-        ["teacher sampling, device time", duration(ledger["teacher_device_s"])],
-        ["student training, device time", duration(ledger["train_device_s"])],
-        ["teacher evaluations", f"{ledger['teacher_nfe']:,}"],
-        ["trajectories on disk", size(ledger["bytes"])],
-    ]
-    return table(["item", "spent"], rows)
-
-
-def configuration(facts: Facts) -> str:
-    """The composed configuration and the identity of the run."""
-    parts = []
-    if facts.identity is not None:
-        versions = facts.identity.get("versions", {})
-        words = html.escape(", ".join(f"{name} {value}" for name, value in versions.items()))
-        digest = html.escape(str(facts.identity.get("hash", "-"))[:16])
-        parts.append(f'<p class="soft">Identity <code>{digest}</code>. {words}</p>')
-    if not facts.config:
-        return "".join(parts) + missing("There is no config.yaml.", "bowstring run writes it.")
-    return (
-        f"{''.join(parts)}<details><summary>config.yaml</summary>"
-        f"<pre>{html.escape(facts.config)}</pre></details>"
+    environment.filters |= {"number": number, "duration": duration, "size": size, "svg": inline_svg}
+    return environment.get_template("page.html").render(
+        name=facts.name,
+        objective=facts.results["objective"] if facts.results else "",
+        headline=headline(facts),
+        pictures=pictures(facts),
+        quality=quality(facts),
+        losses=losses(facts),
+        speed=speed(facts),
+        teachers=teachers(facts),
+        cost=facts.results["cost"] if facts.results else None,
+        identity=identity(facts),
+        config=facts.config,
+        command=facts.command,
     )
-
-
-def command_line(facts: Facts) -> str:
-    """The command that made the run."""
-    if not facts.command:
-        return missing("The command is not known.", "bowstring run records it.")
-    return f"<pre>{html.escape(facts.command)}</pre>"
-
-
-SECTIONS: tuple[tuple[str, str, Callable[[Facts], str]], ...] = (
-    ("pictures", "Pictures", pictures),
-    ("quality", "Quality against evaluations", quality),
-    ("loss", "Loss", losses),
-    ("speed", "Throughput", speed),
-    ("teachers", "Teacher workers", teachers),
-    ("cost", "Cost", cost),
-    ("configuration", "Configuration", configuration),
-    ("command", "Command", command_line),
-)
 
 
 def write_report(run: RunDir, command: str) -> Path:
     """Path of report.html, written atomically; also samples/overview.png when there are
     pictures."""
     facts = read_facts(run, command)
-    objective = f" · {facts.results['objective']}" if facts.results else ""
-    body = "".join(
-        f'<section id="{key}"><h2>{title}</h2>{make(facts)}</section>'
-        for key, title, make in SECTIONS
-    )
-    page = (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(facts.name)} · Bowstring</title><style>{STYLE}</style></head><body>"
-        f'<p class="soft">Bowstring{html.escape(objective)}</p><h1>{html.escape(facts.name)}</h1>'
-        f'<p class="lead">{html.escape(headline(facts))}</p>{body}</body></html>\n'
-    )
+    page = render(facts)
     if facts.grid is not None:
         rows = zip(facts.grid["rows"].tolist(), facts.grid["images"], strict=True)
         chosen = [(row_label(row), images) for row, images in rows if ",euler," not in row]

@@ -208,8 +208,8 @@ def test_a_signal_ends_a_command_of_several_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(runner, "train", train)
     with pytest.raises(SystemExit) as stopped:
-        cli.pipeline(
-            "train", ["--multirun", "experiment=tiny", f"run.dir={tmp_path}/${{seed}}", "seed=0,1"]
+        cli.dispatch(
+            ["train", "-m", "experiment=tiny", f"run.dir={tmp_path}/${{seed}}", "seed=0,1"]
         )
     assert (stopped.value.code, begun) == (0, [0])
 

@@ -1,6 +1,10 @@
 """The report: one file that needs nothing else, whatever is missing."""
 
+import json
 import re
+from copy import deepcopy
+from dataclasses import replace
+from html import unescape
 
 import pytest
 from PIL import Image
@@ -8,12 +12,20 @@ from PIL import Image
 from distill.evaluation.config import EvalConfig
 from distill.evaluation.evaluate import evaluate
 from distill.report.cost import train_device_s
-from distill.report.page import duration, size
-from distill.report.sections import SECTIONS, headline, read_facts, write_report
+from distill.report.sections import (
+    duration,
+    headline,
+    read_facts,
+    render,
+    row_name,
+    size,
+    write_report,
+)
 from distill.run.dir import RunDir
 from distill.run.files import append_line, write_atomic
 
 COMMAND = "bowstring run experiment=digits run.name='<tiny>'"
+SECTIONS = ["pictures", "quality", "loss", "speed", "teachers", "cost", "configuration", "command"]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +46,66 @@ def test_the_page_needs_nothing_from_outside(page):
 
 
 def test_every_section_has_its_content(page):
-    for key, title, _ in SECTIONS:
-        assert f'<section id="{key}"><h2>{title}</h2>' in page
+    assert re.findall(r'<section id="(\w+)"><h2>\w', page) == SECTIONS
     assert 'class="missing"' not in page
     assert page.count("<svg") == 5 and page.count("<img") == 7 * 10
     assert "seed: 0" in page
-    assert "run.name=&#x27;&lt;tiny&gt;&#x27;" in page  # escaped, so still the exact command
+    assert f"<pre>{COMMAND}</pre>" in unescape(page)
+
+
+def test_what_a_run_holds_cannot_become_part_of_the_page(finished_run, page):
+    """Names, objective, command, settings and versions are text, whatever is in them."""
+    evil = "<script>alert(1)</script>&amp;\"'"
+    facts = read_facts(finished_run, f"bowstring run experiment={evil}")
+    results = deepcopy(facts.results)
+    results["objective"] = f"objective {evil}"
+    results["frechet_name"] = f"distance {evil}"
+    results["reference"]["name"] = f"images {evil}"
+    results["extractor"] |= {"name": f"extractor {evil}", "sha256": evil}
+    for row in results["teacher"]:
+        row["solver"] = f"solver {evil}"
+    facts = replace(
+        facts,
+        name=f"run {evil}",
+        results=results,
+        identity={**facts.identity, "hash": evil, "versions": {"torch": f"version {evil}"}},
+        config=f"teacher: {{'name {evil}': {{path: '{evil}'}}}}",
+        metrics=[{**m, "terms": {f"term {evil}": m["loss"]}} for m in facts.metrics],
+    )
+    text = render(facts)
+    assert "<script" not in text and evil not in text
+    starts = ("run", "objective", "distance", "images", "extractor", "solver", "version", "term")
+    for start in (*starts, "name"):
+        assert f"{start} {evil}" in unescape(text), start
+    tags = re.compile(r"</?([a-z]\w*)")
+    assert set(tags.findall(text)) <= set(tags.findall(page))
+
+
+def test_the_numbers_are_those_of_results_json(page, finished_run):
+    results = json.loads(finished_run.results.read_text())
+    table = page[page.index("distance to teacher</th>") :]
+    lines = [
+        [unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", line)]
+        for line in re.findall(r"<tr.*</tr>", table[: table.index("</table>")])
+    ]
+    rows = results["student"] + results["teacher"]
+    for cells, row in zip(lines, rows, strict=True):
+        keys = ("nfe", "distance_to_teacher", "frechet", "kid", "seconds_per_1000")
+        assert cells[0] == row_name(row, results)
+        for cell, key in zip(cells[1:], keys, strict=True):
+            if key in row:
+                assert float(cell.replace(",", "")) == pytest.approx(row[key], rel=5e-3), key
+            else:
+                assert cell == "-"
+    assert f"{results['n']:,}\nsamples of seed {results['seed']}," in page
+    assert f"<td>{results['cost']['teacher_nfe']:,}</td>" in page
+
+
+def test_figures_have_the_ink_of_the_page(page):
+    """So that they can be read on a dark one: black is nowhere said."""
+    for figure in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
+        assert "currentColor" in figure
+        assert not re.search(r"(fill|stroke): ?(#000|black)", figure)
 
 
 def test_the_time_of_a_step_is_split(page):
