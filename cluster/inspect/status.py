@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterable
 from dataclasses import asdict
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 from cluster.plan.stream import stream_plan
 from cluster.settings.file import load_config
 from cluster.settings.schema import RunConfig
 from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
+from cluster.state.cursor import read_cursor
 from cluster.state.done import own_teachers
 from cluster.state.lock import is_live
 from cluster.state.room import read_evicted
-from cluster.state.workers import PLANNED, staff
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
+from distill.data.sidecar import Reason
 from distill.data.stores.store import committed, open_store
 from distill.report.cost import goodput
 from distill.run.dir import RunDir
-from distill.run.events import worker_history
-from distill.run.files import read_lines
+from distill.run.history import History, read_history
+from distill.run.metrics import Metrics, read_metrics
+from distill.run.records import RecordError, parse_record
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
@@ -38,64 +36,47 @@ SPEED_WINDOW_S = 60.0  # pairs/s is over the commits of the last minute of produ
 # Facts
 
 
-def last_record(path: Path) -> dict[str, Any]:
-    """The last whole line of a JSON-lines file; empty when there is none."""
-    return next(iter(deque(read_lines(path), maxlen=1)), {})
-
-
-def training(run: RunDir, max_steps: int, live: bool) -> dict[str, Any]:
+def training(run: RunDir, history: History, max_steps: int, live: bool) -> dict[str, Any]:
     """Step, loss and speed of the training in a run directory, from its metrics."""
-    last = last_record(run.metrics)
-    goes_on = live and last.get("step", 0) < max_steps
+    metrics = list(read_metrics(run))
+    last = metrics[-1] if metrics else Metrics(0)
+    goes_on = live and last.step < max_steps
     return {
-        "step": last.get("step", 0),
+        "step": last.step,
         "max_steps": max_steps,
-        "loss": last.get("loss"),
-        "terms": last.get("terms", {}),
-        "lr": last.get("lr"),
-        "samples_per_s": last.get("samples_per_s"),
-        "step_s": last.get("step_s"),
-        "data_wait_fraction": last.get("data_wait_fraction"),
-        "phases_s": last.get("phases_s", {}),
-        "flops_per_s": last.get("flops_per_s"),
-        "mfu": last.get("mfu"),
-        "peak_memory_bytes": last.get("peak_memory_bytes"),
-        "goodput": goodput(run, time.time() if goes_on else None),
-        "world_size": last.get("world_size"),
-        "seconds_since": round(time.time() - last["time"], 1) if last else None,
+        "loss": last.loss,
+        "terms": last.terms,
+        "lr": last.lr,
+        "samples_per_s": last.samples_per_s,
+        "step_s": last.step_s,
+        "data_wait_fraction": last.data_wait_fraction,
+        "phases_s": last.phases_s,
+        "flops_per_s": last.flops_per_s,
+        "mfu": last.mfu,
+        "peak_memory_bytes": last.peak_memory_bytes,
+        "goodput": goodput(history, metrics, time.time() if goes_on else None),
+        "world_size": last.world_size if metrics else None,
+        "seconds_since": round(time.time() - last.time, 1) if metrics else None,
     }
 
 
-def open_leases(events: list[dict[str, Any]], now: float) -> list[dict[str, Any]]:
+def open_leases(history: History, now: float) -> list[dict[str, Any]]:
     """Leases without an end: no commit, failure, expiry, nor a worker that left."""
-    leases: dict[int, dict[str, Any]] = {}
-    for event in events:
-        kind, shard = event.get("kind"), event.get("shard")
-        if kind == "lease":
-            leases[int(event["shard"])] = event
-        elif kind in ("commit", "fail", "expire") and shard is not None:
-            leases.pop(int(shard), None)
-        elif kind == "pool":  # those of the pool before ended with it
-            leases.clear()
-        elif kind == "worker_leave":
-            leases = {s: e for s, e in leases.items() if e.get("worker") != event.get("worker")}
     return [
-        {"shard": shard, "worker": event.get("worker"), "age_s": round(now - event["time"], 1)}
-        for shard, event in sorted(leases.items())
+        {"shard": shard, "worker": lease.worker, "age_s": round(now - lease.time, 1)}
+        for shard, lease in sorted(history.leases.items())
     ]
 
 
-def pairs_per_s(
-    events: list[dict[str, Any]], samples_per_shard: int, now: float | None = None
-) -> float | None:
+def pairs_per_s(history: History, samples_per_shard: int, now: float | None = None) -> float | None:
     """Speed of production over the last minute, or as far back as the last shard took.
 
     Up to `now`; by default up to the last commit, when no shard is being made.
     """
-    times = [event["time"] for event in events if event.get("kind") in ("commit", "worker_join")]
-    commits = [event["time"] for event in events if event.get("kind") == "commit"]
+    commits = [end for _, end in history.spans]
     if not commits:
         return None
+    times = [*commits, *history.joins]
     end = commits[-1] if now is None else now
     before = [t for t in times if t <= end - SPEED_WINDOW_S and t < commits[-1]]
     start = max(before, default=min(times))
@@ -103,9 +84,8 @@ def pairs_per_s(
     return round(num * samples_per_shard / (end - start), 2) if end > start else None
 
 
-def average_pairs_per_s(events: list[dict[str, Any]], samples_per_shard: int) -> float | None:
+def average_pairs_per_s(history: History, samples_per_shard: int) -> float | None:
     """Speed of production while a teacher worker was at work, up to the last commit."""
-    history = worker_history(events)
     if not history.spans:
         return None
     end = history.spans[-1][1]
@@ -138,14 +118,14 @@ def training_left_s(found: dict[str, Any]) -> float | None:
 
 
 def shards(
-    run: RunDir, config: RunConfig, step: int, events: list[dict[str, Any]], live: bool
+    run: RunDir, config: RunConfig, step: int, history: History, live: bool
 ) -> dict[str, Any]:
     """Committed and planned shards, backlog, leases, quarantines and bytes on disk."""
     plan, trajectory = stream_plan(config), config.trajectory
     found = committed(run)
     evicted = read_evicted(run, found)
     block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
-    leases = [x for x in open_leases(events, time.time()) if x["shard"] not in found]
+    leases = [x for x in open_leases(history, time.time()) if x["shard"] not in found]
     unread = [shard for shard in found if shard >= block * trajectory.block_shards]
     return {
         "committed": len(found) + len(evicted),
@@ -153,9 +133,9 @@ def shards(
         "evicted": len(evicted),
         "samples": (len(found) + len(evicted)) * trajectory.samples_per_shard,
         "pairs_per_s": pairs_per_s(
-            events, trajectory.samples_per_shard, time.time() if live and leases else None
+            history, trajectory.samples_per_shard, time.time() if live and leases else None
         ),
-        "pairs_per_s_average": average_pairs_per_s(events, trajectory.samples_per_shard),
+        "pairs_per_s_average": average_pairs_per_s(history, trajectory.samples_per_shard),
         "backlog": len(unread) if step < config.train.max_steps else 0,
         "ready_ahead": trajectory.ready_ahead,
         "open_leases": leases,
@@ -170,10 +150,10 @@ def quarantined(run: RunDir) -> list[dict[str, Any]]:
     found = []
     for folder, content in open_store(run).reasons().items():
         try:
-            note = json.loads(content)
-            found.append({"shard": note["shard"], "reason": note["reason"]})
-        except (ValueError, KeyError, TypeError):
-            reason = f"the reason in quarantine/{folder} is unreadable"
+            note = parse_record(Reason, content)
+            found.append({"shard": note.shard, "reason": note.reason})
+        except RecordError as error:
+            reason = f"the reason in quarantine/{folder} {error}"
             found.append({"shard": folder.partition("-")[0], "reason": reason})
     return found
 
@@ -185,12 +165,12 @@ def last_verified(run: RunDir) -> dict[str, Any] | None:
     bad = []
     for step, folder in reversed(committed_steps(run.checkpoints).items()):
         try:
-            files = read_manifest(folder)["files"]
-            sizes_fit = all((folder / n).stat().st_size == f["bytes"] for n, f in files.items())
-        except (CheckpointError, OSError, KeyError, TypeError):
+            files = read_manifest(folder).files
+            sizes_fit = all((folder / n).stat().st_size == f.bytes for n, f in files.items())
+        except (CheckpointError, ConfigError, OSError):
             bad.append(step)
             continue
-        small = sizes_fit and sum(entry["bytes"] for entry in files.values()) <= FULL_CHECK_BYTES
+        small = sizes_fit and sum(file.bytes for file in files.values()) <= FULL_CHECK_BYTES
         if not sizes_fit or (small and verify(folder)):
             bad.append(step)
             continue
@@ -198,36 +178,19 @@ def last_verified(run: RunDir) -> dict[str, Any] | None:
     return {"step": None, "checked": None, "newer_bad": bad} if bad else None
 
 
-def waiting_for(run: RunDir, events: Iterable[dict[str, Any]]) -> str | None:
+def waiting_for(run: RunDir, at_work: History) -> str | None:
     """What the trainer waits for now: nodes, or data in its own words; None when it does not.
 
-    `events` are those of the training at work.
+    `at_work` is the history of the training at work.
     """
-    groups = [e["kind"] for e in events if e.get("kind") in ("group", "group_waits")]
-    if groups[-1:] == ["group_waits"]:
+    if at_work.waits_for_nodes:
         return "nodes with room for its ranks"
-    try:
-        reason = json.loads(run.cursor.read_text()).get("waiting_for")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return str(reason) if reason else None
+    return read_cursor(run).waiting_for or None
 
 
-def teachers(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """Teacher workers wanted, and those at work: their teachers are loaded."""
-    found = staff(events)
-    return {"target": found.target, "workers": len(found.joined)}
-
-
-def restarts(run: RunDir, events: list[dict[str, Any]]) -> dict[str, int]:
+def restarts(history: History) -> dict[str, int]:
     """How often the trainer group started again, and how many teacher workers were lost."""
-    starts = sum(1 for event in events if event.get("kind") == "resume")
-    lost = [
-        event
-        for event in events
-        if event.get("kind") == "worker_leave" and event.get("reason") not in PLANNED
-    ]
-    return {"trainer": max(0, starts - 1), "teacher_workers": len(lost)}
+    return {"trainer": max(0, len(history.starts) - 1), "teacher_workers": history.lost}
 
 
 def slurm_jobs(run: RunDir) -> dict[str, Any] | None:
@@ -255,7 +218,7 @@ def stage_of(run: RunDir, config: RunConfig, found: dict[str, Any]) -> str:
 def status(run: RunDir) -> dict[str, Any]:
     """Everything `bowstring status` says, ready for JSON. Raises ConfigError when it is no run."""
     config = load_config(run)
-    events = list(read_lines(run.events))
+    history = read_history(run)
     live = is_live(run)
     found: dict[str, Any] = {
         "run": config.run.name,
@@ -263,19 +226,22 @@ def status(run: RunDir) -> dict[str, Any]:
         "objective": config.objective.name,
         "live": live,
         "pretrain": None,
-        "train": training(run, config.train.max_steps, live),
+        "train": training(run, history, config.train.max_steps, live),
     }
+    pretraining = read_history(run.teacher)
     if own_teachers(config):
-        found["pretrain"] = training(run.teacher, config.pretrain.train.max_steps, live)
-    found["shards"] = shards(run, config, found["train"]["step"], events, live)
-    found["teachers"] = teachers(events) if live else None
+        steps = config.pretrain.train.max_steps
+        found["pretrain"] = training(run.teacher, pretraining, steps, live)
+    found["shards"] = shards(run, config, found["train"]["step"], history, live)
+    workers = {"target": history.target, "workers": len(history.workers)}
+    found["teachers"] = workers if live else None
     found["checkpoint"] = last_verified(run)
-    found["restarts"] = restarts(run, events)
+    found["restarts"] = restarts(history)
     found["disk_free_bytes"] = shutil.disk_usage(run.root).free
     found["results"] = run.results.exists()
     found["slurm"] = slurm_jobs(run)
     stage = stage_of(run, config, found)
-    at_work = read_lines(run.teacher.events) if stage == "pretrain" else events
+    at_work = pretraining if stage == "pretrain" else history
     found["waiting_for"] = waiting_for(run, at_work) if live else None
     size = config.trajectory.samples_per_shard
     found["left_s"] = seconds_left(stage, found, size) if live else None

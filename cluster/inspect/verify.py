@@ -31,7 +31,8 @@ from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
 from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.events import Resume, Steps
+from distill.run.history import read_history
 
 
 def audit(run: RunDir) -> dict[str, Any]:
@@ -51,6 +52,8 @@ def audit(run: RunDir) -> dict[str, Any]:
     checkpoints: steps that verify, of those that a run goes on from (verified) and of those kept
         for good (kept), and the problems of those that do not (bad).
     quarantined, orphans, produced_again: for information.
+    events: lines of events.jsonl that could not be read, or not whole, in words; for information. A
+        newer version may have written them.
 
     Raises:
         ConfigError: there is no run, or run.json is corrupt.
@@ -65,21 +68,24 @@ def audit(run: RunDir) -> dict[str, Any]:
         passes=stream["passes"],
         batch_size=stream["batch_size"],
     )
-    made_before, _ = _made(run)
+    made_before = read_history(run).made
     shards, checkpoints = _audit_shards(run), _audit_checkpoints(run)
+    # After the shards: a live run may have deleted some or set some aside meanwhile.
+    said: list[str] = []
+    history = read_history(run, said.append)
     oldest = min(checkpoints["verified"], default=0)
-    _audit_evicted(run, shards, first_shard_read(order, stream["block_shards"], oldest))
-    consumed = audit_consumption(run, order)
+    first_read = first_shard_read(order, stream["block_shards"], oldest)
+    _audit_evicted(run, shards, history.evicted, first_read)
+    consumed = audit_consumption(history.course, order)
     needed = order.num_blocks(consumed.steps) * stream["block_shards"]
     per_shard = stream["samples_per_shard"]
     for shard, sidecar in shards.misplaced.items():
         problem = f"holds the samples of shard {sidecar.shard}"
         shards.corrupt.append({"shard": shard, "problem": problem})
     there = shards.sidecars.keys() | {entry["shard"] for entry in shards.corrupt}
-    made_after, again = _made(run)  # a live run may have set some aside meanwhile
     missing = [
         {"shard": n, "first_id": n * per_shard, "last_id": (n + 1) * per_shard - 1}
-        for n in sorted({*range(needed), *(made_before & made_after)} - there)
+        for n in sorted({*range(needed), *(made_before & history.made)} - there)
     ]
     foreign = _of_another_run(shards.sidecars, stream, record["teachers"])
     found: dict[str, Any] = {
@@ -96,7 +102,8 @@ def audit(run: RunDir) -> dict[str, Any]:
         "checkpoints": checkpoints,
         "quarantined": _quarantined(run),
         "orphans": shards.orphans,
-        "produced_again": sorted(again),
+        "produced_again": sorted(history.made_twice),
+        "events": said,
     }
     wrong = ("missing", "duplicate", "corrupt", "consumption")
     found["ok"] = not any(found[name] for name in wrong) and not checkpoints["bad"]
@@ -150,14 +157,13 @@ def _audit_shards(run: RunDir) -> _Shards:
     return found
 
 
-def _audit_evicted(run: RunDir, found: _Shards, first_read: int) -> None:
+def _audit_evicted(run: RunDir, found: _Shards, told: set[int], first_read: int) -> None:
     """Tells the shards that were deleted for room from those that are lost.
 
-    No checkpoint reads a shard below `first_read`. Record and events are read after the shards: a
-    live run may have deleted some meanwhile.
+    No checkpoint reads a shard below `first_read`. `told` are those that the events tell of. Record
+    and events are read after the shards.
     """
     named = recorded(run)
-    told = {s for e in read_lines(run.events) if e.get("kind") == "evict" for s in e["shards"]}
     for shard, problem in sorted(found.lost.items()):
         if shard in named & told and shard < first_read:
             try:
@@ -212,22 +218,6 @@ def _duplicates(shards: _Shards) -> list[dict[str, Any]]:
     return found
 
 
-def _made(run: RunDir) -> tuple[set[int], set[int]]:
-    """Shards that were committed and not taken back since, and those with two commits that were not
-    asked for in between: at-least-once work, kept once.
-    """
-    made: set[int] = set()
-    again: set[int] = set()
-    for event in read_lines(run.events):
-        if event.get("kind") == "commit":
-            (again if event["shard"] in made else made).add(event["shard"])
-        elif event.get("kind") == "quarantine":
-            made.discard(event["shard"])
-        elif event.get("kind") == "make_again":
-            made.difference_update(event["shards"])
-    return made, again
-
-
 def _quarantined(run: RunDir) -> list[str]:
     return list(open_store(run).reasons())
 
@@ -261,25 +251,25 @@ class Consumption:
     problems: list[str] = field(default_factory=list)
 
 
-def audit_consumption(run: RunDir, order: Order) -> Consumption:
-    """Replays events.jsonl: windows of steps, and restarts that fell back."""
+def audit_consumption(course: list[Resume | Steps], order: Order) -> Consumption:
+    """Follows the windows of steps, and restarts that fell back."""
     found = Consumption()
     checked: dict[tuple[int, int], str] = {}
-    for event in read_lines(run.events):
-        if event.get("kind") == "resume":
-            step = event["step"]
+    for event in course:
+        if isinstance(event, Resume):
+            step = event.step
             if step > found.steps:
                 found.problems.append(f"resumed at step {step} after only {found.steps} steps")
             found.steps = step
-        elif event.get("kind") == "steps":
-            first, last = event["first"], event["last"]
-            if first != found.steps:
-                found.problems.append(f"steps {first}-{last} came after {found.steps} steps")
-            if (first, last) not in checked:
-                checked[first, last] = planned_sha256(order, first, last + 1)
-            if event["ids_sha256"] != checked[first, last]:
-                found.problems.append(f"steps {first}-{last} read other samples than planned")
-            found.steps = last + 1
+            continue
+        first, last = event.first, event.last
+        if first != found.steps:
+            found.problems.append(f"steps {first}-{last} came after {found.steps} steps")
+        if (first, last) not in checked:
+            checked[first, last] = planned_sha256(order, first, last + 1)
+        if event.ids_sha256 != checked[first, last]:
+            found.problems.append(f"steps {first}-{last} read other samples than planned")
+        found.steps = last + 1
     return found
 
 

@@ -24,13 +24,15 @@ from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import RunConfig, TeacherPoolConfig
 from cluster.state.cursor import read_cursor
 from cluster.state.room import OldestCheckpoint, evict, first_shard_read, read_evicted
-from cluster.state.workers import END_OF_PRODUCTION, SCALED_DOWN, wanted_workers
+from cluster.state.workers import wanted_workers
 from distill.config import ConfigError, check
-from distill.data.sidecar import ShardSpec
+from distill.data.sidecar import Reason, ShardSpec
 from distill.data.stores.store import committed, is_committed
+from distill.run import events
 from distill.run.dir import RunDir
-from distill.run.events import EventLog
+from distill.run.events import END_OF_PRODUCTION, SCALED_DOWN, EventLog
 from distill.run.files import write_json
+from distill.run.records import tree_of
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
@@ -65,7 +67,7 @@ class TeacherPool:
         self._wanted: dict[Device, int] = {}
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
-        self._log.add("pool", workers=self.target, most=most_workers(self.config.cluster))
+        self._log.add(events.Pool(self.target, most_workers(self.config.cluster)))
         self._log.flush()  # `bowstring scale` asks for it
 
     @property
@@ -119,7 +121,7 @@ class TeacherPool:
                 # What it frees would go to the others, and they end too: no action is carried out.
                 left = messages.Left(member.name, END_OF_PRODUCTION)
                 self.coordinator.handle(left, self._now_s)
-                self._log.add("worker_leave", worker=member.name, reason=END_OF_PRODUCTION)
+                self._log.add(events.WorkerLeave(member.name, END_OF_PRODUCTION))
         self._log.flush()
 
     # ---------------------------------------------------------------------------------------
@@ -153,7 +155,7 @@ class TeacherPool:
         gone, new = known.keys() - found.keys(), found.keys() - known.keys() - held
         for shard in sorted(gone):
             if not is_committed(self.run, shard):  # a network file system lists it late
-                self._log.add("quarantine", shard=shard)
+                self._log.add(events.Quarantine(shard))
                 self._handle(messages.Quarantined(shard))
         for shard in sorted(new):
             self._handle(messages.Committed(shard, found[shard]))
@@ -165,11 +167,11 @@ class TeacherPool:
         wanted = sum(self._wanted.values())
         if wanted != self.target:
             self.target, self._most = wanted, max(wanted, self._most)
-            self._log.add("scale", workers=wanted)
+            self._log.add(events.Scale(wanted))
 
     def _cursor(self) -> int:
         """First shard of the block the trainer reads."""
-        return read_cursor(self.run)[0] * self.config.trajectory.block_shards
+        return read_cursor(self.run).block * self.config.trajectory.block_shards
 
     def _collect(self) -> None:
         """Takes the results that are there."""
@@ -198,12 +200,12 @@ class TeacherPool:
         if member.shard is None:
             check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             member.name = result["worker"]
-            self._log.add("worker_join", device=member.device, **result)
+            self._log.add(events.WorkerJoin(**result, device=member.device))
             self._handle(messages.Joined(member.name))
         else:
             shard, member.shard = member.shard, None
             self.deaths = 0
-            self._log.add("commit", shard=shard, worker=member.name, **result)
+            self._log.add(events.Commit(shard, member.name, **result))
             self._handle(messages.Committed(shard, result["bytes"]))
         if not member.leaves:
             self._handle(messages.Asked(member.name))
@@ -215,11 +217,11 @@ class TeacherPool:
             raise PoolError(f"a teacher worker could not load its teachers:\n{error}")
         shard, member.shard = member.shard, None
         last_line = str(error).strip().splitlines()[-1]
-        self._log.add("fail", shard=shard, worker=member.name, error=last_line)
+        self._log.add(events.Fail(shard, member.name, last_line))
         # Another worker shall try: what failed here may lie in this process or on its device.
         ray.kill(member.actor)
         self.members.remove(member)
-        self._log.add("worker_leave", worker=member.name, reason=f"failed on shard {shard}")
+        self._log.add(events.WorkerLeave(member.name, f"failed on shard {shard}"))
         self._handle(messages.Failed(member.name, str(error)))
         self._handle(messages.Left(member.name, last_line))
 
@@ -236,7 +238,7 @@ class TeacherPool:
     def _part(self, member: Member, reason: str) -> None:
         """Forgets a worker that is gone."""
         self.members.remove(member)
-        self._log.add("worker_leave", worker=member.name or "unknown", reason=reason)
+        self._log.add(events.WorkerLeave(member.name or "unknown", reason))
         if member.name:
             self._handle(messages.Left(member.name, reason))
 
@@ -272,7 +274,7 @@ class TeacherPool:
                 member.expires_s += slept_s
 
     def _expire(self, member: Member, reason: str) -> None:
-        self._log.add("expire", shard=member.shard, worker=member.name, reason=reason)
+        self._log.add(events.Expire(member.shard, member.name, reason))
         self._bury(member, reason)
 
     # ---------------------------------------------------------------------------------------
@@ -288,13 +290,13 @@ class TeacherPool:
                 member = self._member(worker)
                 member.shard, member.samples = shard, -1
                 member.task = member.actor.produce.remote(shard)
-                self._log.add("lease", shard=shard, worker=worker)
+                self._log.add(events.Lease(shard, worker))
             case messages.Expired(worker, _):
                 self._expire(self._member(worker), "no progress")
             case messages.Evicted(shards):
                 evict(self.run, shards, self._oldest.step)
             case messages.GivenUp(shard, reason, error):
-                self._log.add("give_up", shard=shard, reason=reason)
+                self._log.add(events.GiveUp(shard, reason))
                 raise PoolError(set_request_aside(self.run, shard, reason, error))
 
     def _member(self, name: str) -> Member:
@@ -343,8 +345,8 @@ def check_fingerprints(spec: ShardSpec, worker: str, fingerprints: dict[str, Any
 def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> str:
     """What to tell the user of a shard that cannot be made; `quarantine/` gets a file with it."""
     path = run.quarantine / f"{shard:08d}-{uuid.uuid4().hex[:8]}" / f"{shard:08d}.reason.json"
-    record = {"shard": shard, "reason": f"could not be made: {reason}", "traceback": traceback}
-    write_json(path, {**record, "time": round(time.time(), 3)})
+    why = Reason(shard, f"could not be made: {reason}", traceback=traceback)
+    write_json(path, tree_of(why))
     return (
         f"shard {shard} was given up after {reason}; see {path}. Mend the cause and give the same "
         f"command again. The last:\n{traceback}"

@@ -17,10 +17,11 @@ from cluster.slurm.scripts import KINDS, render, slurm_of
 from cluster.state.done import is_distilled, is_finished
 from cluster.state.identity import check_identity
 from cluster.state.lock import is_live, stop_here
-from cluster.state.workers import staff, write_target
+from cluster.state.workers import write_target
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir
-from distill.run.files import read_lines, write_atomic, write_json
+from distill.run.files import write_atomic, write_json
+from distill.run.history import read_history
 
 # -----------------------------------------------------------------------------------------------
 # Submit
@@ -141,7 +142,7 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
     )
     there = [job for job in read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
-    if is_live(run) and staff(read_lines(run.events)).target is not None:
+    if is_live(run) and read_history(run).target is not None:
         write_target(run, workers)  # otherwise the pool that starts takes what fits on the nodes
     array = there[0].array
     running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")

@@ -7,21 +7,29 @@ Losing the file costs nothing but time: shards that exist are not made again.
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 
 from distill.run.dir import RunDir
 from distill.run.files import write_json
+from distill.run.records import RecordError, read_record, tree_of
+
+
+@dataclass(frozen=True)
+class Position:
+    """cursor.json."""
+
+    block: int  # of shards, that is being read
+    waiting_for: str  # why no batch came yet; "" when the trainer does not wait
 
 
 def write_cursor(run: RunDir, block: int, waiting_for: str) -> None:
     """Writes the block being read, and what the trainer waits for; "" when it does not wait."""
-    write_json(run.cursor, {"block": block, "waiting_for": waiting_for})
+    write_json(run.cursor, tree_of(Position(block, waiting_for)))
 
 
-def read_cursor(run: RunDir) -> tuple[int, str]:
-    """The block being read, and what the trainer waits for; (0, "") before it has started."""
+def read_cursor(run: RunDir) -> Position:
+    """Where the trainer reads; the first block before it has started, or where the file is torn."""
     try:
-        cursor = json.loads(run.cursor.read_text())
-        return int(cursor["block"]), str(cursor["waiting_for"])
-    except (FileNotFoundError, ValueError, KeyError):
-        return 0, ""
+        return read_record(Position, run.cursor)
+    except (FileNotFoundError, RecordError):
+        return Position(0, "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 from cluster.plan.stream import stream_plan
@@ -11,8 +10,10 @@ from cluster.settings.schema import RunConfig, is_own
 from cluster.state.identity import check_identity
 from cluster.state.room import read_evicted
 from distill.checkpoint.manifest import latest_verified
+from distill.config import ConfigError
 from distill.data.stores.store import committed
 from distill.run.dir import RunDir
+from distill.run.results import read_results
 from distill.teachers.config import TeacherConfig
 
 
@@ -72,11 +73,11 @@ def is_distilled(config: RunConfig, run: RunDir) -> bool:
 def results_are_current(config: RunConfig, run: RunDir) -> bool:
     """Whether results.json is of the last checkpoint and of the evaluation asked for."""
     try:
-        results = json.loads(run.results.read_text())
-    except (FileNotFoundError, ValueError):
+        results = read_results(run)
+    except ConfigError:  # of another version
         return False
-    found = (results.get("step"), results.get("settings"))
-    return found == (steps_done(run), dataclasses.asdict(config.eval))
+    asked = dataclasses.asdict(config.eval)
+    return results is not None and (results.step, results.settings) == (steps_done(run), asked)
 
 
 def is_finished(config: RunConfig) -> bool:

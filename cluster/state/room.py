@@ -12,7 +12,6 @@ whatever the record says. Needs no torch.
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -26,10 +25,19 @@ from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
 from distill.data.stores.store import committed, open_store
 from distill.run.dir import RunDir
-from distill.run.files import append_line, write_json
+from distill.run.events import Evict, MakeAgain, append
+from distill.run.files import write_json
+from distill.run.records import read_record, tree_of
 
 # -----------------------------------------------------------------------------------------------
 # The record
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """evicted.json: ranges of shards, both ends included."""
+
+    shards: tuple[tuple[int, ...], ...]
 
 
 def recorded(run: RunDir) -> set[int]:
@@ -39,11 +47,11 @@ def recorded(run: RunDir) -> set[int]:
         ConfigError: it is corrupt. It stays where it is; nothing overwrites it.
     """
     try:
-        ranges = json.loads(run.evicted.read_text())["shards"]
+        ranges = read_record(Evicted, run.evicted).shards
         return {shard for first, last in ranges for shard in range(first, last + 1)}
     except FileNotFoundError:
         return set()
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:  # RecordError, or a range that has not two ends
         raise ConfigError(
             f"{run.evicted} is corrupt ({error}) and was left as it is; put back a copy, or move "
             "it away to have the shards it names made again"
@@ -57,7 +65,7 @@ def read_evicted(run: RunDir, found: Collection[int]) -> set[int]:
 
 def evict(run: RunDir, shards: tuple[int, ...], step: int) -> None:
     """Deletes the tars of `shards`, which lie behind the checkpoint of `step`."""
-    append_line(run.events, {"kind": "evict", "shards": list(shards), "step": step})
+    append(run, Evict(shards, step))
     _record(run, recorded(run) | set(shards))
     open_store(run).delete_tars(shards)
 
@@ -66,21 +74,21 @@ def forget_evicted(run: RunDir, first_shard: int) -> None:
     """Has the evicted shards from `first_shard` on made again: the checkpoint behind them is gone,
     so training reads them once more.
     """
-    again = sorted(shard for shard in recorded(run) if shard >= first_shard)
+    again = tuple(sorted(shard for shard in recorded(run) if shard >= first_shard))
     if again:
-        append_line(run.events, {"kind": "make_again", "shards": again})
+        append(run, MakeAgain(again))
         _record(run, recorded(run) - set(again))
 
 
 def _record(run: RunDir, shards: set[int]) -> None:
-    write_json(run.evicted, {"shards": ranges_of(shards)})
+    write_json(run.evicted, tree_of(Evicted(ranges_of(shards))))
 
 
-def ranges_of(shards: set[int]) -> list[tuple[int, int]]:
+def ranges_of(shards: set[int]) -> tuple[tuple[int, int], ...]:
     """Runs of consecutive numbers as (first, last), in order."""
     starts = sorted(shard for shard in shards if shard - 1 not in shards)
     ends = sorted(shard for shard in shards if shard + 1 not in shards)
-    return list(zip(starts, ends, strict=True))
+    return tuple(zip(starts, ends, strict=True))
 
 
 # -----------------------------------------------------------------------------------------------

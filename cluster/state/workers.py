@@ -10,9 +10,7 @@ workers that compute on CPU.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +18,19 @@ from cluster.plan.placement import Device, _fitting
 from cluster.settings.schema import ClusterConfig
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir
-from distill.run.files import read_lines, write_json
-
-END_OF_PRODUCTION, SCALED_DOWN = "end of production", "scaled down"
-PLANNED = (END_OF_PRODUCTION, SCALED_DOWN)  # reasons to leave that are no loss
-
+from distill.run.files import write_json
+from distill.run.history import read_history
+from distill.run.records import RecordError, read_record, tree_of
 
 # -----------------------------------------------------------------------------------------------
 # The wish
+
+
+@dataclass(frozen=True)
+class Target:
+    """target.json."""
+
+    workers: int
 
 
 def write_target(run: RunDir, workers: int) -> None:
@@ -36,7 +39,7 @@ def write_target(run: RunDir, workers: int) -> None:
     Raises:
         ConfigError: the pool cannot have that many.
     """
-    pool = staff(read_lines(run.events))
+    pool = read_history(run)
     check(
         pool.target is not None, f"{run.root} has no teacher workers yet; it makes no shards so far"
     )
@@ -47,7 +50,7 @@ def write_target(run: RunDir, workers: int) -> None:
             f"{workers} teacher workers are more than the {pool.most} that this run's machine "
             "takes; a cluster (cluster.address) has no such limit",
         )
-    write_json(run.target, {"workers": workers})
+    write_json(run.target, tree_of(Target(workers)))
 
 
 def read_target(run: RunDir) -> int | None:
@@ -57,13 +60,11 @@ def read_target(run: RunDir) -> int | None:
         ConfigError: the file is not as `bowstring scale` writes it.
     """
     try:
-        return int(json.loads(run.target.read_text())["workers"])
+        return read_record(Target, run.target).workers
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(
-            f"{run.target} is corrupt ({error}); write it again with `bowstring scale RUN N`"
-        ) from error
+    except RecordError as error:
+        raise ConfigError(f"{error}; write it again with `bowstring scale RUN N`") from error
 
 
 # -----------------------------------------------------------------------------------------------
@@ -94,38 +95,3 @@ def wanted_workers(
         left -= wanted[device]
     wanted[first] += left
     return wanted
-
-
-# -----------------------------------------------------------------------------------------------
-# What there is
-
-
-@dataclass
-class Staff:
-    """Teacher workers of the newest pool.
-
-    Attributes:
-        target: how many there shall be; None before the first pool.
-        most: how many it takes; None for no limit.
-        joined: names of those that are there, with their teachers loaded.
-    """
-
-    target: int | None
-    most: int | None
-    joined: set[str]
-
-
-def staff(events: Iterable[dict[str, Any]]) -> Staff:
-    """The workers as events.jsonl tells."""
-    found = Staff(None, None, set())
-    for event in events:
-        match event.get("kind"):
-            case "pool":
-                found = Staff(event["workers"], event["most"], set())
-            case "scale":
-                found.target = event["workers"]
-            case "worker_join":
-                found.joined.add(event["worker"])
-            case "worker_leave":
-                found.joined.discard(event["worker"])
-    return found

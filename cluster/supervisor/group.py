@@ -15,14 +15,15 @@ from pathlib import Path
 
 from cluster.plan.placement import group_size, silent_nodes
 from cluster.state.done import steps_done
-from cluster.supervisor.progress import last_step
 from cluster.supervisor.session import Session
 from cluster.trainer.fit import final_error, fit
 from cluster.trainer.job import TrainJob
 from cluster.trainer.watchdog import stacks_bytes
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
-from distill.run.files import append_line, write_atomic
+from distill.run.events import Group, GroupWaits, Restart, append
+from distill.run.files import write_atomic
+from distill.run.metrics import last_step
 
 POLL_PERIOD_S = 0.1
 FROZEN = "health check has been hanging"  # Ray Train's words
@@ -146,7 +147,7 @@ class TrainerGroup:
                 "GPU (gpus_per_worker)"
             )
         if not self.note:
-            append_line(self.job.run.events, {"kind": "group_waits"})
+            append(self.job.run, GroupWaits())
         self.note = "waits for nodes"
         if waited_s > REJOIN_S:
             lacks = f"; {', '.join(silent)} does not answer" if silent else ""
@@ -184,7 +185,7 @@ class TrainerGroup:
         self._size, self._seen, self.note = size, last_step(self.job.run.metrics), ""
         name = f"{self.job.stage}-{self._starts}"
         self.job.stop.unlink(missing_ok=True)  # a rank of the group before may have left it
-        append_line(self.job.run.events, {"kind": "group", "ranks": size})
+        append(self.job.run, Group(size))
         if size < self._most:
             self._session.bars.say(f"trains on {size} ranks; there is no room for {self._most} now")
 
@@ -221,7 +222,7 @@ class TrainerGroup:
                 f"(step {verified}); the last failure:\n{said}"
             )
         short = last_line(said)
-        append_line(self.job.run.events, {"kind": "restart", "step": verified, "error": short})
+        append(self.job.run, Restart(verified, short))
         self._session.bars.say(f"training failed and goes on from step {verified}: {short}")
 
     def _said(self, error: BaseException) -> str:

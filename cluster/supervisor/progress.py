@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from pathlib import Path
 
 from rich.console import Console
 from rich.progress import (
@@ -18,7 +15,6 @@ from rich.progress import (
 )
 
 LINE_PERIOD_S = 30.0
-TAIL_BYTES = 8192  # more than the longest line of metrics.jsonl
 
 
 class StageBars:
@@ -70,19 +66,3 @@ class StageBars:
 
 def _line(stage: str, done: int, total: int, note: str) -> str:
     return f"{stage} {done}/{total}" + (f" ({note})" if note else "")
-
-
-def last_step(metrics: Path) -> int:
-    """Steps done according to the last whole line of metrics.jsonl; 0 when there is none."""
-    try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().splitlines()
-    except FileNotFoundError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError):
-            continue
-    return 0

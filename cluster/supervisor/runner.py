@@ -25,13 +25,13 @@ from cluster.state.done import with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.supervisor import stages
 from cluster.supervisor.group import POLL_PERIOD_S, RunFailed, TrainerGroup
-from cluster.supervisor.progress import last_step
 from cluster.supervisor.session import Session, Stopped, open_session
 from cluster.supervisor.stages import Work
 from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
-from distill.run.files import append_line
+from distill.run.events import Failed, Unsaved, append
+from distill.run.metrics import last_step
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
             raise SystemExit(_say_stopped(session, str(given.run.dir))) from None
         except Exception as error:  # the supervisor's one broad net: a failure is an exit code
             with suppress(OSError):  # a full disk may be what it failed of
-                append_line(session.run.events, {"kind": "failed", "error": str(error)})
+                append(session.run, Failed(str(error)))
             if isinstance(error, ConfigError | CheckpointError):
                 raise
             logger.debug("the run failed", exc_info=True)
@@ -113,7 +113,7 @@ def _say_stopped(session: Session, folder: str) -> int:
     """Says that a signal ended the run; the exit code."""
     if session.unsaved:
         with suppress(OSError):
-            append_line(session.run.events, {"kind": "unsaved", "error": session.unsaved})
+            append(session.run, Unsaved(session.unsaved))
         session.bars.say(f"the ranks did not save: {session.unsaved}")
     session.bars.say(f"stopped; the same command goes on with {folder}")
     if session.stop_signal == signal.SIGINT:
@@ -186,5 +186,5 @@ def _show(
         if done == before < job.train.max_steps:
             note = "starting"
         if job.stage == "train":
-            note = read_cursor(job.run)[1] or note
+            note = read_cursor(job.run).waiting_for or note
         session.bars.show(title, done, job.train.max_steps, group.note or note)

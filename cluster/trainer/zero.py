@@ -143,7 +143,7 @@ class DeepSpeedEngine:
         self._network = network
         self._call = compiled(network) if config.compile else network
         self._params = {n: p for n, p in network.named_parameters() if p.requires_grad}
-        self._shapes = {name: list(param.shape) for name, param in self._params.items()}
+        self._shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         weights = {name: p.detach().float().clone() for name, p in self._params.items()}
         self._engine, self._zero = self._initialize()
         self._partition, self._copies = self._lay_out(copy)
@@ -191,7 +191,7 @@ class DeepSpeedEngine:
         whole = WholeCopy(copy.to(self.device), flat, self._config.compile)
         return flat, {kind: whole for kind in kinds}
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         return {
             "engine": "deepspeed",
             "zero_stage": self._stage,

@@ -15,7 +15,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,13 @@ from torch import Tensor
 
 from distill.checkpoint.agree import agreed_latest, raise_together, verify_together
 from distill.checkpoint.manifest import (
+    FORMAT,
     KEPT,
     LATEST,
     MANIFEST,
     CheckpointError,
+    File,
+    Manifest,
     SaveError,
     committed_steps,
     read_manifest,
@@ -38,10 +41,10 @@ from distill.checkpoint.manifest import (
 )
 from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
 from distill.run.files import sync_directory, write_atomic, write_json
+from distill.run.records import tree_of
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
 SEPARATOR = "|"  # between kind, parameter name and start in a tensor's key
 
 
@@ -54,14 +57,17 @@ class Snapshot:
     """A rank's part of the state after `step` steps, in host memory.
 
     Attributes:
-        step: steps done.
-        about: what the manifest says, but for the files.
+        about: the manifest without the files.
         tensors: the pieces, by key.
     """
 
-    step: int
-    about: dict[str, Any]
+    about: Manifest
     tensors: dict[str, Tensor]
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.about.step
 
 
 def take_snapshot(step: int, engine: Engine, origin: dict[str, Any]) -> Snapshot:
@@ -69,20 +75,20 @@ def take_snapshot(step: int, engine: Engine, origin: dict[str, Any]) -> Snapshot
 
     `origin` goes into the manifest: the seed and the hash of the run's settings.
     """
-    about = {
-        "format": FORMAT,
-        "step": step,
-        "world_size": engine.world_size,
+    about = Manifest(
+        format=FORMAT,
+        step=step,
+        world_size=engine.world_size,
+        rng="counter-based",
+        versions={name: version(name) for name in ("torch", "deepspeed", "safetensors")},
         **engine.describe(),
-        "rng": "counter-based",  # all randomness is a function of seed and step
         **origin,
-        "versions": {name: version(name) for name in ("torch", "deepspeed", "safetensors")},
-    }
+    )
     tensors = {
         SEPARATOR.join((f.kind, f.name, str(f.start))): f.data.detach().to("cpu", copy=True)
         for f in engine.fragments()
     }
-    return Snapshot(step, about, tensors)
+    return Snapshot(about, tensors)
 
 
 def commit(
@@ -116,14 +122,14 @@ def commit(
     is_whole = is_there and not verify_together(final, ranks)
     if ranks.rank == 0:
         files = {
-            _rank_file(rank): {"bytes": int(sizes[rank]), "sha256": bytes(digests[rank]).hex()}
+            _rank_file(rank): File(int(sizes[rank]), bytes(digests[rank]).hex())
             for rank in range(ranks.world_size)
         }
         try:
             if is_whole:
                 shutil.rmtree(staging)
             else:
-                write_json(staging / MANIFEST, {**snapshot.about, "files": files})
+                write_json(staging / MANIFEST, tree_of(replace(snapshot.about, files=files)))
                 _publish(staging, final)
         except OSError as error:
             failure = f"rank 0 could not commit {final}: {error}"
@@ -233,8 +239,7 @@ def load_verified(checkpoints: Path, step: int, engine: Engine) -> None:
     if step == 0:
         return
     folder = checkpoints / step_name(step)
-    ours, theirs = engine.describe()["parameters"], read_manifest(folder)["parameters"]
-    if ours != theirs:
+    if engine.describe()["parameters"] != read_manifest(folder).parameters:
         raise CheckpointError(f"{folder}: its parameters are not those of this network")
     engine.load(fragment_reader(folder), step)
 
@@ -242,7 +247,7 @@ def load_verified(checkpoints: Path, step: int, engine: Engine) -> None:
 def fragment_reader(folder: Path) -> FragmentReader:
     """A reader of any range of any tensor of a verified checkpoint, whatever wrote it."""
     pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-    for name in read_manifest(folder)["files"]:
+    for name in read_manifest(folder).files:
         file = safe_open(folder / name, framework="pt")
         for key in file.keys():  # noqa: SIM118 - not a mapping
             kind, parameter, start = key.split(SEPARATOR)
@@ -270,7 +275,7 @@ def fragment_reader(folder: Path) -> FragmentReader:
 def read_average(folder: Path, name: str) -> dict[str, Tensor]:
     """Trained parameters of a weight average ("target" or "evaluation"), float32, by name."""
     read = fragment_reader(folder)
-    shapes = read_manifest(folder)["parameters"]
+    shapes = read_manifest(folder).parameters
     kind = average_kind(name)
     return {
         parameter: read(kind, parameter, 0, torch.Size(shape).numel()).reshape(shape)

@@ -10,15 +10,18 @@ A folder without a whole manifest is not a checkpoint, whatever its name.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
+from distill.config import ConfigError
 from distill.run.files import sha256_file
+from distill.run.records import NewerRecord, RecordError, read_record
 
+FORMAT = 1
 MANIFEST = "MANIFEST.json"
 LATEST = "latest"
 KEPT = "kept"
@@ -40,6 +43,33 @@ class SaveError(RuntimeError):
     """
 
 
+@dataclass(frozen=True)
+class File:
+    """A file of a checkpoint."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint is, and every file of it by name."""
+
+    format: int
+    step: int  # steps done; also the position in the data
+    world_size: int  # ranks that wrote it
+    engine: str  # "torch" or "deepspeed"
+    zero_stage: int  # 0 to 3, of the ranks that wrote it; any stage opens it
+    precision: str  # "fp32", "bf16" or "fp16"; what is stored is float32
+    averages: dict[str, float]  # decay of every weight average
+    parameters: dict[str, tuple[int, ...]]  # shape of every trained parameter
+    rng: str  # "counter-based": all randomness is a function of seed and step
+    seed: int | None = None  # of the run
+    config_hash: str | None = None  # `hash` of run.json
+    versions: dict[str, str]  # of the packages that make the numbers
+    files: dict[str, File] = field(default_factory=dict)
+
+
 def step_name(step: int) -> str:
     """Folder name of the checkpoint after `step` steps."""
     return f"step_{step:08d}"
@@ -57,42 +87,53 @@ def committed_steps(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint; raises CheckpointError when it is missing or torn."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, torn, or lacks something.
+        ConfigError: a newer version wrote it. To fall back behind it would train its steps again.
+    """
+    newer = "; a newer version of Bowstring wrote it, so go on with that one"
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-        if not isinstance(manifest["files"], dict) or not isinstance(manifest["step"], int):
-            raise TypeError("files or step have the wrong type")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = read_record(Manifest, folder / MANIFEST)
+    except NewerRecord as error:
+        raise ConfigError(f"{error}{newer}") from error
+    except (OSError, RecordError) as error:
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error})") from error
-    return manifest
+    if found.format != FORMAT:
+        raise ConfigError(f"{folder / MANIFEST} has format {found.format}, not {FORMAT}{newer}")
+    return found
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     """Everything wrong with a checkpoint; empty when every byte is as its manifest says.
 
     Of several parts only files number `part`, `part + parts`, .. by name are read.
+
+    Raises:
+        ConfigError: a newer version wrote it.
     """
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
     problems = []
-    if folder.name != step_name(manifest["step"]):
-        problems.append(f"{folder}: the manifest is of step {manifest['step']}")
-    files = sorted(manifest["files"].items())[part::parts]
+    if folder.name != step_name(manifest.step):
+        problems.append(f"{folder}: the manifest is of step {manifest.step}")
+    files = sorted(manifest.files.items())[part::parts]
     with ThreadPoolExecutor(READERS) as pool:  # hashing releases the interpreter
         found = pool.map(lambda file: _problem(folder / file[0], file[1]), files)
         return problems + [problem for problem in found if problem]
 
 
-def _problem(path: Path, entry: dict[str, Any]) -> str:
+def _problem(path: Path, entry: File) -> str:
     """What is wrong with a file, "" when nothing is."""
     try:
         size = path.stat().st_size
-        if size != entry["bytes"]:
-            return f"{path}: {size} bytes instead of {entry['bytes']}"
-        if sha256_file(path) != entry["sha256"]:
+        if size != entry.bytes:
+            return f"{path}: {size} bytes instead of {entry.bytes}"
+        if sha256_file(path) != entry.sha256:
             return f"{path}: sha256 differs from the manifest"
     except OSError as error:
         return f"{path}: {error.strerror}"
@@ -123,7 +164,7 @@ def verify_once(folder: Path) -> list[str]:
 def _signature(folder: Path) -> Signature:
     """How the files of a checkpoint look from outside; empty when one of them is missing."""
     try:
-        names = [MANIFEST, *sorted(read_manifest(folder)["files"])]
+        names = [MANIFEST, *sorted(read_manifest(folder).files)]
         stats = [os.stat(folder / name) for name in names]
     except (CheckpointError, OSError):
         return []

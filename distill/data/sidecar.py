@@ -13,13 +13,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from distill.config import ConfigError, ImageSpec
 from distill.data.config import TrajectoryConfig
 from distill.run.dir import RunDir
+from distill.run.records import now
 from distill.teachers.config import TeacherConfig
 
 FORMAT = 1
@@ -218,6 +219,16 @@ class Sidecar:
 
 def _tree_hash(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a shard lies in quarantine/, as its reason.json says."""
+
+    shard: int
+    reason: str
+    traceback: str | None = None  # of a worker, where the shard cannot be made
+    time: float = field(default_factory=now)  # Unix time in seconds
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -78,7 +78,7 @@ class Engine(Peers, Protocol):
     device: torch.device
     overflowed: bool
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> dict[str, Any]:
         """What a manifest says: kind, ZeRO stage, precision, averages, shapes by name."""
 
     def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
@@ -201,8 +201,8 @@ class TorchEngine:
             network.get_parameter(name).data = value
         return network
 
-    def describe(self) -> dict[str, object]:
-        shapes = {name: list(param.shape) for name, param in self._params.items()}
+    def describe(self) -> dict[str, Any]:
+        shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         return {
             "engine": "torch",
             "zero_stage": 0,

@@ -43,7 +43,8 @@ from distill.networks.files import WEIGHTS, fingerprint
 from distill.report.cost import read_cost
 from distill.report.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
-from distill.run.files import write_json
+from distill.run.records import record_of
+from distill.run.results import Extractor, Reference, Results, Row, Truth, write_results
 from distill.sample import load_student, to_uint8
 from distill.teachers.base import FrozenTeacher
 from distill.teachers.build import build_field, build_teacher
@@ -64,14 +65,12 @@ class Evaluator:
         self.samples = evaluation_samples(evaluation, data.image)
         self.interrupt = Interrupt()
         self.features: FeatureDistance | None = None
-        self.real_description: dict[str, Any] = {"name": data.name}
+        self.real = Reference(data.name)
         if data.image.is_picture:
             real = to_uint8(load_images(data)[0])
             self.features = FeatureDistance(evaluation.extractor, real, device)
-            self.real_description |= {
-                "n": len(real),
-                "sha256": sha256(real.numpy().tobytes()).hexdigest(),
-            }
+            digest = sha256(real.numpy().tobytes()).hexdigest()
+            self.real = Reference(data.name, n=len(real), sha256=digest)
         self._reference: tuple[Tensor, float] | None = None
 
     def draw(
@@ -104,13 +103,14 @@ class Evaluator:
         """Takes the end points of `sampler` as the truth."""
         self._reference = self.draw(sampler, "teacher, fine solution")
 
-    def row(self, sampler: Sampler | None, title: str) -> dict[str, float]:
+    def row(self, sampler: Sampler | None, title: str, nfe: int, solver: str | None = None) -> Row:
         """One entry of results.json; for the reference itself when `sampler` is None."""
         assert self._reference is not None
         reference, _ = self._reference
         x, seconds = self.draw(sampler, title) if sampler else self._reference
-        row = measure(Drawn(x, reference, self.samples.noise, self.features))
-        return row | {"seconds_per_1000": 1000 * seconds / len(x)}
+        tree: dict[str, Any] = {"nfe": nfe} | ({"solver": solver} if solver else {})
+        tree |= measure(Drawn(x, reference, self.samples.noise, self.features))
+        return record_of(Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
 
 
 # (solver, NFE) -> the teacher drawn so
@@ -134,7 +134,7 @@ def teacher_rows(
     samplers: TeacherSamplers,
     teacher: TeacherConfig,
     evaluation: EvalConfig,
-) -> list[dict[str, Any]]:
+) -> tuple[Row, ...]:
     """The teacher's curves (`distill.evaluation.curves`).
 
     Where one is the fine solution itself, its samples are taken, not drawn again.
@@ -143,9 +143,8 @@ def teacher_rows(
     for solver, nfe in teacher_curves(teacher, evaluation):
         is_drawn = (solver, nfe) == truth(teacher, evaluation)
         sampler = None if is_drawn else samplers(solver, nfe)
-        row = evaluator.row(sampler, f"teacher, {solver}, {nfe} NFE")
-        rows.append({"nfe": nfe, "solver": solver} | row)
-    return rows
+        rows.append(evaluator.row(sampler, f"teacher, {solver}, {nfe} NFE", nfe, solver))
+    return tuple(rows)
 
 
 def picture_grid(
@@ -184,7 +183,7 @@ def evaluate(
     evaluation: EvalConfig,
     objective: str,
     device: str | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """The content of results.json, which it writes: the curves of the last verified checkpoint.
 
     The last of `teachers`, the best, is the reference, with its guidance. The same run and
@@ -211,41 +210,32 @@ def evaluate(
         u = evaluator.interrupt.watch(student.network)
         solver, nfe = truth(config, evaluation)
         evaluator.set_reference(samplers(solver, nfe))
-        student_rows = [
-            {"nfe": n} | evaluator.row(student_sampler(u, n), f"student, {n} NFE")
-            for n in evaluation.nfe
-        ]
+        student_rows = tuple(
+            evaluator.row(student_sampler(u, n), f"student, {n} NFE", n) for n in evaluation.nfe
+        )
         curves = teacher_rows(evaluator, samplers, config, evaluation)
         if student.image.is_picture:
             picture_grid(run, evaluator, student.image, u, samplers, config)
     features = evaluator.features
-    extractor: dict[str, Any] = {"name": "none", "sha256": ""}
-    if features:
-        extractor = features.description
-    results = {
-        "run": run.root.name,
-        "objective": objective,
-        "step": student.meta.get("step"),
-        "settings": asdict(evaluation),
-        "model_sha256": fingerprint(folder / WEIGHTS),
-        "teacher": curves,
-        "student": student_rows,
-        "n": evaluation.num_samples,
-        "seed": evaluation.seed,
-        "extractor": extractor,
-        "frechet_name": distance_name(extractor["name"], evaluation.num_samples),
-        "reference": evaluator.real_description,
-        "truth": {
-            "teacher": name,
-            "fingerprint": teacher.fingerprint,
-            "guidance": config.guidance,
-            "solver": solver,
-            "nfe": nfe,
-        },
-        "device": str(place),
-        "cost": read_cost(run),
-    }
-    write_json(run.results, results)
+    extractor = Extractor(**features.description) if features else Extractor("none", "")
+    results = Results(
+        run=run.root.name,
+        objective=objective,
+        step=student.meta.get("step"),
+        settings=asdict(evaluation),
+        model_sha256=fingerprint(folder / WEIGHTS),
+        teacher=curves,
+        student=student_rows,
+        n=evaluation.num_samples,
+        seed=evaluation.seed,
+        extractor=extractor,
+        frechet_name=distance_name(extractor.name, evaluation.num_samples),
+        reference=evaluator.real,
+        truth=Truth(name, teacher.fingerprint, config.guidance, solver, nfe),
+        device=str(place),
+        cost=read_cost(run),
+    )
+    write_results(run, results)
     return results
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Iterable
 
 from distill.data.stores.store import open_store
 from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.events import Resume
+from distill.run.history import History, read_history
+from distill.run.metrics import Metrics, read_metrics
+from distill.run.results import Cost
 
 
-def read_cost(run: RunDir) -> dict[str, float | int]:
+def read_cost(run: RunDir) -> Cost:
     """The cost ledger of results.json.
 
     teacher_device_s: seconds workers spent on the committed shards, one device each.
@@ -21,40 +24,39 @@ def read_cost(run: RunDir) -> dict[str, float | int]:
     of one, not the count). bytes: size of the committed shards.
     """
     sidecars = [json.loads(content) for content in open_store(run).sidecars()]
-    return {
-        "teacher_device_s": round(sum(sidecar["seconds"] for sidecar in sidecars), 1),
-        "train_device_s": round(train_device_s(run), 1),
-        "teacher_nfe": sum(sidecar["nfe"] for sidecar in sidecars),
-        "bytes": sum(sidecar["bytes"] for sidecar in sidecars),
-    }
+    return Cost(
+        teacher_device_s=round(sum((sidecar["seconds"] for sidecar in sidecars), 0.0), 1),
+        train_device_s=round(train_device_s(read_history(run), read_metrics(run)), 1),
+        teacher_nfe=sum(sidecar["nfe"] for sidecar in sidecars),
+        bytes=sum(sidecar["bytes"] for sidecar in sidecars),
+    )
 
 
-def train_device_s(run: RunDir) -> float:
+def train_device_s(history: History, metrics: Iterable[Metrics]) -> float:
     """Seconds times ranks of all logged training steps, repeated ones included."""
     total, position = 0.0, 0
-    for record in _starts_and_steps(run):
-        if "step_s" in record:
-            steps = max(0, record["step"] - position)
-            total += steps * record["step_s"] * record.get("world_size", 1)
-        position = record["step"]
+    for line in _starts_and_steps(history, metrics):
+        if isinstance(line, Metrics):
+            total += max(0, line.step - position) * (line.step_s or 0.0) * line.world_size
+        position = line.step
     return total
 
 
-def phase_seconds(metrics: list[dict[str, Any]]) -> dict[str, float]:
+def phase_seconds(metrics: Iterable[Metrics]) -> dict[str, float]:
     """Mean seconds of a step in each phase, over logged steps in the order of time."""
     total: dict[str, float] = {}
     position = steps = 0
-    for record in metrics:
-        if "phases_s" in record:
-            count = max(0, record["step"] - position)
+    for line in metrics:
+        if line.phases_s:
+            count = max(0, line.step - position)
             steps += count
-            for name, seconds in record["phases_s"].items():
+            for name, seconds in line.phases_s.items():
                 total[name] = total.get(name, 0.0) + count * seconds
-        position = record["step"]
+        position = line.step
     return {name: seconds / steps for name, seconds in total.items()} if steps else {}
 
 
-def goodput(run: RunDir, now: float | None = None) -> float | None:
+def goodput(history: History, metrics: Iterable[Metrics], now: float | None = None) -> float | None:
     """Useful step time over the wall time of training, in [0, 1]; None before the first metrics.
 
     Useful is the time of the steps that the weights come from, each once, without waiting for data.
@@ -64,24 +66,23 @@ def goodput(run: RunDir, now: float | None = None) -> float | None:
     useful: list[tuple[int, float]] = []  # (last step, seconds) of each line of metrics that counts
     first = last = None
     position = 0
-    for record in _starts_and_steps(run):
-        first = record["time"] if first is None else first
-        if "step_s" in record:
-            seconds = max(0, record["step"] - position) * record["step_s"]
-            useful.append((record["step"], seconds * (1 - record.get("data_wait_fraction", 0.0))))
-            last = record["time"]
+    for line in _starts_and_steps(history, metrics):
+        first = line.time if first is None else first
+        if isinstance(line, Resume):
+            useful = [counted for counted in useful if counted[0] <= line.step]
         else:
-            useful = [line for line in useful if line[0] <= record["step"]]
-        position = record["step"]
+            seconds = max(0, line.step - position) * (line.step_s or 0.0)
+            useful.append((line.step, seconds * (1 - (line.data_wait_fraction or 0.0))))
+            last = line.time
+        position = line.step
     if first is None or last is None:
         return None
     wall = max(last, now or last) - first
     return min(1.0, sum(seconds for _, seconds in useful) / wall) if wall > 0 else None
 
 
-def _starts_and_steps(run: RunDir) -> list[dict[str, Any]]:
+def _starts_and_steps(history: History, metrics: Iterable[Metrics]) -> list[Resume | Metrics]:
     """Starts of the trainer, and logged steps, in the order of time."""
-    records: list[dict[str, Any]] = [r for r in read_lines(run.events) if r.get("kind") == "resume"]
-    records += [r for r in read_lines(run.metrics) if "step_s" in r]
+    timed = [line for line in metrics if line.step_s is not None]
     # The sort is stable: a resume comes before the metrics of its second.
-    return sorted(records, key=lambda record: record["time"])
+    return sorted([*history.starts, *timed], key=lambda line: line.time)

@@ -16,8 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distill.report.pictures import tile
-from distill.run.events import WorkerHistory
 from distill.run.files import write_atomic
+from distill.run.history import History
+from distill.run.metrics import Metrics
+from distill.run.results import Results
 
 # Drawn in this colour, then replaced by the page's own text colour, so that dark pages work too.
 INK = "#010203"
@@ -65,40 +67,45 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def quality_figure(results: dict[str, Any], key: str, label: str) -> Figure:
+def quality_figure(results: Results, key: str, label: str) -> Figure:
     """`key` against NFE: the student, and the teacher's solvers. Logarithmic where values spread.
 
     A distance of exactly 0, of the reference solution to itself, has no place on such an axis.
     """
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes("network evaluations per image (NFE)", label)
-        curves = {"student": [r for r in results["student"] if key in r]}
-        for row in results["teacher"]:
-            if row.get(key, 0) != 0:
-                curves.setdefault(f"teacher, {row['solver']}", []).append(row)
+        curves = {"student": [row for row in results.student if getattr(row, key) is not None]}
+        for row in results.teacher:
+            if getattr(row, key):
+                curves.setdefault(f"teacher, {row.solver}", []).append(row)
         for color, (name, rows) in zip(COLORS, curves.items(), strict=False):
             style = "-" if name == "student" else "--"
-            x, y = [r["nfe"] for r in rows], [r[key] for r in rows]
+            x, y = [row.nfe for row in rows], [getattr(row, key) for row in rows]
             axes.plot(x, y, style, marker="o", color=color, label=name, linewidth=2)
         axes.set_xscale("log", base=2)
-        values = [row[key] for rows in curves.values() for row in rows]
+        values = [getattr(row, key) for rows in curves.values() for row in rows]
         if values and min(values) > 0 and max(values) > 4 * min(values):
             axes.set_yscale("log")
-        ticks = sorted({r["nfe"] for rows in curves.values() for r in rows})
+        ticks = sorted({row.nfe for rows in curves.values() for row in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.legend(frameon=False)
         return figure
 
 
-def loss_figure(metrics: list[dict[str, Any]]) -> Figure:
+def _values(metrics: list[Metrics], name: str) -> list[float]:
+    """A number of every line, NaN where it was not noted."""
+    return [np.nan if (value := getattr(r, name)) is None else value for r in metrics]
+
+
+def loss_figure(metrics: list[Metrics]) -> Figure:
     """Total loss and every term over steps, on a logarithmic axis."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes("step", "loss")
-        steps = [record["step"] for record in metrics]
-        names = list(dict.fromkeys(name for record in metrics for name in record.get("terms", {})))
-        axes.plot(steps, [r["loss"] for r in metrics], color=INK, label="total", linewidth=2)
+        steps = [record.step for record in metrics]
+        names = list(dict.fromkeys(name for record in metrics for name in record.terms))
+        axes.plot(steps, _values(metrics, "loss"), color=INK, label="total", linewidth=2)
         for index, name in enumerate(names):
-            values = [record.get("terms", {}).get(name, np.nan) for record in metrics]
+            values = [record.terms.get(name, np.nan) for record in metrics]
             color = COLORS[index % len(COLORS)]
             axes.plot(steps, values, color=color, label=name, linewidth=1.3)
         axes.set_yscale("log")
@@ -106,16 +113,16 @@ def loss_figure(metrics: list[dict[str, Any]]) -> Figure:
         return figure
 
 
-def speed_figure(metrics: list[dict[str, Any]]) -> Figure:
+def speed_figure(metrics: list[Metrics]) -> Figure:
     """Training throughput, and the share of time spent waiting for data, over wall time."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
         top, bottom = figure.subplots(2, 1, sharex=True)
-        minutes = [(record["time"] - metrics[0]["time"]) / 60 for record in metrics]
-        top.plot(minutes, [r["samples_per_s"] for r in metrics], color=COLORS[0], linewidth=2)
+        minutes = [(record.time - metrics[0].time) / 60 for record in metrics]
+        top.plot(minutes, _values(metrics, "samples_per_s"), color=COLORS[0], linewidth=2)
         top.set_ylabel("samples / s")
         top.set_ylim(bottom=0)
-        waits = [100 * record.get("data_wait_fraction", np.nan) for record in metrics]
+        waits = [100 * share for share in _values(metrics, "data_wait_fraction")]
         bottom.plot(minutes, waits, color=COLORS[1], linewidth=2)
         bottom.set_ylabel("waiting for data, %")
         bottom.set_ylim(0, 100)
@@ -125,7 +132,7 @@ def speed_figure(metrics: list[dict[str, Any]]) -> Figure:
         return figure
 
 
-def worker_figure(history: WorkerHistory, samples_per_shard: int) -> Figure:
+def worker_figure(history: History, samples_per_shard: int) -> Figure:
     """Teacher workers wanted and at work, and the pairs they make per second, over wall time."""
     first = history.changes[0][0]
     last = max([history.changes[-1][0], *(end for _, end in history.spans)])

@@ -26,8 +26,10 @@ from distill.report.figures import (
     write_overview,
 )
 from distill.run.dir import RunDir
-from distill.run.events import WorkerHistory, worker_history
-from distill.run.files import read_lines, write_atomic
+from distill.run.files import write_atomic
+from distill.run.history import History, read_history
+from distill.run.metrics import Metrics, read_metrics
+from distill.run.results import Results, Row, read_results
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,9 @@ class Facts:
     """What the files of a run hold; None or empty where one is missing."""
 
     name: str
-    results: dict[str, Any] | None
-    metrics: list[dict[str, Any]]
-    workers: WorkerHistory
+    results: Results | None
+    metrics: list[Metrics]
+    history: History
     grid: dict[str, np.ndarray] | None
     config: str
     identity: dict[str, Any] | None
@@ -53,9 +55,9 @@ def read_facts(run: RunDir, command: str) -> Facts:
             grid = {key: archive[key] for key in archive.files}
     return Facts(
         name=run.root.resolve().name,
-        results=json.loads(run.results.read_text()) if run.results.exists() else None,
-        metrics=[record for record in read_lines(run.metrics) if "step" in record],
-        workers=worker_history(read_lines(run.events)),
+        results=read_results(run),
+        metrics=list(read_metrics(run)),
+        history=read_history(run),
         grid=grid,
         config=run.config.read_text() if run.config.exists() else "",
         identity=json.loads(run.identity.read_text()) if run.identity.exists() else None,
@@ -69,23 +71,23 @@ def read_facts(run: RunDir, command: str) -> Facts:
 
 def headline(facts: Facts) -> str:
     """One sentence: what the student saves."""
-    if facts.results is None or not facts.results["student"]:
+    if facts.results is None or not facts.results.student:
         return "Not evaluated yet."
-    best = min(facts.results["student"], key=lambda row: row["nfe"])
-    euler = [row for row in facts.results["teacher"] if row["solver"] == "euler"]
-    reached = [r["nfe"] for r in euler if r["distance_to_teacher"] <= best["distance_to_teacher"]]
-    count = "One network evaluation" if best["nfe"] == 1 else f"{best['nfe']} network evaluations"
+    best = min(facts.results.student, key=lambda row: row.nfe)
+    euler = [row for row in facts.results.teacher if row.solver == "euler"]
+    reached = [row.nfe for row in euler if row.distance_to_teacher <= best.distance_to_teacher]
+    count = "One network evaluation" if best.nfe == 1 else f"{best.nfe} network evaluations"
     text = (
-        f"{count} per image: the student ends {best['distance_to_teacher']:.2%} away from the "
+        f"{count} per image: the student ends {best.distance_to_teacher:.2%} away from the "
         "teacher's own end point (squared distance over the squared way travelled, on average)"
     )
-    worst = max(facts.results["student"], key=lambda row: row["distance_to_teacher"])
-    if worst["nfe"] > best["nfe"]:
-        text += f"; with {worst['nfe']} it is {worst['distance_to_teacher']:.2%}, so not for more"
+    worst = max(facts.results.student, key=lambda row: row.distance_to_teacher)
+    if worst.nfe > best.nfe:
+        text += f"; with {worst.nfe} it is {worst.distance_to_teacher:.2%}, so not for more"
     if reached:
         return f"{text}. The teacher's Euler solver needs {min(reached)} for that."
     if euler:
-        return f"{text}. The teacher's Euler solver is not there at {euler[-1]['nfe']}."
+        return f"{text}. The teacher's Euler solver is not there at {euler[-1].nfe}."
     return f"{text}."
 
 
@@ -115,9 +117,9 @@ def quality(facts: Facts) -> dict[str, Any] | None:
     results = facts.results
     if results is None:
         return None
-    label, name = "distance to teacher", results["frechet_name"]
-    rows = results["student"] + results["teacher"]
-    has_features = any("frechet" in row for row in rows)
+    label, name = "distance to teacher", results.frechet_name
+    rows = results.student + results.teacher
+    has_features = any(row.frechet is not None for row in rows)
     keys = ["nfe", "distance_to_teacher", *(["frechet", "kid"] if has_features else [])]
     keys.append("seconds_per_1000")
     return {
@@ -127,22 +129,24 @@ def quality(facts: Facts) -> dict[str, Any] | None:
         "head": ["", "NFE", label]
         + ([name, "kernel distance"] if has_features else [])
         + ["s / 1,000"],
-        "rows": [[row_name(row, results), *(number(row.get(key)) for key in keys)] for row in rows],
-        "marked": len(results["student"]),
+        "rows": [
+            [row_name(row, results), *(number(getattr(row, key)) for key in keys)] for row in rows
+        ],
+        "marked": len(results.student),
     }
 
 
-def row_name(row: dict[str, Any], results: dict[str, Any]) -> str:
+def row_name(row: Row, results: Results) -> str:
     """Who made the row: "student", "teacher, euler", "teacher, heun (reference)"."""
-    if "solver" not in row:
+    if row.solver is None:
         return "student"
-    is_truth = (row["solver"], row["nfe"]) == (results["truth"]["solver"], results["truth"]["nfe"])
-    return f"teacher, {row['solver']}" + (" (reference)" if is_truth else "")
+    is_truth = (row.solver, row.nfe) == (results.truth.solver, results.truth.nfe)
+    return f"teacher, {row.solver}" + (" (reference)" if is_truth else "")
 
 
-def last_of_each_step(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def last_of_each_step(metrics: list[Metrics]) -> list[Metrics]:
     """Records by step. Steps that a restart repeated keep the last, which the weights come from."""
-    return [record for _, record in sorted({r["step"]: r for r in metrics}.items())]
+    return [record for _, record in sorted({r.step: r for r in metrics}.items())]
 
 
 def losses(facts: Facts) -> Figure | None:
@@ -153,7 +157,7 @@ def losses(facts: Facts) -> Figure | None:
 
 def speed(facts: Facts) -> dict[str, Any] | None:
     """Throughput and data wait, and where the time of a step goes."""
-    metrics = [record for record in facts.metrics if "samples_per_s" in record]
+    metrics = [record for record in facts.metrics if record.samples_per_s is not None]
     return {"figure": speed_figure(metrics), "step": step_split(facts)} if metrics else None
 
 
@@ -163,19 +167,19 @@ def step_split(facts: Facts) -> list[list[str]]:
     whole = sum(phases.values()) or 1.0
     rows = [[name, f"{number(1e3 * s)} ms", f"{s / whole:.1%}"] for name, s in phases.items()]
     last = facts.metrics[-1]
-    if "flops_per_s" in last:
-        share = f"{last['mfu']:.1%} of the peak of the devices" if "mfu" in last else ""
-        rows.append(["work, last", f"{last['flops_per_s']:.3g} FLOP/s", share])
-    if "peak_memory_bytes" in last:
-        rows.append(["peak memory of a rank", size(last["peak_memory_bytes"]), ""])
+    if last.flops_per_s is not None:
+        share = "" if last.mfu is None else f"{last.mfu:.1%} of the peak of the devices"
+        rows.append(["work, last", f"{last.flops_per_s:.3g} FLOP/s", share])
+    if last.peak_memory_bytes is not None:
+        rows.append(["peak memory of a rank", size(last.peak_memory_bytes), ""])
     return rows
 
 
 def teachers(facts: Facts) -> Figure | None:
     """Teacher workers and their speed."""
-    if facts.identity is None or not facts.workers.changes:
+    if facts.identity is None or not facts.history.changes:
         return None
-    return worker_figure(facts.workers, facts.identity["stream"]["samples_per_shard"])
+    return worker_figure(facts.history, facts.identity["stream"]["samples_per_shard"])
 
 
 def identity(facts: Facts) -> dict[str, str] | None:
@@ -240,14 +244,14 @@ def render(facts: Facts) -> str:
     environment.filters |= {"number": number, "duration": duration, "size": size, "svg": inline_svg}
     return environment.get_template("page.html").render(
         name=facts.name,
-        objective=facts.results["objective"] if facts.results else "",
+        objective=facts.results.objective if facts.results else "",
         headline=headline(facts),
         pictures=pictures(facts),
         quality=quality(facts),
         losses=losses(facts),
         speed=speed(facts),
         teachers=teachers(facts),
-        cost=facts.results["cost"] if facts.results else None,
+        cost=facts.results.cost if facts.results else None,
         identity=identity(facts),
         config=facts.config,
         command=facts.command,

@@ -1,88 +1,306 @@
-"""The teacher workers of a run over time, and what they made, as events.jsonl tells. No torch."""
+"""events.jsonl: what happened, one frozen dataclass for each kind of line. No torch.
+
+    {"time": 1789.123, "kind": "lease", "shard": 7, "worker": "node3:4711"}
+
+The keys are `time`, `kind`, and the fields of the class in their order (`distill.run.records`).
+The log explains; but for `resume` and `steps` it is no truth. So a line that this version cannot
+read, torn by a crash or written by a newer version, costs itself only, and `verify` says which.
+`distill.run.history` folds the events to what they mean.
+"""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 from distill.run.dir import RunDir
-from distill.run.files import append_lines
+from distill.run.files import append_lines, numbered_lines
+from distill.run.records import NewerRecord, RecordError, Stamped, known_part, record_of
+from distill.run.records import tree_of as fields_of
+
+KINDS: dict[str, type[Event]] = {}  # every kind there is, by its name in the file
 
 
 @dataclass(frozen=True)
-class WorkerHistory:
-    """What the pool did; times are Unix times in seconds.
+class Event(Stamped):
+    """A line of events.jsonl."""
 
-    Attributes:
-        changes: (time, workers wanted, workers at work), each until the next one.
-        spans: (lease, commit) of every shard that was made.
-    """
+    kind: ClassVar[str]
 
-    changes: list[tuple[float, int, int]]
-    spans: list[tuple[float, float]]
-
-    def shards_made(self, times: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
-        """Shards made until `times`. A shard counts evenly from its lease to its commit."""
-        times = np.asarray(times, dtype=np.float64)
-        if not self.spans:
-            return np.zeros_like(times)
-        began, ended = np.array(self.spans).T
-        slope = 1 / (ended - began)
-        at = np.concatenate([began, ended])
-        order = np.argsort(at, kind="stable")
-        at, slopes = at[order], np.concatenate([slope, -slope])[order].cumsum()
-        made = np.concatenate([[0.0], (slopes[:-1] * np.diff(at)).cumsum()])
-        return np.interp(times, at, made)
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.kind = kind
+        KINDS[kind] = cls
 
 
-def worker_history(events: Iterable[dict[str, Any]]) -> WorkerHistory:
-    """The history of all pools of a run, one after the other."""
-    changes: list[tuple[float, int, int]] = []
-    spans: list[tuple[float, float]] = []
-    leases: dict[tuple[int, str], float] = {}
-    joined: set[str] = set()
-    wanted, last = 0, 0.0
-    for event in events:
-        time, before = event["time"], (wanted, len(joined))
-        match event.get("kind"):
-            case "pool" | "scale" as kind:
-                if kind == "pool" and joined:  # the last supervisor was killed, and could not say
-                    changes.append((last, wanted, 0))
-                    joined.clear()
-                wanted = event["workers"]
-            case "worker_join":
-                joined.add(event["worker"])
-            case "worker_leave":
-                joined.discard(event["worker"])
-            case "lease":
-                leases[event["shard"], event["worker"]] = time
-            case "commit":
-                began = leases.pop((event["shard"], event["worker"]), time - event["seconds"])
-                spans.append((min(began, time - 1e-3), time))  # the log has milliseconds
-        if (wanted, len(joined)) != before:
-            changes.append((time, wanted, len(joined)))
-        last = time
-    return WorkerHistory(changes, spans)
+# -----------------------------------------------------------------------------------------------
+# Written by the pool of teacher workers. A worker is "host:process id".
+
+
+@dataclass(frozen=True)
+class Pool(Event, kind="pool"):
+    """A pool starts, and with it everything that is told of workers."""
+
+    workers: int  # that there shall be
+    most: int | None  # that `bowstring scale` may ask for; None on a cluster: no limit
+
+
+@dataclass(frozen=True)
+class Scale(Event, kind="scale"):
+    """Another number of workers is wanted, by `bowstring scale` or by nodes that came and went."""
+
+    workers: int
+
+
+@dataclass(frozen=True)
+class WorkerJoin(Event, kind="worker_join"):
+    """A worker has loaded its teachers."""
+
+    device: str = field(default="cpu", kw_only=True)  # "cuda" or "cpu"; once there was cpu only
+    worker: str
+    fingerprints: dict[str, str]  # sha256 of the weights of each teacher
+
+
+@dataclass(frozen=True)
+class Lease(Event, kind="lease"):
+    """A worker is told to make a shard."""
+
+    shard: int
+    worker: str
+
+
+@dataclass(frozen=True)
+class Commit(Event, kind="commit"):
+    """A shard stands on disk."""
+
+    shard: int
+    worker: str
+    bytes: int  # of its tar
+    seconds: float  # that it took to sample
+    batch_size: int | None = None  # samples at once from now on, when memory ran out
+
+
+@dataclass(frozen=True)
+class Fail(Event, kind="fail"):
+    """A worker raised. Its shard is free again, and another worker takes its place."""
+
+    shard: int
+    worker: str
+    error: str  # last line of its traceback
+
+
+@dataclass(frozen=True)
+class GiveUp(Event, kind="give_up"):
+    """A shard cannot be made. The run stops."""
+
+    shard: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Expire(Event, kind="expire"):
+    """A worker made no progress for too long, and is ended."""
+
+    shard: int | None  # None: it was still loading its teachers
+    worker: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Quarantine(Event, kind="quarantine"):
+    """A committed shard is no longer there: a reader has set it aside."""
+
+    shard: int
+
+
+@dataclass(frozen=True)
+class Evict(Event, kind="evict"):
+    """The tars of shards are deleted for room."""
+
+    shards: tuple[int, ...]
+    step: int  # of the oldest checkpoint; no resume reads these shards
+
+
+@dataclass(frozen=True)
+class MakeAgain(Event, kind="make_again"):
+    """Shards were evicted, and are to be made again: the checkpoints behind them are gone."""
+
+    shards: tuple[int, ...]
+
+
+END_OF_PRODUCTION, SCALED_DOWN = "end of production", "scaled down"
+
+
+@dataclass(frozen=True)
+class WorkerLeave(Event, kind="worker_leave"):
+    """A worker is gone."""
+
+    worker: str  # "unknown" when it had not said its name
+    reason: str
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether that is no loss."""
+        return self.reason in (END_OF_PRODUCTION, SCALED_DOWN)
+
+
+# -----------------------------------------------------------------------------------------------
+# Written by rank 0 of a training. A checkpoint of step N is the state after N steps.
+
+
+@dataclass(frozen=True)
+class Init(Event, kind="init"):
+    """A start of the ranks, before its first step."""
+
+    weights: str  # where they come from, in words
+
+
+@dataclass(frozen=True)
+class Resume(Event, kind="resume"):
+    """Training starts; steps from here on are done, or done again."""
+
+    step: int
+    world_size: int  # ranks
+
+
+@dataclass(frozen=True)
+class Fallback(Event, kind="fallback"):
+    """Newer checkpoints did not verify."""
+
+    step: int  # it goes on from here
+    damaged: tuple[int, ...]  # steps
+
+
+@dataclass(frozen=True)
+class Steps(Event, kind="steps"):
+    """Proof of what was read."""
+
+    first: int
+    last: int  # included
+    ids_sha256: str  # of the sample ids of these global batches in order, little-endian int64
+
+
+@dataclass(frozen=True)
+class Wandb(Event, kind="wandb"):
+    """W&B failed; nothing more is sent to it until the next start."""
+
+    error: str
+
+
+@dataclass(frozen=True)
+class Spike(Event, kind="spike"):
+    """The loss of a step stands out."""
+
+    step: int
+    loss: float
+    median: float  # of the losses before it
+    rank: int  # the one with the largest loss
+    ids: tuple[int, ...]  # its samples
+
+
+@dataclass(frozen=True)
+class Save(Event, kind="save"):
+    """A checkpoint is committed."""
+
+    step: int
+    bytes: int = 0  # of all ranks; this and what follows was not always noted
+    seconds: float = 0.0  # from its begin to its commit
+    stall_s: float = 0.0  # of these, training stood still
+
+
+# -----------------------------------------------------------------------------------------------
+# Written by the supervisor
+
+
+@dataclass(frozen=True)
+class Group(Event, kind="group"):
+    """A group of trainer ranks is started."""
+
+    ranks: int
+
+
+@dataclass(frozen=True)
+class GroupWaits(Event, kind="group_waits"):
+    """There are too few nodes for a group; the next `group` ends the wait."""
+
+
+@dataclass(frozen=True)
+class Restart(Event, kind="restart"):
+    """The ranks failed and are started again."""
+
+    step: int  # of the checkpoint they go on from
+    error: str  # last line
+
+
+@dataclass(frozen=True)
+class Failed(Event, kind="failed"):
+    """The run ended."""
+
+    error: str  # the sentence it ended with
+
+
+@dataclass(frozen=True)
+class Unsaved(Event, kind="unsaved"):
+    """The run was told to stop, and its ranks did not save."""
+
+    error: str  # why
+
+
+# -----------------------------------------------------------------------------------------------
+# The file
+
+
+def tree_of(event: Event) -> dict[str, Any]:
+    """An event as it stands in the file."""
+    tree = fields_of(event)
+    return {"time": tree.pop("time"), "kind": event.kind, **tree}
+
+
+def append(run: RunDir, *events: Event) -> None:
+    """Writes events by a single write, flushed to disk."""
+    append_lines(run.events, [tree_of(event) for event in events])
 
 
 class EventLog:
-    """Events of one process, in order."""
+    """Events of one process, in order, written when it has time for that."""
 
     def __init__(self, run: RunDir) -> None:
         self._run = run
-        self._records: list[dict[str, Any]] = []
+        self._events: list[Event] = []
 
-    def add(self, kind: str, **values: Any) -> None:
-        """Takes an event with the time of now."""
-        self._records.append({"time": round(time.time(), 3), "kind": kind, **values})
+    def add(self, event: Event) -> None:
+        """Takes an event."""
+        self._events.append(event)
 
     def flush(self) -> None:
         """Writes what was taken."""
-        if self._records:
-            append_lines(self._run.events, self._records)
-            self._records.clear()
+        if self._events:
+            append(self._run, *self._events)
+            self._events.clear()
+
+
+def read_events(run: RunDir, say: Callable[[str], None] = lambda _: None) -> Iterator[Event]:
+    """The events in the order of the file.
+
+    `say` takes a sentence for every line that is not read, or not read whole: fields that are not
+    known are left out, and so are lines of a kind that is not known.
+    """
+    file = run.events.name
+    for number, record in numbered_lines(run.events):
+        if record is None:
+            say(f"{file} line {number}: no JSON object, as a crash leaves it")
+            continue
+        name = record.pop("kind", None)
+        kind = KINDS.get(name) if isinstance(name, str) else None
+        if kind is None:
+            say(f"{file} line {number}: kind {name!r} is not known; a newer version may know it")
+            continue
+        try:
+            event = record_of(kind, record)
+        except NewerRecord as error:
+            say(f"{file} line {number}: {name} {error}; its other fields are")
+            event = record_of(kind, known_part(kind, record))
+        except RecordError as error:
+            say(f"{file} line {number}: {name} {error}; the line counts for nothing")
+            continue
+        yield event

@@ -88,16 +88,20 @@ def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSON-lines file; torn lines are left out."""
+    return (record for _, record in numbered_lines(path) if record is not None)
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
+    """(number from 1, record) of every line of a JSON-lines file; None for a torn one."""
     if not path.exists():
         return
     with path.open("rb") as file:
-        for line in file:
+        for number, line in enumerate(file, 1):
             try:
                 record = json.loads(line)
             except ValueError:  # not JSON, or not text at all
-                continue
-            if isinstance(record, dict):
-                yield record
+                record = None
+            yield number, record if isinstance(record, dict) else None
 
 
 def sha256_file(path: Path) -> str:

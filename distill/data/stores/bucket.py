@@ -29,6 +29,7 @@ from distill.data.sidecar import (
     TAR_NAME,
     CorruptShard,
     Listing,
+    Reason,
     Sidecar,
     check_sha256,
     check_size,
@@ -41,6 +42,7 @@ from distill.data.stores.local import local_reasons
 from distill.data.stores.objects import Objects
 from distill.run.dir import RunDir
 from distill.run.files import STALE_S
+from distill.run.records import tree_of
 
 PIECE_BYTES = 16 * 2**20  # of a tar, while its hash is taken
 SIDECARS_AT_ONCE = 256
@@ -224,8 +226,7 @@ class ObjectStore:
     def _set_aside(self, shard: int, sidecar: bytes, reason: str) -> str:
         """Copies first and deletes the sidecar next, so that nothing of it can be lost."""
         folder = f"quarantine/{shard_name(shard)}-{uuid.uuid4().hex[:8]}"
-        record = {"shard": shard, "reason": reason, "time": round(time.time(), 3)}
-        text = json.dumps(record, indent=1) + "\n"
+        text = json.dumps(tree_of(Reason(shard, reason)), indent=1) + "\n"
         self._objects.write(f"{folder}/{shard_name(shard)}.reason.json", text.encode())
         self._objects.write(f"{folder}/{sidecar_name(shard)}", sidecar)
         tar = tar_named(shard, sidecar)

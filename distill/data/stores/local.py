@@ -18,7 +18,6 @@ import errno
 import fcntl
 import hashlib
 import os
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +28,7 @@ from distill.data.sidecar import (
     SHARD_NAME,
     CorruptShard,
     Listing,
+    Reason,
     Sidecar,
     check_sha256,
     check_size,
@@ -46,6 +46,7 @@ from distill.run.files import (
     temporary_path,
     write_json,
 )
+from distill.run.records import tree_of
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -207,8 +208,7 @@ class LocalStore:
         """Reason first, sidecar second: whenever this is cut off, nothing bad is committed."""
         folder = self.run.quarantine / f"{shard_name(shard)}-{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
-        record = {"shard": shard, "reason": reason, "time": round(time.time(), 3)}
-        write_json(folder / f"{shard_name(shard)}.reason.json", record)
+        write_json(folder / f"{shard_name(shard)}.reason.json", tree_of(Reason(shard, reason)))
         for path in (sidecar_path(self.run, shard), tar_path(self.run, shard)):
             if path.exists():
                 path.rename(folder / path.name)

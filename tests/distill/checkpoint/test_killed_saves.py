@@ -268,7 +268,7 @@ def of_two_ranks(tmp_path_factory) -> Path:
             whole = checkpoint.take_snapshot(step, engine, {})
             names = sorted(whole.tensors)[ranks.rank :: 2]
             part = {name: whole.tensors[name] + step for name in names}
-            snapshot = checkpoint.Snapshot(step, whole.about, part)
+            snapshot = checkpoint.Snapshot(whole.about, part)
             checkpoint.commit(RunDir(root).checkpoints, snapshot, ranks, keep_last=2)
 
     results(2, work)

@@ -1,0 +1,230 @@
+"""A JSON object as a frozen dataclass, and back. Standard library only.
+
+The keys are the names of the fields, in their order. A field with a default is one that older
+versions did not write; the default stands at the field. Where that is None, None is not written.
+What an object lacks, or has too many of, is a sentence that names the field.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+T = TypeVar("T")
+Tree = dict[str, Any]
+REST = "rest"
+
+PLAIN = {int: "whole number", str: "text", dict: "object"}
+
+
+class RecordError(ValueError):
+    """An object that is not the record. The message goes on a sentence that begins with its place:
+    "lacks the field 'workers'".
+    """
+
+
+class NewerRecord(RecordError):
+    """A record whole and right, but for a field that this version does not know."""
+
+
+def rest() -> Any:
+    """A field, a dictionary, that takes every key that is no field. None is unknown then."""
+    return field(default_factory=dict, metadata={REST: True})
+
+
+def now() -> float:
+    """Unix time in seconds, to the millisecond."""
+    return round(time.time(), 3)
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """A line of a log.
+
+    Attributes:
+        time: Unix time in seconds; that of its making unless it is given. One that is read has it.
+    """
+
+    time: float = field(default_factory=now, kw_only=True)
+
+
+# -----------------------------------------------------------------------------------------------
+# Write
+
+
+def tree_of(record: Any) -> Tree:
+    """The JSON object of a record: its fields in order."""
+    tree: Tree = {}
+    for one in fields(record):
+        value = getattr(record, one.name)
+        if REST in one.metadata:
+            tree |= value
+        elif value is not None or one.default is not None:
+            tree[one.name] = _plain(value)
+    return tree
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return tree_of(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
+
+
+# -----------------------------------------------------------------------------------------------
+# Read
+
+
+def record_of(kind: type[T], tree: Any) -> T:
+    """The record in a JSON object.
+
+    Raises:
+        NewerRecord: it is one, and has more fields, here or in a part of it.
+        RecordError: it is none.
+    """
+    try:
+        found: T = _reader(kind)(tree)  # type: ignore[arg-type]
+    except _Wrong as error:
+        raise RecordError(f"is no {error}") from error
+    return found
+
+
+def parse_record(kind: type[T], data: bytes | str) -> T:
+    """The record in a file's content; raises as `record_of`."""
+    try:
+        tree = json.loads(data)
+    except ValueError as error:
+        raise RecordError(f"is no JSON ({error})") from error
+    return record_of(kind, tree)
+
+
+def read_record(kind: type[T], path: Path) -> T:
+    """The record in a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        NewerRecord, RecordError: as `record_of`; the message begins with the file.
+    """
+    data = path.read_bytes()
+    try:
+        return parse_record(kind, data)
+    except RecordError as error:
+        raise type(error)(f"{path} {error}") from error
+
+
+def known_part(kind: type, tree: Tree) -> Tree:
+    """`tree` without the fields that `kind` does not have."""
+    return {one.name: tree[one.name] for one in fields(kind) if one.name in tree}
+
+
+class _Wrong(Exception):
+    """A value is not of its type. The message says what it should be."""
+
+
+@cache
+def _reader(kind: Any) -> Callable[[Any], Any]:
+    """Makes a value of type `kind` from JSON; raises _Wrong, or RecordError below a dataclass."""
+    if is_dataclass(kind) and isinstance(kind, type):
+        return _record_reader(kind)
+    origin, args = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        (inner,) = (_reader(arg) for arg in args if arg is not NoneType)
+        return lambda value: None if value is None else inner(value)
+    if origin is tuple:
+        return _list_reader(_reader(args[0]))
+    if origin is dict and args[1] is not Any:
+        return _dict_reader(_reader(args[1]))
+    if kind is float:
+        return _number
+    if kind is Any:
+        return lambda value: value
+    return _plain_reader(origin or kind)
+
+
+def _number(value: Any) -> float:
+    if not isinstance(value, float) and type(value) is not int:
+        raise _Wrong("number")
+    return float(value)
+
+
+def _plain_reader(kind: type) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not kind:
+            raise _Wrong(PLAIN[kind])
+        return value
+
+    return read
+
+
+def _list_reader(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not list:
+            raise _Wrong("list")
+        return tuple(inner(item) for item in value)
+
+    return read
+
+
+def _dict_reader(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def read(value: Any) -> Any:
+        if type(value) is not dict:
+            raise _Wrong("object")
+        return {key: inner(item) for key, item in value.items()}
+
+    return read
+
+
+def _record_reader(kind: type) -> Callable[[Any], Any]:
+    hints = get_type_hints(kind)
+    parts = [
+        (f.name, hints[f.name], _reader(hints[f.name]), _default(f))
+        for f in fields(kind)
+        if REST not in f.metadata
+    ]
+    others = [(f.name, _reader(hints[f.name])) for f in fields(kind) if REST in f.metadata]
+
+    def read(tree: Any) -> Any:
+        if type(tree) is not dict:
+            raise _Wrong("object")
+        values = {}
+        for name, hint, inner, default in parts:
+            if name in tree:
+                value = tree[name]
+                # The usual case at once: a log has a hundred thousand lines.
+                values[name] = value if type(value) is hint else _part(inner, name, value)
+            elif default is MISSING:
+                raise RecordError(f"lacks the field {name!r}")
+        for name, inner in others:
+            values[name] = inner({key: tree[key] for key in tree if key not in values})
+        if not others and len(values) < len(tree):
+            raise NewerRecord(f"has the field {min(tree.keys() - values)!r}, which is not known")
+        return kind(**values)
+
+    return read
+
+
+def _part(inner: Callable[[Any], Any], name: str, value: Any) -> Any:
+    """The value of a field; raises RecordError."""
+    try:
+        return inner(value)
+    except _Wrong as error:
+        said = f"{json.dumps(value):.60}"
+        raise RecordError(f"says {name}={said}, which is no {error}") from error
+    except RecordError as error:
+        raise type(error)(f"{error} in {name!r}") from error
+
+
+def _default(one: Any) -> Any:
+    """MISSING where a record that is read must have the field."""
+    if one.default_factory in (MISSING, now):
+        return one.default
+    return one.default_factory
