@@ -20,7 +20,9 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.files import save_model
 from distill.run.dir import RunDir
-from distill.run.files import append_line, write_json
+from distill.run.events import Commit, Lease, Pool, WorkerJoin, append
+from distill.run.files import write_json
+from distill.run.metrics import Metrics, append_metrics
 from distill.teachers.config import TeacherConfig
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
@@ -83,17 +85,19 @@ def finished_run(tmp_path_factory) -> RunDir:
     }
     write_json(run.identity, record | {"versions": {"torch": "2"}})
     write_json(run.shards / "00000000.json", {"seconds": 2.0, "nfe": 512, "bytes": 1000})
-    append_line(run.events, {"time": 0.0, "kind": "pool", "workers": 1, "most": 4})
-    append_line(run.events, {"time": 5.0, "kind": "worker_join", "worker": "w", "fingerprints": {}})
-    append_line(run.events, {"time": 5.0, "kind": "lease", "shard": 0, "worker": "w"})
-    commit = {"kind": "commit", "shard": 0, "worker": "w", "bytes": 1000, "seconds": 2.0}
-    append_line(run.events, {"time": 7.0, **commit})
+    append(
+        run,
+        Pool(1, 4, time=0.0),
+        WorkerJoin("w", {}, time=5.0),
+        Lease(0, "w", time=5.0),
+        Commit(0, "w", 1000, 2.0, time=7.0),
+    )
     for step in (10, 20):
         terms = {"output": 0.1 / step, "velocity": 0.2 / step}
         speed = {"samples_per_s": 50.0, "step_s": 0.5, "data_wait_fraction": 0.1, "world_size": 2}
         speed |= {"phases_s": {"forward": 0.4, "data": 0.05}, "peak_memory_bytes": 3_000_000_000}
         speed |= {"flops_per_s": 4e9, "mfu": 0.125}
-        append_line(run.metrics, {"step": step, "loss": 0.3 / step, "terms": terms, **speed})
+        append_metrics(run, Metrics(step, loss=0.3 / step, terms=terms, **speed))
     return run
 
 

@@ -9,6 +9,7 @@ import torch
 
 from distill.checkpoint import commit as checkpoint
 from distill.checkpoint.commit import load_latest
+from distill.checkpoint.manifest import Manifest
 from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise
@@ -141,7 +142,7 @@ def moved_network():
 def read_state(root: Path, step: int) -> dict[str, torch.Tensor]:
     folder = RunDir(root).checkpoints / f"step_{step:08d}"
     read = checkpoint.fragment_reader(folder)
-    shapes = checkpoint.read_manifest(folder)["parameters"]
+    shapes = checkpoint.read_manifest(folder).parameters
     kinds = ("master", "exp_avg", "exp_avg_sq", "ema/target", "ema/evaluation")
     return {
         f"{kind} {name}": read(kind, name, 0, torch.Size(shape).numel())
@@ -150,7 +151,7 @@ def read_state(root: Path, step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def manifest(root: Path, step: int) -> dict:
+def manifest(root: Path, step: int) -> Manifest:
     return checkpoint.read_manifest(RunDir(root).checkpoints / f"step_{step:08d}")
 
 

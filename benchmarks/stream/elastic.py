@@ -20,7 +20,7 @@ from benchmarks.sections import markdown
 from benchmarks.stream.run import DEADLINE_S, ROOT, Run, mixture
 from distill.report.figures import worker_figure
 from distill.report.sections import write_report
-from distill.run.files import read_lines
+from distill.run.events import Commit, WorkerJoin, read_events
 
 EVALUATION_S = 0.15  # 16 a shard
 PICTURE = ROOT / "docs/benchmarks/stream_workers.png"
@@ -88,9 +88,9 @@ def speeds(row: dict[str, Any], run: Run, lease_s: float) -> dict[str, Any]:
     size, since = run.config.trajectory.samples_per_shard, row["followed"]
     made = run.history().shards_made([since, row["ended"]])
     pairs_per_s = size * float(made[1] - made[0]) / (row["ended"] - since)
-    events = list(read_lines(run.files.events))
-    newest = {e["worker"] for e in events if e["kind"] == "worker_join" and e["time"] == since}
-    firsts = [e["time"] for e in events if e["kind"] == "commit" and e["worker"] in newest]
+    events = list(read_events(run.files))
+    newest = {e.worker for e in events if isinstance(e, WorkerJoin) and e.time == since}
+    firsts = [e.time for e in events if isinstance(e, Commit) and e.worker in newest]
     return {
         "followed_s": since - row["asked"],
         "first_shard_s": firsts[0] - since if firsts else None,

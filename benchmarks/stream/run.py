@@ -28,8 +28,8 @@ from distill.config import ImageSpec
 from distill.networks.build import build_network
 from distill.networks.files import save_model
 from distill.run.dir import RunDir
-from distill.run.events import WorkerHistory, worker_history
-from distill.run.files import read_lines
+from distill.run.history import History, read_history
+from distill.run.metrics import read_metrics
 
 DEADLINE_S = 900.0
 
@@ -75,11 +75,11 @@ class Run:
 
     def first_gradient_s(self) -> float:
         """Seconds from the first start to the first logged step."""
-        return next(read_lines(self.files.metrics))["time"] - self._began
+        return next(read_metrics(self.files)).time - self._began
 
-    def history(self) -> WorkerHistory:
+    def history(self) -> History:
         """Teacher workers and shards over time."""
-        return worker_history(read_lines(self.files.events))
+        return read_history(self.files)
 
 
 def mixture(path: Path, components: int = 10) -> list[str]:

@@ -29,7 +29,7 @@ import torch
 from benchmarks.sections import markdown
 from benchmarks.stream.run import DEADLINE_S, Run, network
 from distill.flow.solvers import solve
-from distill.run.files import read_lines
+from distill.run.events import Commit, read_events
 from distill.teachers.build import build_field, build_teacher
 from distill.teachers.config import TeacherConfig
 from distill.training.memory import keep_freed_memory
@@ -146,9 +146,9 @@ def measure_row(folder: Path, teacher: list[str], workers: int, turns: int) -> d
 def commits(run: Run) -> dict[str, list[float]]:
     """When every worker's shards were committed."""
     found = defaultdict(list)
-    for event in read_lines(run.files.events):
-        if event["kind"] == "commit":
-            found[event["worker"]].append(event["time"])
+    for event in read_events(run.files):
+        if isinstance(event, Commit):
+            found[event.worker].append(event.time)
     return found
 
 

@@ -22,10 +22,11 @@ import psutil
 
 from benchmarks.sections import markdown
 from benchmarks.stream.run import DEADLINE_S, Run, mixture
-from cluster.supervisor.progress import last_step
 from cluster.supervisor.session import is_alive
 from distill.report.cost import goodput
-from distill.run.files import read_lines
+from distill.run.events import read_events
+from distill.run.history import read_history
+from distill.run.metrics import last_step, read_metrics
 
 RECOVERIES, PERIOD_S = 10, 60.0
 # A start that takes longer than the period is killed too, and that is no reason to give up here.
@@ -65,7 +66,7 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
     return {
         "kills": len(killed),
         "period_s": PERIOD_S,
-        "goodput": goodput(run.files),
+        "goodput": goodput(read_history(run.files), read_metrics(run.files)),
         "recoveries": recoveries(run, killed),
     }
 
@@ -78,13 +79,13 @@ def ranks_of(supervisor: psutil.Process) -> list[psutil.Process]:
 
 def recoveries(run: Run, killed: list[float]) -> list[dict[str, float]]:
     """Seconds of each part, for the kills whose recovery no other kill met."""
-    events = list(read_lines(run.files.events))
-    steps = [record["time"] for record in read_lines(run.files.metrics)]
+    events = list(read_events(run.files))
+    steps = [line.time for line in read_metrics(run.files)]
     rows = []
     for start, end in pairwise([*killed, float("inf")]):
         times = [start]
         for kind in PARTS:
-            times += [e["time"] for e in events if e["kind"] == kind and e["time"] > times[-1]][:1]
+            times += [e.time for e in events if e.kind == kind and e.time > times[-1]][:1]
         times += [t for t in steps if t > times[-1]][:1]
         if len(times) == len(PARTS) + 2 and times[-1] < end:
             names = ("detection", "restart", "load", "step")

@@ -129,6 +129,7 @@ class MakeAgain(Event, kind="make_again"):
 
 
 END_OF_PRODUCTION, SCALED_DOWN = "end of production", "scaled down"
+PLANNED = (END_OF_PRODUCTION, SCALED_DOWN)  # reasons to leave that are no loss
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ class WorkerLeave(Event, kind="worker_leave"):
     @property
     def is_planned(self) -> bool:
         """Whether that is no loss."""
-        return self.reason in (END_OF_PRODUCTION, SCALED_DOWN)
+        return self.reason in PLANNED
 
 
 # -----------------------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from cluster.plan.stream import stream_order, stream_plan
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from cluster.state.identity import hash_of, identity_of
-from cluster.supervisor.progress import last_step
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import read_manifest, step_name
 from distill.data.generate import generate_shard
@@ -29,6 +28,7 @@ from distill.data.sidecar import shard_spec
 from distill.data.stores.store import read_sidecar
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
+from distill.run.metrics import last_step
 from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
 
@@ -265,8 +265,8 @@ def train_alone(rank, world_size, job):
 
 def checkpoint_hashes(run, step):
     """sha256 of every file of a checkpoint by name."""
-    files = read_manifest(run.checkpoints / step_name(step))["files"]
-    return {name: entry["sha256"] for name, entry in files.items()}
+    files = read_manifest(run.checkpoints / step_name(step)).files
+    return {name: entry.sha256 for name, entry in files.items()}
 
 
 # -----------------------------------------------------------------------------------------------

@@ -16,10 +16,10 @@ import pytest
 from cluster.inspect.verify import audit
 from cluster.plan.stream import stream_plan
 from cluster.state.cursor import read_cursor
-from cluster.supervisor.progress import last_step
 from distill.checkpoint.manifest import latest_verified
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import committed
+from distill.run.metrics import last_step
 
 KILL_AT = 12  # steps
 BLOCK, AHEAD = 2, 8  # shards
@@ -78,7 +78,7 @@ def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(c
     case.until_step(KILL_AT)
     (rank,) = case.processes("RayTrainWorker")
     rank.suspend()
-    first = (read_cursor(case.run)[0] + 1) * BLOCK  # nobody has read it, or what comes after it
+    first = (read_cursor(case.run).block + 1) * BLOCK  # nobody has read it, or what comes after it
     case.until(lambda: first + AHEAD - 1 in committed(case.run))
     case.kill_all()
     killed = time.time()

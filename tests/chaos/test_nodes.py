@@ -9,7 +9,7 @@ import pytest
 
 from cluster.inspect.status import status
 from cluster.inspect.verify import audit
-from cluster.state.workers import PLANNED
+from distill.run.events import PLANNED
 
 JOIN_S = 60.0  # 15 s on a machine that has cores left for the new workers
 

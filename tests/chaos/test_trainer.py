@@ -88,9 +88,9 @@ def test_a_stop_while_the_trainer_waits_for_teachers_loses_no_step(chaos, measur
     case.start()
     case.until_step(10)
     write_target(case.run, 0)
-    case.until(lambda: read_cursor(case.run)[1].endswith("is not there yet"))
+    case.until(lambda: read_cursor(case.run).waiting_for.endswith("is not there yet"))
     time.sleep(3)  # none was on its way
-    assert read_cursor(case.run)[1].endswith("is not there yet")
+    assert read_cursor(case.run).waiting_for.endswith("is not there yet")
     told = time.time()
     case.supervisor.terminate()
     case.finish()

@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import pytest
+from small_manifest import write_manifest
 
 from cluster.settings.hydra import compose
 from cluster.supervisor import group, runner
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import step_name
 from distill.run.dir import RunDir
-from distill.run.files import sha256_file, write_json
 
 
 @pytest.fixture(scope="session")
@@ -21,8 +21,7 @@ def write_checkpoint():
         folder = run.checkpoints / step_name(step)
         folder.mkdir(parents=True)
         (folder / "data").write_bytes(b"weights")
-        entry = {"bytes": 7, "sha256": sha256_file(folder / "data")}
-        write_json(folder / "MANIFEST.json", {"step": step, "files": {"data": entry}})
+        write_manifest(folder, step)
         return folder
 
     return write

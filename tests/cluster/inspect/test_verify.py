@@ -19,7 +19,8 @@ from distill.data.order import Order
 from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import open_store
 from distill.run.dir import RunDir
-from distill.run.files import append_line, write_json
+from distill.run.events import Commit, MakeAgain, Quarantine, Resume, Save, Steps, append
+from distill.run.files import write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
 # Blocks of 2 shards of 4 samples, read twice: 16 entries a block, 8 a step, so 2 steps a block.
@@ -33,11 +34,16 @@ STREAM = {
 ORDER = Order(seed=3, block_samples=8, passes=2, batch_size=8)
 
 
-def window(first: int, last: int) -> dict:
+def window(first: int, last: int) -> Steps:
     """The event of steps first..last, hashed by hand."""
     ids = np.concatenate([ORDER.entries(step)[0] for step in range(first, last + 1)])
     digest = hashlib.sha256(ids.astype("<i8").tobytes()).hexdigest()
-    return {"kind": "steps", "first": first, "last": last, "ids_sha256": digest}
+    return Steps(first, last, digest)
+
+
+def made(shard: int) -> Commit:
+    """The event of a shard that stands on disk."""
+    return Commit(shard, "host:1", 1000, 1.0)
 
 
 @pytest.fixture
@@ -47,17 +53,8 @@ def run(tmp_path, write_checkpoint) -> RunDir:
     record = {"identity": {}, "hash": hash_of({}), "stream": STREAM, "teachers": {}}
     write_json(run.identity, record)
     write_tiny_shards(run, tiny_spec(), range(6))
-    events = [
-        {"kind": "resume", "step": 0},
-        window(0, 1),
-        {"kind": "save", "step": 2},
-        window(2, 3),
-        {"kind": "resume", "step": 2},
-        window(2, 2),
-        window(3, 4),
-    ]
-    for event in events:
-        append_line(run.events, event)
+    append(run, Resume(0, 1), window(0, 1), Save(2), window(2, 3))
+    append(run, Resume(2, 1), window(2, 2), window(3, 4))
     write_checkpoint(run, 2)
     write_checkpoint(run, 5)
     return run
@@ -99,8 +96,8 @@ def test_a_shard_that_was_not_needed_yet_is_not_missing(run):
 def test_a_shard_that_was_made_and_is_gone_is_missing_though_no_step_needed_it_yet(run):
     """As of a run that only generates: its shards are all it has."""
     for shard in range(10):
-        append_line(run.events, {"kind": "commit", "shard": shard})
-    append_line(run.events, {"kind": "quarantine", "shard": 9})
+        append(run, made(shard))
+    append(run, Quarantine(9))
     found = audit(run)
     assert [entry["shard"] for entry in found["missing"]] == [6, 7, 8] and not found["ok"]
     write_tiny_shards(run, tiny_spec(), range(6, 9))
@@ -197,12 +194,12 @@ def test_teachers_of_run_json_count(run):
     [
         (window(6, 7), "steps 6-7 came after 5 steps"),
         (window(4, 5), "steps 4-5 came after 5 steps"),
-        ({"kind": "resume", "step": 6}, "resumed at step 6 after only 5 steps"),
-        ({**window(5, 6), "ids_sha256": "0"}, "steps 5-6 read other samples than planned"),
+        (Resume(6, 1), "resumed at step 6 after only 5 steps"),
+        (Steps(5, 6, "0"), "steps 5-6 read other samples than planned"),
     ],
 )
 def test_consumption_that_differs_from_the_plan(run, event, sentence):
-    append_line(run.events, event)
+    append(run, event)
     found = audit(run)
     assert not found["ok"] and found["consumption"] == [sentence]
 
@@ -225,17 +222,34 @@ def test_a_checkpoint_kept_for_good_is_checked_too(run):
 
 
 def test_what_is_only_told(run):
-    append_line(run.events, {"kind": "commit", "shard": 1})
-    append_line(run.events, {"kind": "quarantine", "shard": 1})
-    append_line(run.events, {"kind": "commit", "shard": 1})
-    append_line(run.events, {"kind": "make_again", "shards": [1]})
-    append_line(run.events, {"kind": "commit", "shard": 1})
+    append(run, made(1), Quarantine(1), made(1), MakeAgain((1,)), made(1))
     assert audit(run)["produced_again"] == []
-    append_line(run.events, {"kind": "commit", "shard": 1})
+    append(run, made(1))
     (run.shards / "00000009.tar").write_bytes(b"killed before the sidecar")
     (run.shards / ".00000010.tar.tmp-host-1-00000000").write_bytes(b"killed while writing")
     found = audit(run)
     assert found["ok"] and found["produced_again"] == [1] and found["orphans"] == ["00000009.tar"]
+
+
+def test_lines_of_another_version_are_told_and_break_nothing(run):
+    with run.events.open("a") as file:
+        file.write('{"time": 1.0, "kind": "dance"}\n{"time": 1.0, "kind": "sca\n')
+    found = audit(run)
+    assert found["ok"] and found["events"] == [
+        "events.jsonl line 8: kind 'dance' is not known; a newer version may know it",
+        "events.jsonl line 9: no JSON object, as a crash leaves it",
+    ]
+
+
+def test_a_window_of_steps_that_cannot_be_read_is_a_gap(run):
+    with run.events.open("a") as file:
+        file.write('{"time": 1.0, "kind": "steps", "first": 5, "last": 6}\n')
+    append(run, window(7, 8))
+    found = audit(run)
+    assert not found["ok"] and found["consumption"] == ["steps 7-8 came after 5 steps"]
+    assert found["events"] == [
+        "events.jsonl line 8: steps lacks the field 'ids_sha256'; the line counts for nothing"
+    ]
 
 
 def test_audit_needs_no_torch():

@@ -21,7 +21,7 @@ from cluster.pool.member import Member
 from cluster.pool.messages import Asked, Joined, Quarantined, Released
 from cluster.pool.pool import PoolError, TeacherPool
 from cluster.settings.hydra import compose
-from cluster.state.workers import read_target, staff, write_target
+from cluster.state.workers import read_target, write_target
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec, sidecar_path
 from distill.run.dir import RunDir
@@ -370,7 +370,7 @@ def ask_for(pool, workers):
 
 
 def at_work(pool):
-    return staff(read_lines(pool.run.events))
+    return read_history(pool.run)
 
 
 def test_the_pool_follows_the_target_up_and_down(ray, tmp_path, monkeypatch):
@@ -381,7 +381,7 @@ def test_the_pool_follows_the_target_up_and_down(ray, tmp_path, monkeypatch):
     ask_for(pool, 3)
     pool.poll()
     assert len(pool.members) == 3 and at_work(pool).target == 3
-    assert at_work(pool).joined == {"w1", "w2", "w3"}
+    assert at_work(pool).workers == {"w1", "w2", "w3"}
     ask_for(pool, 1)
     # All are in the middle of a shard: none is ended before it is done.
     assert ray.killed == [] and [member.leaves for member in pool.members].count(True) == 2
@@ -435,13 +435,16 @@ def test_a_number_of_workers_that_cannot_be_is_refused(ray, tmp_path):
     run = RunDir(tmp_path)
     with pytest.raises(ConfigError, match="no teacher workers yet"):
         write_target(run, 1)
-    most = staff(read_lines(make_pool(tmp_path).run.events)).most
+    most = read_history(make_pool(tmp_path).run).most
     for workers, message in ((-1, "-1 teacher workers cannot be"), (most + 1, f"than the {most}")):
         with pytest.raises(ConfigError, match=message):
             write_target(run, workers)
     write_target(run, most)
     run.target.write_text("3 workers")
-    with pytest.raises(ConfigError, match=r"target\.json is corrupt"):
+    with pytest.raises(ConfigError, match=r"target\.json is no JSON .*; write it again"):
+        read_target(run)
+    run.target.write_text('{"wokers": 3}')
+    with pytest.raises(ConfigError, match=r"target\.json lacks the field 'workers'; write it"):
         read_target(run)
 
 
@@ -464,7 +467,7 @@ def test_a_node_that_takes_most_workers_with_it_does_not_stop_the_pool(ray, tmp_
     for member in pool.members[1:]:
         member.task.value = ActorDiedError()
     pool.poll()
-    assert pool.target == 1 and at_work(pool).joined == {"w1"}
+    assert pool.target == 1 and at_work(pool).workers == {"w1"}
     ray.behaviour = lambda name, shard: {"bytes": 100, "seconds": 0.0}
     pool.members[0].task.value = {"bytes": 100, "seconds": 0.0}
     finish(pool)
@@ -478,7 +481,7 @@ def test_an_idle_worker_that_dies_is_found_and_replaced(ray, tmp_path, monkeypat
     (idle,) = [member for member in pool.members if member.shard is None]
     idle.actor.progress = Method(lambda: ActorDiedError())
     poll_by_the_second(pool, 12, monkeypatch)
-    assert idle.name not in at_work(pool).joined and len(at_work(pool).joined) == 5
+    assert idle.name not in at_work(pool).workers and len(at_work(pool).workers) == 5
 
 
 def test_a_shard_whose_producer_died_before_its_report_is_not_made_again(

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from cluster.inspect.status import open_leases, status
+from cluster.inspect.status import status
 from cluster.inspect.verify import audit
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
@@ -17,7 +17,9 @@ from cluster.settings.schema import ClusterConfig, TeacherPoolConfig, TrainerCon
 from cluster.state.workers import wanted_workers
 from distill.config import ConfigError
 from distill.run.dir import RunDir
-from distill.run.files import read_lines, write_json
+from distill.run.events import SCALED_DOWN, WorkerJoin, WorkerLeave, read_events
+from distill.run.files import write_json
+from distill.run.history import replay
 
 BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]
 SHARDS = 20_000  # more than can be made while the test runs
@@ -91,14 +93,16 @@ def test_a_live_run_follows_its_target(run, tmp_path):
     finally:
         process.kill()
 
-    events = list(read_lines(run.events))
-    joined = [event["worker"] for event in events if event["kind"] == "worker_join"]
-    drained = [event["worker"] for event in events if event.get("reason") == "scaled down"]
-    assert len(set(joined)) == 3 and len(set(drained)) == 2
-    for index, event in enumerate(events):
-        if event.get("reason") == "scaled down":
-            held = {lease["worker"] for lease in open_leases(events[:index], now=0.0)}
-            assert event["worker"] not in held
+    events = list(read_events(run))
+    joined = {event.worker for event in events if isinstance(event, WorkerJoin)}
+    drained = [
+        (index, event.worker)
+        for index, event in enumerate(events)
+        if isinstance(event, WorkerLeave) and event.reason == SCALED_DOWN
+    ]
+    assert len(joined) == 3 and len({worker for _, worker in drained}) == 2
+    for index, worker in drained:
+        assert worker not in {lease.worker for lease in replay(events[:index]).leases.values()}
     report = audit(run)
     assert report["ok"], report
     assert report["shards"] > 3 and report["produced_again"] == []

@@ -14,7 +14,8 @@ from cluster.supervisor import group
 from cluster.supervisor.group import RunFailed, TrainerGroup
 from cluster.trainer.job import TrainJob
 from distill.config import ConfigError
-from distill.run.files import append_line, read_lines
+from distill.run.files import read_lines
+from distill.run.metrics import Metrics, append_metrics
 
 
 def run_to_end(group):
@@ -172,7 +173,7 @@ class Ranks:
 
     def train(self):
         self.step += 1
-        append_line(self.job.run.metrics, {"step": self.step})
+        append_metrics(self.job.run, Metrics(self.step))
 
     def fit(self, job, ranks, name):
         self.sizes.append(ranks)

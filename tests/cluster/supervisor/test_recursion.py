@@ -126,14 +126,14 @@ def test_a_jumping_teacher_is_its_own_truth(earlier, tmp_path, data):
     jumping = student_of(earlier.root, tmp_path, "teacher.student.solver=jumps", "eval.nfe=[1,8]")
     config = with_models(jumping)
     results = evaluate(earlier, data, config.teacher, config.eval, "traflow", "cpu")
-    assert (results["truth"]["solver"], results["truth"]["nfe"]) == ("jumps", 8)
-    distance = {row["nfe"]: row["distance_to_teacher"] for row in results["student"]}
+    assert (results.truth.solver, results.truth.nfe) == ("jumps", 8)
+    distance = {row.nfe: row.distance_to_teacher for row in results.student}
     assert distance[8] < 1e-10 < distance[1]
-    assert [(row["solver"], row["nfe"]) for row in results["teacher"]] == [
+    assert [(row.solver, row.nfe) for row in results.teacher] == [
         ("jumps", 1),
         ("jumps", 4),
     ]
-    assert results["teacher"][0]["distance_to_teacher"] == pytest.approx(distance[1], rel=1e-6)
+    assert results.teacher[0].distance_to_teacher == pytest.approx(distance[1], rel=1e-6)
 
 
 @pytest.mark.slow

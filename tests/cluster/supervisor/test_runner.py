@@ -19,7 +19,9 @@ from cluster.supervisor.runner import Stopped
 from cluster.supervisor.stages import Work
 from distill.config import ConfigError
 from distill.run.dir import RunDir
-from distill.run.files import append_line, read_lines
+from distill.run.events import Init, append
+from distill.run.files import read_lines
+from distill.run.metrics import Metrics, append_metrics
 
 
 class EndlessPool:
@@ -61,7 +63,7 @@ def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     """The supervisor takes SIGTERM to its process group long before a daemon has died of it."""
     monkeypatch.setattr(group, "fit", lambda job, ranks, name: threading.Event().wait())
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
-    append_line(session.run.metrics, {"step": 7})
+    append_metrics(session.run, Metrics(7))
 
     def signalled(*_):
         session.stop_signal = signal.SIGTERM
@@ -137,7 +139,7 @@ def stopped_run(session, job, fit, monkeypatch):
 )
 def test_a_stop_without_a_save_is_not_called_one(fit, why, session, job, monkeypatch):
     """It ends with 75, which a Slurm job takes for "again", as it does 0, and says why."""
-    append_line(session.run.metrics, {"step": 7})
+    append_metrics(session.run, Metrics(7))
     assert stopped_run(session, job, fit, monkeypatch) == (75 if why else 0)
     said = [line for line in session.bars.lines if "did not save" in line]
     assert said == ([f"the ranks did not save: {why}"] if why else [])
@@ -148,7 +150,7 @@ def test_a_stop_without_a_save_is_not_called_one(fit, why, session, job, monkeyp
 
 def test_a_stop_loses_nothing_that_a_checkpoint_has(session, job, write_checkpoint, monkeypatch):
     """Ray ended between the save and the ranks' end."""
-    append_line(session.run.metrics, {"step": 7})
+    append_metrics(session.run, Metrics(7))
     write_checkpoint(session.run, 7)
     assert stopped_run(session, job, fails_on_disk, monkeypatch) == 0
 
@@ -254,5 +256,5 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys):
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
     run.events.symlink_to("/dev/full")
-    assert runner.supervise(config, lambda session: append_line(run.events, {})) == 1
+    assert runner.supervise(config, lambda session: append(run, Init("fresh"))) == 1
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err

@@ -8,13 +8,13 @@ import psutil
 import pytest
 
 from cluster.settings.hydra import compose
-from cluster.state.cursor import read_cursor
+from cluster.state.cursor import Position, read_cursor
 from cluster.state.lock import holder, is_live
-from cluster.supervisor.progress import last_step
 from cluster.supervisor.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
 from distill.run.dir import RunDir
-from distill.run.files import append_line
+from distill.run.files import append_lines
+from distill.run.metrics import last_step
 
 
 @pytest.fixture
@@ -76,16 +76,16 @@ def test_a_ray_cluster_that_nobody_named_is_not_joined(tmp_path, monkeypatch):
 
 def test_the_cursor_is_at_the_start_until_there_is_one(tmp_path):
     run = RunDir(tmp_path)
-    assert read_cursor(run) == (0, "")
+    assert read_cursor(run) == Position(0, "")
     run.cursor.write_text('{"block": 3, "waiting_for": "shard 12"}')
-    assert read_cursor(run) == (3, "shard 12")
+    assert read_cursor(run) == Position(3, "shard 12")
 
 
 def test_the_last_step_survives_a_torn_line(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     assert last_step(metrics) == 0
     for step in (10, 20):
-        append_line(metrics, {"step": step})
+        append_lines(metrics, [{"step": step}])
     with metrics.open("a") as file:
         file.write('{"step": 3')
     assert last_step(metrics) == 20

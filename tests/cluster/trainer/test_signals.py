@@ -53,7 +53,7 @@ def test_a_signal_to_one_rank_makes_all_save_the_same_step_and_end(tmp_path, num
     assert (other, had) == (False, True)
     assert done == same and done in (3, 4)
     assert latest_verified(RunDir(tmp_path).checkpoints)[0] == done
-    assert len(manifest(tmp_path, done)["files"]) == 2  # of each rank
+    assert len(manifest(tmp_path, done).files) == 2  # of each rank
 
 
 def wait_for_ever(ready) -> None:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from cluster.state.cursor import read_cursor, write_cursor
+from cluster.state.cursor import Position, read_cursor, write_cursor
 from cluster.trainer import sources
 from cluster.trainer.sources import Cursor, Source
 from distill.data.order import Order
@@ -42,11 +42,11 @@ def soon(run, expected):
 def test_the_block_that_is_read_and_the_reason_of_a_wait_are_written(tmp_path):
     run, stream = RunDir(tmp_path), Steps()
     source = source_in(run, stream)
-    assert source.read(0) == 0 and soon(run, (0, ""))
+    assert source.read(0) == 0 and soon(run, Position(0, ""))
     source.read(5)
-    assert soon(run, (2, ""))
+    assert soon(run, Position(2, ""))
     stream.waiting_for = "block 3: shard 6 is not there yet"
-    assert soon(run, (2, stream.waiting_for))
+    assert soon(run, Position(2, stream.waiting_for))
 
 
 def test_a_trainer_that_starts_again_does_not_call_the_teachers_back(tmp_path):
@@ -55,12 +55,12 @@ def test_a_trainer_that_starts_again_does_not_call_the_teachers_back(tmp_path):
     write_cursor(run, 7, "")
     source = source_in(run)
     time.sleep(0.1)
-    assert read_cursor(run) == (7, "")
+    assert read_cursor(run) == Position(7, "")
     source.read(14)
     time.sleep(0.1)
-    assert read_cursor(run) == (7, "")
+    assert read_cursor(run) == Position(7, "")
     source.read(16)
-    assert soon(run, (8, ""))
+    assert soon(run, Position(8, ""))
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_stop_the_cursor(tmp_path, monkeypatch):
@@ -77,7 +77,7 @@ def test_a_disk_that_is_full_for_a_while_does_not_stop_the_cursor(tmp_path, monk
     while len(refused) < 2 and time.monotonic() < deadline:
         time.sleep(0.01)
     monkeypatch.setattr(sources, "write_cursor", write_cursor)
-    assert len(refused) >= 2 and soon(run, (2, ""))
+    assert len(refused) >= 2 and soon(run, Position(2, ""))
 
 
 def test_a_source_without_a_cursor_writes_nothing_and_every_source_beats_after_a_read(tmp_path):

@@ -99,7 +99,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_
         assert_same_state(tmp_path / name, single)
     for step in (3, 4):  # saved in the background: the same bytes
         found, expected = (manifest(tmp_path / name, step) for name in ("async", "1"))
-        assert found == expected and len(found["files"]) == 2
+        assert found == expected and len(found.files) == 2
 
 
 # -----------------------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """What ranks find out together: the same answer on each, and every file is read once."""
 
-import json
 import threading
 
 import pytest
+from small_manifest import write_manifest
 from thread_ranks import errors, results
 
 from distill.checkpoint import agree
@@ -16,18 +16,15 @@ from distill.checkpoint.manifest import (
     step_name,
     verify,
 )
-from distill.run.files import sha256_file
 
 
 def write_checkpoint(checkpoints, step, files=4):
     folder = checkpoints / step_name(step)
     folder.mkdir(parents=True)
-    entries = {}
     for rank in range(files):
         path = folder / f"rank_{rank:05d}.safetensors"
         path.write_bytes(f"step {step} of rank {rank}".encode())
-        entries[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    (folder / "MANIFEST.json").write_text(json.dumps({"step": step, "files": entries}))
+    write_manifest(folder, step)
     return folder
 
 

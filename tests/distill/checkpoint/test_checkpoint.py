@@ -229,8 +229,8 @@ def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(
     saves = [e for e in read_lines(RunDir(tmp_path / "goes on").events) if e["kind"] == "save"]
     assert [save["step"] for save in saves] == [2, 4, 6]
     assert all(0 < save["stall_s"] <= save["seconds"] for save in saves)
-    files = read_manifest(folder_of(tmp_path / "goes on", 2))["files"].values()
-    assert saves[0]["bytes"] == sum(file["bytes"] for file in files)
+    files = read_manifest(folder_of(tmp_path / "goes on", 2)).files.values()
+    assert saves[0]["bytes"] == sum(file.bytes for file in files)
 
 
 def test_a_stop_and_an_error_wait_for_the_save(tmp_path, monkeypatch, fit, tiny):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_manifest import manifest_of
 from small_training import single_engine
 from thread_ranks import errors, results
 
@@ -31,7 +32,7 @@ from distill.config import TrainConfig
 
 
 def snapshot(step, rank):
-    return Snapshot(step, {"step": step, "parameters": {}}, {f"master|w{rank}|0": torch.ones(4)})
+    return Snapshot(manifest_of(step), {f"master|w{rank}|0": torch.ones(4)})
 
 
 def save(checkpoints, step, world_size=4, keep_last=2, keep_every=0):
@@ -64,7 +65,7 @@ def shares(monkeypatch):
 def test_a_save_reads_every_file_once_and_no_rank_reads_all(tmp_path, shares):
     assert save(tmp_path, 2) == [None] * 4
     assert sorted(shares) == [(part, 4) for part in range(4)]
-    assert len(read_manifest(tmp_path / "step_00000002")["files"]) == 4
+    assert len(read_manifest(tmp_path / "step_00000002").files) == 4
     assert not verify(tmp_path / "step_00000002")
 
 

@@ -4,10 +4,21 @@ import json
 import os
 
 import pytest
+from small_manifest import write_manifest
 
 from distill.checkpoint import manifest
-from distill.checkpoint.manifest import latest_verified, step_name, verify, verify_once
+from distill.checkpoint.manifest import (
+    File,
+    Manifest,
+    latest_verified,
+    read_manifest,
+    step_name,
+    verify,
+    verify_once,
+)
+from distill.config import ConfigError
 from distill.run.files import sha256_file
+from distill.run.records import tree_of
 
 
 @pytest.fixture
@@ -15,12 +26,10 @@ def folder(tmp_path):
     """A checkpoint of two files."""
     folder = tmp_path / step_name(4)
     folder.mkdir()
-    entries = {}
     for name in ("a", "b"):
         (folder / name).write_bytes(name.encode() * 100)
         os.utime(folder / name, (1e9, 1e9))  # long ago: a file system's clock may tick slowly
-        entries[name] = {"bytes": 100, "sha256": sha256_file(folder / name)}
-    (folder / "MANIFEST.json").write_text(json.dumps({"step": 4, "files": entries}))
+    write_manifest(folder, 4)
     return folder
 
 
@@ -85,12 +94,74 @@ def latest_verified_fails(checkpoints):
     return True
 
 
+def rewrite(folder, **changes):
+    path = folder / "MANIFEST.json"
+    tree = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in tree.items() if value is not None}))
+
+
+def test_a_manifest_of_a_newer_version_is_refused_and_not_fallen_back_behind(folder):
+    """The steps after an older checkpoint would be trained again, by another version."""
+    older = folder.parent / step_name(2)
+    older.mkdir()
+    write_manifest(older, 2)
+    for changes, sentence in (
+        ({"colour": "red"}, "MANIFEST.json has the field 'colour', which is not known; a newer"),
+        ({"format": 2}, "MANIFEST.json has format 2, not 1; a newer version"),
+    ):
+        rewrite(folder, format=1)
+        rewrite(folder, **changes)
+        with pytest.raises(ConfigError, match=sentence):
+            latest_verified(folder.parent)
+    rewrite(folder, format=1, colour=None)
+    assert latest_verified(folder.parent) == (4, folder)
+
+
+def test_a_manifest_that_lacks_something_is_no_checkpoint(folder):
+    rewrite(folder, parameters=None)
+    assert verify(folder) == [
+        f"{folder}: no readable MANIFEST.json "
+        f"({folder / 'MANIFEST.json'} lacks the field 'parameters')"
+    ]
+    rewrite(folder, parameters={}, files={"a": {"bytes": "100", "sha256": ""}})
+    (problem,) = verify(folder)
+    assert "says bytes=\"100\", which is no whole number in 'files'" in problem
+
+
+def test_a_manifest_is_written_as_ever(folder):
+    """Keys and their order are those of docs/formats.md."""
+    made = Manifest(
+        format=1,
+        step=4,
+        world_size=2,
+        engine="deepspeed",
+        zero_stage=2,
+        precision="bf16",
+        averages={"target": 0.5},
+        parameters={"w": (2, 3)},
+        rng="counter-based",
+        seed=7,
+        config_hash="ab",
+        versions={"torch": "2"},
+        files={"a": File(100, "cd")},
+    )
+    text = (
+        '{"format": 1, "step": 4, "world_size": 2, "engine": "deepspeed", "zero_stage": 2, '
+        '"precision": "bf16", "averages": {"target": 0.5}, "parameters": {"w": [2, 3]}, '
+        '"rng": "counter-based", "seed": 7, "config_hash": "ab", "versions": {"torch": "2"}, '
+        '"files": {"a": {"bytes": 100, "sha256": "cd"}}}'
+    )
+    assert json.dumps(tree_of(made)) == text
+    (folder / "MANIFEST.json").write_text(text)
+    assert read_manifest(folder) == made
+
+
 def test_deleted_checkpoints_are_forgotten(folder, read, tmp_path):
     assert verify_once(folder) == []
     assert folder in manifest._whole
     folder.rename(tmp_path / "gone")
     other = tmp_path / step_name(6)
     other.mkdir()
-    (other / "MANIFEST.json").write_text('{"step": 6, "files": {}}')
+    write_manifest(other, 6)
     assert verify_once(other) == []
     assert folder not in manifest._whole and other in manifest._whole

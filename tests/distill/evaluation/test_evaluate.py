@@ -1,7 +1,7 @@
 """Evaluation: a student that is its teacher is Euler; nothing depends on the batch."""
 
-import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metrics import relative_distance
 from distill.evaluation.sampling import Interrupt, Samples, draw, teacher_sampler
 from distill.flow.noise import sample_noise
+from distill.run.results import Cost, read_results
 from distill.testing import GaussianFlow
 
 FLOW = GaussianFlow(torch.tensor([0.5, -0.5], dtype=torch.float64), 0.4)
@@ -78,24 +79,24 @@ def results(finished_run, data, teachers):
 
 
 def without_time(rows):
-    return [{k: v for k, v in row.items() if k != "seconds_per_1000"} for row in rows]
+    return [replace(row, seconds_per_1000=0.0) for row in rows]
 
 
 def test_a_student_that_is_its_teacher_lies_on_the_euler_curve(results):
-    euler = {row["nfe"]: row for row in results["teacher"] if row["solver"] == "euler"}
-    even = [row for row in results["student"] if row["nfe"] != 2]  # two jumps meet at 3/4
-    assert [row["nfe"] for row in even] == [1, 4]
+    euler = {row.nfe: row for row in results.teacher if row.solver == "euler"}
+    even = [row for row in results.student if row.nfe != 2]  # two jumps meet at 3/4
+    assert [row.nfe for row in even] == [1, 4]
     for row in even:
-        twin = euler[row["nfe"]]
-        assert row["distance_to_teacher"] == pytest.approx(twin["distance_to_teacher"], rel=1e-4)
-        assert row["frechet"] == pytest.approx(twin["frechet"], rel=1e-3)
-    assert euler[4]["distance_to_teacher"] < euler[1]["distance_to_teacher"]
+        twin = euler[row.nfe]
+        assert row.distance_to_teacher == pytest.approx(twin.distance_to_teacher, rel=1e-4)
+        assert row.frechet == pytest.approx(twin.frechet, rel=1e-3)
+    assert euler[4].distance_to_teacher < euler[1].distance_to_teacher
 
 
 def test_every_number_says_what_it_is_of(results, finished_run):
-    assert json.loads(finished_run.results.read_text()) == results
-    assert (results["n"], results["seed"]) == (600, 12345)
-    assert [(row["solver"], row["nfe"]) for row in results["teacher"]] == [
+    assert read_results(finished_run) == results
+    assert (results.n, results.seed) == (600, 12345)
+    assert [(row.solver, row.nfe) for row in results.teacher] == [
         ("heun", 2),
         ("heun", 4),
         ("heun", 16),
@@ -104,17 +105,14 @@ def test_every_number_says_what_it_is_of(results, finished_run):
         ("euler", 4),
     ]
     # the fine solution is a row of its own: the quality of the teacher at its best
-    assert results["truth"]["nfe"] == results["teacher"][2]["nfe"] == 16
-    assert results["teacher"][2]["distance_to_teacher"] == 0
-    assert results["reference"]["n"] == 1797
-    assert len(results["extractor"]["sha256"]) == len(results["reference"]["sha256"]) == 64
-    assert "FID" not in results["frechet_name"]
-    assert results["cost"] == {
-        "teacher_device_s": 2.0,
-        "train_device_s": 20.0,
-        "teacher_nfe": 512,
-        "bytes": 1000,
-    }
+    assert results.truth.nfe == results.teacher[2].nfe == 16
+    assert results.teacher[2].distance_to_teacher == 0
+    assert results.reference.n == 1797
+    assert len(results.extractor.sha256) == len(results.reference.sha256) == 64
+    assert "FID" not in results.frechet_name
+    assert results.cost == Cost(
+        teacher_device_s=2.0, train_device_s=20.0, teacher_nfe=512, bytes=1000
+    )
 
 
 def test_evaluation_repeats_and_does_not_depend_on_the_batch(finished_run, data, teachers):
@@ -123,12 +121,11 @@ def test_evaluation_repeats_and_does_not_depend_on_the_batch(finished_run, data,
         return evaluate(finished_run, data, teachers, few, "traflow", "cpu")
 
     first, again, split = measure(300), measure(300), measure(91)
-    for key in ("student", "teacher"):
-        assert without_time(again[key]) == without_time(first[key])
-        for row, other in zip(split[key], first[key], strict=True):
-            close = pytest.approx(other["distance_to_teacher"], rel=1e-4)
-            assert row["distance_to_teacher"] == close
-            assert row["frechet"] == pytest.approx(other["frechet"], rel=1e-3)
+    rows = [found.student + found.teacher for found in (first, again, split)]
+    assert without_time(rows[1]) == without_time(rows[0])
+    for row, other in zip(rows[2], rows[0], strict=True):
+        assert row.distance_to_teacher == pytest.approx(other.distance_to_teacher, rel=1e-4)
+        assert row.frechet == pytest.approx(other.frechet, rel=1e-3)
 
 
 def test_without_a_terminal_it_says_a_line_now_and_then(

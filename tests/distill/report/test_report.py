@@ -2,7 +2,6 @@
 
 import json
 import re
-from copy import deepcopy
 from dataclasses import replace
 from html import unescape
 
@@ -22,7 +21,11 @@ from distill.report.sections import (
     write_report,
 )
 from distill.run.dir import RunDir
-from distill.run.files import append_line, write_atomic
+from distill.run.events import Resume
+from distill.run.files import write_atomic
+from distill.run.history import replay
+from distill.run.metrics import Metrics
+from distill.run.results import read_results
 
 COMMAND = "bowstring run experiment=digits run.name='<tiny>'"
 SECTIONS = ["pictures", "quality", "loss", "speed", "teachers", "cost", "configuration", "command"]
@@ -57,13 +60,14 @@ def test_what_a_run_holds_cannot_become_part_of_the_page(finished_run, page):
     """Names, objective, command, settings and versions are text, whatever is in them."""
     evil = "<script>alert(1)</script>&amp;\"'"
     facts = read_facts(finished_run, f"bowstring run experiment={evil}")
-    results = deepcopy(facts.results)
-    results["objective"] = f"objective {evil}"
-    results["frechet_name"] = f"distance {evil}"
-    results["reference"]["name"] = f"images {evil}"
-    results["extractor"] |= {"name": f"extractor {evil}", "sha256": evil}
-    for row in results["teacher"]:
-        row["solver"] = f"solver {evil}"
+    results = replace(
+        facts.results,
+        objective=f"objective {evil}",
+        frechet_name=f"distance {evil}",
+        reference=replace(facts.results.reference, name=f"images {evil}"),
+        extractor=replace(facts.results.extractor, name=f"extractor {evil}", sha256=evil),
+        teacher=tuple(replace(row, solver=f"solver {evil}") for row in facts.results.teacher),
+    )
     facts = replace(
         facts,
         name=f"run {evil}",
@@ -82,23 +86,24 @@ def test_what_a_run_holds_cannot_become_part_of_the_page(finished_run, page):
 
 
 def test_the_numbers_are_those_of_results_json(page, finished_run):
-    results = json.loads(finished_run.results.read_text())
+    tree, results = json.loads(finished_run.results.read_text()), read_results(finished_run)
     table = page[page.index("distance to teacher</th>") :]
     lines = [
         [unescape(cell) for cell in re.findall(r"<td>(.*?)</td>", line)]
         for line in re.findall(r"<tr.*</tr>", table[: table.index("</table>")])
     ]
-    rows = results["student"] + results["teacher"]
-    for cells, row in zip(lines, rows, strict=True):
+    rows = tree["student"] + tree["teacher"]
+    names = [row_name(row, results) for row in results.student + results.teacher]
+    for cells, row, name in zip(lines, rows, names, strict=True):
         keys = ("nfe", "distance_to_teacher", "frechet", "kid", "seconds_per_1000")
-        assert cells[0] == row_name(row, results)
+        assert cells[0] == name
         for cell, key in zip(cells[1:], keys, strict=True):
             if key in row:
                 assert float(cell.replace(",", "")) == pytest.approx(row[key], rel=5e-3), key
             else:
                 assert cell == "-"
-    assert f"{results['n']:,}\nsamples of seed {results['seed']}," in page
-    assert f"<td>{results['cost']['teacher_nfe']:,}</td>" in page
+    assert f"{results.n:,}\nsamples of seed {results.seed}," in page
+    assert f"<td>{results.cost.teacher_nfe:,}</td>" in page
 
 
 def test_figures_have_the_ink_of_the_page(page):
@@ -137,10 +142,16 @@ def test_the_overview_has_the_teacher_and_three_student_rows(page, finished_run)
 
 def test_the_headline_names_the_evaluations_the_teacher_needs(finished_run, page):
     facts = read_facts(finished_run, "")
-    facts.results["student"][0]["distance_to_teacher"] = 0.05
-    for row in facts.results["teacher"]:
-        row["distance_to_teacher"] = 0.16 / row["nfe"]
-    assert headline(facts).endswith("The teacher's Euler solver needs 4 for that.")
+    (student,) = facts.results.student
+    rows = [replace(row, distance_to_teacher=0.16 / row.nfe) for row in facts.results.teacher]
+    results = replace(
+        facts.results,
+        student=(replace(student, distance_to_teacher=0.05),),
+        teacher=tuple(rows),
+    )
+    assert headline(replace(facts, results=results)).endswith(
+        "The teacher's Euler solver needs 4 for that."
+    )
 
 
 def test_words_for_numbers():
@@ -148,11 +159,11 @@ def test_words_for_numbers():
     assert [size(b) for b in (12, 1500, 2.5e9)] == ["12 bytes", "1.5 kB", "2.5 GB"]
 
 
-def test_repeated_steps_are_paid_for_twice(tmp_path):
-    run = RunDir(tmp_path)
-    append_line(run.events, {"time": 0.0, "kind": "resume", "step": 0})
-    append_line(run.metrics, {"time": 1.0, "step": 10, "step_s": 1.0, "world_size": 2})
-    append_line(run.metrics, {"time": 2.0, "step": 20, "step_s": 1.0, "world_size": 2})
-    append_line(run.events, {"time": 3.0, "kind": "resume", "step": 10})
-    append_line(run.metrics, {"time": 4.0, "step": 20, "step_s": 1.0, "world_size": 4})
-    assert train_device_s(run) == 20 + 20 + 40
+def test_repeated_steps_are_paid_for_twice():
+    history = replay([Resume(0, 2, time=0.0), Resume(10, 4, time=3.0)])
+    metrics = [
+        Metrics(10, step_s=1.0, world_size=2, time=1.0),
+        Metrics(20, step_s=1.0, world_size=2, time=2.0),
+        Metrics(20, step_s=1.0, world_size=4, time=4.0),
+    ]
+    assert train_device_s(history, metrics) == 20 + 20 + 40

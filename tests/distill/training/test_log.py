@@ -19,6 +19,7 @@ from distill.objectives.config import ReflowConfig
 from distill.report.cost import phase_seconds
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
+from distill.run.metrics import Metrics
 from distill.training import timing as phases
 from distill.training.callbacks import Step
 from distill.training.log import FEWEST, HISTORY, Flops, TrainLog, stands_out
@@ -84,11 +85,11 @@ def test_mfu_is_said_only_against_a_known_peak(tmp_path, tiny):
 
 def test_a_mean_step_is_weighted_by_steps():
     metrics = [
-        {"step": 10, "phases_s": {"forward": 1.0, "save": 0.0}},
-        {"step": 40, "phases_s": {"forward": 2.0, "save": 0.4}},
+        Metrics(10, phases_s={"forward": 1.0, "save": 0.0}),
+        Metrics(40, phases_s={"forward": 2.0, "save": 0.4}),
     ]
     assert phase_seconds(metrics) == pytest.approx({"forward": 1.75, "save": 0.3})
-    assert phase_seconds([{"step": 10}]) == {}
+    assert phase_seconds([Metrics(10)]) == {}
 
 
 # -----------------------------------------------------------------------------------------------
