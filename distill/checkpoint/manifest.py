@@ -10,6 +10,7 @@ A folder without a whole manifest is not a checkpoint, whatever its name.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from typing import NoReturn
 
 from distill.config import ConfigError
 from distill.run.files import sha256_file
-from distill.run.records import NewerRecord, RecordError, read_record
+from distill.run.records import NewerRecord, record_of
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -94,16 +95,18 @@ def read_manifest(folder: Path) -> Manifest:
         CheckpointError: it is missing, torn, or lacks something.
         ConfigError: a newer version wrote it. To fall back behind it would train its steps again.
     """
-    newer = "; a newer version of Bowstring wrote it, so go on with that one"
+    path = folder / MANIFEST
     try:
-        found = read_record(Manifest, folder / MANIFEST)
+        tree = json.loads(path.read_bytes())
+        if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
+            raise NewerRecord(f"has format {tree['format']}, not {FORMAT}")
+        return record_of(Manifest, tree)
     except NewerRecord as error:
-        raise ConfigError(f"{error}{newer}") from error
-    except (OSError, RecordError) as error:
+        raise ConfigError(
+            f"{path} {error}; a newer version of Bowstring wrote it, so go on with that one"
+        ) from error
+    except (OSError, ValueError) as error:  # RecordError is a ValueError
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error})") from error
-    if found.format != FORMAT:
-        raise ConfigError(f"{folder / MANIFEST} has format {found.format}, not {FORMAT}{newer}")
-    return found
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:

@@ -66,7 +66,7 @@ def test_a_whole_run(run):
     assert (found["shards"], found["samples"], found["consumed_steps"]) == (6, 24, 5)
     assert found["missing"] == found["duplicate"] == found["corrupt"] == []
     assert found["checkpoints"] == {"verified": [2, 5], "kept": [], "bad": []}
-    assert found["consumed_sha256"] == window(0, 4)["ids_sha256"]
+    assert found["consumed_sha256"] == window(0, 4).ids_sha256
     json.dumps(found)
 
 
