@@ -18,7 +18,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 Tree = dict[str, Any]
-REST = "rest"
+REST = {"rest": True}  # metadata of a field, a dictionary, that takes every key that is no field
 
 PLAIN = {int: "whole number", str: "text", dict: "object"}
 
@@ -31,11 +31,6 @@ class RecordError(ValueError):
 
 class NewerRecord(RecordError):
     """A record whole and right, but for a field that this version does not know."""
-
-
-def rest() -> Any:
-    """A field, a dictionary, that takes every key that is no field. None is unknown then."""
-    return field(default_factory=dict, metadata={REST: True})
 
 
 def now() -> float:
@@ -63,7 +58,7 @@ def tree_of(record: Any) -> Tree:
     tree: Tree = {}
     for one in fields(record):
         value = getattr(record, one.name)
-        if REST in one.metadata:
+        if one.metadata == REST:
             tree |= value
         elif value is not None or one.default is not None:
             tree[one.name] = _plain(value)
@@ -188,9 +183,11 @@ def _record_reader(kind: type) -> Callable[[Any], Any]:
     parts = [
         (f.name, hints[f.name], _reader(hints[f.name]), _default(f))
         for f in fields(kind)
-        if REST not in f.metadata
+        if f.metadata != REST
     ]
-    others = [(f.name, _reader(hints[f.name])) for f in fields(kind) if REST in f.metadata]
+    others = [
+        (f.name, _reader(get_args(hints[f.name])[1])) for f in fields(kind) if f.metadata == REST
+    ]
 
     def read(tree: Any) -> Any:
         if type(tree) is not dict:
@@ -204,7 +201,8 @@ def _record_reader(kind: type) -> Callable[[Any], Any]:
             elif default is MISSING:
                 raise RecordError(f"lacks the field {name!r}")
         for name, inner in others:
-            values[name] = inner({key: tree[key] for key in tree if key not in values})
+            more = [key for key in tree if key not in values]
+            values[name] = {key: _part(inner, key, tree[key]) for key in more}
         if not others and len(values) < len(tree):
             raise NewerRecord(f"has the field {min(tree.keys() - values)!r}, which is not known")
         return kind(**values)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from distill.config import ConfigError
 from distill.run.dir import RunDir
 from distill.run.files import write_json
-from distill.run.records import RecordError, read_record, rest, tree_of
+from distill.run.records import REST, RecordError, read_record, tree_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,9 @@ class Row:
     frechet: float | None = None
     kid: float | None = None  # kernel distance: its mean over subsets
     kid_std: float | None = None
-    more: dict[str, float] = rest()  # of metrics that came later, by key
+    more: dict[str, float] = field(
+        default_factory=dict, metadata=REST
+    )  # of metrics that came later, by key
     seconds_per_1000: float  # images
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
 from distill.run.records import (
+    REST,
     NewerRecord,
     RecordError,
     Stamped,
@@ -51,6 +52,22 @@ def test_there_and_back():
     assert tree_of(found) == FULL and list(tree_of(found)) == list(FULL)
     later = record_of(Tree, FULL | {"late": 7})
     assert tree_of(later) == FULL | {"late": 7}
+
+
+@dataclass(frozen=True)
+class Open:
+    first: int
+    more: dict[str, float] = field(default_factory=dict, metadata=REST)
+    last: int = 0
+
+
+def test_a_record_can_take_every_key():
+    tree = {"first": 1, "x": 0.5, "y": 1.0, "last": 2}
+    found = record_of(Open, tree)
+    assert found == Open(1, {"x": 0.5, "y": 1.0}, 2)
+    assert tree_of(found) == tree and list(tree_of(found)) == list(tree)
+    with pytest.raises(RecordError, match="says x="):
+        record_of(Open, {"first": 1, "x": "a"})
 
 
 @pytest.mark.parametrize(

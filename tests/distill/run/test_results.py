@@ -34,6 +34,7 @@ TREE = {  # the keys and their order are those of the file
     "device": "cpu",
     "cost": {"teacher_device_s": 2.0, "train_device_s": 20.0, "teacher_nfe": 512, "bytes": 1000},
 }
+FURTHER = TREE | {"student": [{"nfe": 1, **ROW, "recall": 0.75, "seconds_per_1000": 0.25}]}
 LATENTS = TREE | {
     "student": [{"nfe": 1, "distance_to_teacher": 0.5, "seconds_per_1000": 0.25}],
     "extractor": {"name": "none", "sha256": ""},
@@ -41,7 +42,7 @@ LATENTS = TREE | {
 }
 
 
-@pytest.mark.parametrize("tree", [TREE, LATENTS])
+@pytest.mark.parametrize("tree", [TREE, FURTHER, LATENTS])
 def test_the_file_is_written_as_ever(tmp_path, tree):
     run, text = RunDir(tmp_path), json.dumps(tree, indent=1) + "\n"
     assert read_results(run) is None
