@@ -21,6 +21,7 @@ from distill.engine.engine import MASTER
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.run.dir import RunDir
+from distill.run.events import Save
 from distill.run.files import write_atomic
 from distill.testing import run_ranks
 from distill.training.memory import keep_freed_memory
@@ -36,7 +37,7 @@ def measure_rank(rank: int, world_size: int, folder: Path, rounds: int) -> dict[
     case, checkpoints = CASES["25 M, few samples"], RunDir(folder).checkpoints
     engine = new_engine(case, settings(case, save_async=True))
     objective, batch, lr = build_objective(ReflowConfig(), 0), random_batch(case.batch), 1e-4
-    saves: dict[str, list[dict[str, Any]]] = {"sync": [], "async": []}
+    saves: dict[str, list[Save]] = {"sync": [], "async": []}
     steps: dict[str, list[float]] = {"sync": [], "async": []}  # seconds of those after a save
 
     def take_step() -> None:
@@ -54,7 +55,7 @@ def measure_rank(rank: int, world_size: int, folder: Path, rounds: int) -> dict[
             steps[kind] += [seconds_of(take_step) for _ in range(STEPS_BESIDE)]
     newest = latest_verified(checkpoints)
     assert newest is not None
-    written, plain = saves["sync"][-1]["bytes"], checkpoints / "plain"
+    written, plain = saves["sync"][-1].bytes, checkpoints / "plain"
     weights = sum(f.data.numel() for f in engine.fragments() if f.kind == MASTER)
     step_s = median(steps["sync"])
     return {
@@ -80,17 +81,17 @@ def measure(quick: bool, folder: Path) -> dict[str, Any]:
     return found
 
 
-def cost_of(saves: list[dict[str, Any]], steps: list[float], step_s: float) -> dict[str, float]:
+def cost_of(saves: list[Save], steps: list[float], step_s: float) -> dict[str, float]:
     """Medians over saves, in seconds, and their share of the time at the default `save_every`.
 
     slower_s: by how much the steps after a save take longer than those with nothing beside them.
     """
-    stall_s = median(save["stall_s"] for save in saves)
+    stall_s = median(save.stall_s for save in saves)
     after = [sum(steps[at : at + STEPS_BESIDE]) for at in range(0, len(steps), STEPS_BESIDE)]
     slower_s = median(after) - STEPS_BESIDE * step_s
     interval_s = TrainConfig().save_every * step_s
     return {
-        "seconds": median(save["seconds"] for save in saves),
+        "seconds": median(save.seconds for save in saves),
         "stall_s": stall_s,
         "stall_percent": 100 * stall_s / (interval_s + stall_s),
         "slower_s": slower_s,

@@ -26,7 +26,8 @@ from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.run.dir import RunDir
-from distill.run.files import append_line, lock_file
+from distill.run.events import Init, append
+from distill.run.files import lock_file
 from distill.teachers.sit import load_sit
 from distill.training.build import build_callbacks
 from distill.training.callbacks import Callback, Everyone
@@ -50,7 +51,7 @@ def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool
         engine = DeepSpeedEngine(network, job.train, device)
         with _only_trainer(job.run, engine):
             if engine.rank == 0:
-                append_line(job.run.events, {"kind": "init", "weights": weights})
+                append(job.run, Init(weights))
             source = build_source(job, engine, should_stop, beat)
             return resume(job, engine, source, should_stop)
 

@@ -20,6 +20,7 @@ from distill.checkpoint.commit import Snapshot, commit, take_snapshot
 from distill.checkpoint.manifest import SaveError
 from distill.config import TrainConfig
 from distill.engine.engine import Engine, Peers
+from distill.run.events import Save
 
 
 class Saver:
@@ -31,9 +32,9 @@ class Saver:
         engine: Engine,
         config: TrainConfig,
         origin: dict[str, Any],
-        committed: Callable[[dict[str, Any]], None],
+        committed: Callable[[Save], None],
     ) -> None:
-        """`committed` takes the record of every checkpoint that is there."""
+        """`committed` takes the event of every checkpoint that is there."""
         self._checkpoints, self._engine, self._config = checkpoints, engine, config
         self._origin, self._committed = origin, committed
         self._thread = ThreadPoolExecutor(1, "save")
@@ -94,10 +95,9 @@ class Saver:
         size = commit(self._checkpoints, snapshot, ranks, keep_last, keep_every)
         seconds = time.monotonic() - started
         stalled = seconds if stall_s is None else stall_s
-        times = {"seconds": round(seconds, 4), "stall_s": round(stalled, 4)}
         failure = ""
         try:
-            self._committed({"kind": "save", "step": snapshot.step, "bytes": size, **times})
+            self._committed(Save(snapshot.step, size, round(seconds, 4), round(stalled, 4)))
         except OSError as error:  # rank 0 alone writes events, and the others must not go on
             failure = f"step {snapshot.step} is saved, and no event could say so: {error}"
         raise_together(ranks, failure, SaveError)

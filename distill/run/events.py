@@ -182,7 +182,7 @@ class Steps(Event, kind="steps"):
 
 
 @dataclass(frozen=True)
-class Wandb(Event, kind="wandb"):
+class WandbFailed(Event, kind="wandb"):
     """W&B failed; nothing more is sent to it until the next start."""
 
     error: str

@@ -63,11 +63,6 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
-def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line with a time stamp (`append_lines`)."""
-    append_lines(path, [{"time": round(time.time(), 3), **record}])
-
-
 def append_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """Appends JSON lines by a single write, so that writers do not mix.
 

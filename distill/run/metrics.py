@@ -7,10 +7,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from distill.run.dir import RunDir
 from distill.run.files import append_lines, read_lines
-from distill.run.records import RecordError, Stamped, known_part, record_of, tree_of
+from distill.run.records import REST, RecordError, Stamped, now, record_of, tree_of
 
 TAIL_BYTES = 8192  # more than the longest line
 
@@ -34,6 +35,12 @@ class Metrics(Stamped):
     mfu: float | None = None  # that over what the devices can do; None where unknown
     peak_memory_bytes: int | None = None  # of the rank with the most
     world_size: int = 1  # ranks
+    more: dict[str, Any] = field(default_factory=dict, metadata=REST)  # of callbacks, by key
+
+
+def metrics_of(step: int, values: dict[str, Any]) -> Metrics:
+    """The line of now, after `step` steps, from its values by key."""
+    return record_of(Metrics, {"time": now(), "step": step, **values})
 
 
 def append_metrics(run: RunDir, line: Metrics) -> None:
@@ -42,10 +49,10 @@ def append_metrics(run: RunDir, line: Metrics) -> None:
 
 
 def read_metrics(run: RunDir) -> Iterator[Metrics]:
-    """The lines in their order. What is none is left out, and so are fields that are not known."""
+    """The lines in their order; what is none is left out."""
     for tree in read_lines(run.metrics):
         try:
-            yield record_of(Metrics, known_part(Metrics, tree))
+            yield record_of(Metrics, tree)
         except RecordError:
             continue
 

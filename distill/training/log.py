@@ -17,7 +17,8 @@ from torch import Tensor
 from distill.checkpoint.manifest import committed_steps
 from distill.engine.engine import Engine
 from distill.run.dir import RunDir
-from distill.run.files import append_line
+from distill.run.events import Event, Fallback, Resume, Spike, Steps, append
+from distill.run.metrics import append_metrics, metrics_of
 from distill.training.callbacks import Callback, Step
 from distill.training.timing import PhaseClock
 
@@ -58,10 +59,10 @@ class TrainLog(Callback):
         self._names: list[str] = []
         self._history: deque[float] = deque(maxlen=HISTORY)
 
-    def event(self, record: dict[str, Any]) -> None:
+    def event(self, event: Event) -> None:
         """Appends to events.jsonl, on rank 0."""
         if self._engine.rank == 0:
-            append_line(self._run.events, record)
+            append(self._run, event)
 
     # -- Hooks
 
@@ -69,8 +70,8 @@ class TrainLog(Callback):
         self._first = done
         damaged = [step for step in committed_steps(self._run.checkpoints) if step > done]
         if damaged:  # newer ones did not verify
-            self.event({"kind": "fallback", "step": done, "damaged": damaged})
-        self.event({"kind": "resume", "step": done, "world_size": self._engine.world_size})
+            self.event(Fallback(done, tuple(damaged)))
+        self.event(Resume(done, self._engine.world_size))
 
     def enter(self, phase: str) -> None:
         if self._clock is None:
@@ -110,7 +111,7 @@ class TrainLog(Callback):
 
     def record(self, done: int, metrics: dict[str, Any]) -> None:
         if self._engine.rank == 0:
-            append_line(self._run.metrics, {"step": done, **metrics})
+            append_metrics(self._run, metrics_of(done, metrics))
 
     # -- Parts of a window
 
@@ -122,16 +123,16 @@ class TrainLog(Callback):
         # Rank r holds the positions r, r + W, ..: put the global batches together again.
         whole = ids.permute(1, 2, 0).reshape(-1).numpy().astype("<i8")
         digest = hashlib.sha256(whole.tobytes()).hexdigest()
-        self.event({"kind": "steps", "first": self._first, "last": done - 1, "ids_sha256": digest})
+        self.event(Steps(self._first, done - 1, digest))
 
     def _write_spikes(self, ids: Tensor, losses: Tensor) -> None:
         """An event for each step whose loss stands out, with the ids where it is largest."""
         for index, loss in enumerate(losses.mean(dim=0).tolist()):
             if stands_out(loss, self._history):
                 rank = int(losses[:, index].argmax())
-                spike = {"loss": loss, "median": median(self._history), "rank": rank}
-                found = ids[rank, index].tolist()
-                self.event({"kind": "spike", "step": self._first + index, **spike, "ids": found})
+                step, usual = self._first + index, median(self._history)
+                found = tuple(ids[rank, index].tolist())
+                self.event(Spike(step, loss, usual, rank, found))
             self._history.append(loss)
 
     def _speed(self, samples: int, steps: int) -> dict[str, Any]:

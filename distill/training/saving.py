@@ -14,6 +14,7 @@ from distill.export.student import export_checkpoint
 from distill.networks.config import NetworkConfig
 from distill.networks.files import DESCRIPTION
 from distill.run.dir import RunDir
+from distill.run.events import Save
 from distill.training.callbacks import Callback
 
 
@@ -26,7 +27,7 @@ class Checkpointer(Callback):
         run: RunDir,
         config: TrainConfig,
         origin: dict[str, Any],
-        say: Callable[[dict[str, Any]], None],
+        say: Callable[[Save], None],
     ) -> None:
         """`origin` is what manifests say of the run; `say` takes the event of every checkpoint."""
         self._config = config

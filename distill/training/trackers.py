@@ -17,6 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from distill.config import ConfigError, check
 from distill.run.dir import RunDir
+from distill.run.events import WandbFailed
 from distill.run.files import write_atomic
 from distill.training.callbacks import Callback
 
@@ -76,7 +77,7 @@ class Wandb(Callback):
         project: str,
         run: RunDir,
         settings: dict[str, Any],
-        say: Callable[[dict[str, Any]], None],
+        say: Callable[[WandbFailed], None],
     ) -> None:
         """`settings` is shown beside the run; `say` takes the event of the service's failure.
 
@@ -138,7 +139,7 @@ class Wandb(Callback):
 
     def _give_up(self, error: BaseException) -> None:
         self._run = None
-        self._say({"kind": "wandb", "error": " ".join(str(error).split()) or repr(error)})
+        self._say(WandbFailed(" ".join(str(error).split()) or repr(error)))
 
 
 def _run_id(path: Path) -> str:

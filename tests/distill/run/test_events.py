@@ -34,7 +34,7 @@ from distill.run.events import (
     Spike,
     Steps,
     Unsaved,
-    Wandb,
+    WandbFailed,
     WorkerJoin,
     WorkerLeave,
     append,
@@ -82,7 +82,7 @@ LINES = [
     (Resume(4, 2), '"kind": "resume", "step": 4, "world_size": 2'),
     (Fallback(4, (6, 8)), '"kind": "fallback", "step": 4, "damaged": [6, 8]'),
     (Steps(0, 9, SHA), f'"kind": "steps", "first": 0, "last": 9, "ids_sha256": "{SHA}"'),
-    (Wandb("gone"), '"kind": "wandb", "error": "gone"'),
+    (WandbFailed("gone"), '"kind": "wandb", "error": "gone"'),
     (
         Spike(3, 2.5, 0.5, 1, (5, 7)),
         '"kind": "spike", "step": 3, "loss": 2.5, "median": 0.5, "rank": 1, "ids": [5, 7]',

@@ -24,11 +24,14 @@ def test_a_line_is_written_as_ever(tmp_path):
     assert "mfu" not in json.loads(run.metrics.read_text().splitlines()[2])
 
 
-def test_what_older_versions_did_not_note_is_none_and_what_is_new_is_left_out(tmp_path):
+def test_what_older_versions_did_not_note_is_none_and_what_callbacks_note_is_kept(tmp_path):
     run = RunDir(tmp_path)
     lines = ['{"time": 1, "step": 2}', '{"time": 2, "step": 4, "colour": "red"}']
     run.metrics.write_text("\n".join([*lines, '{"time": 3}', '{"time": 4, "st']))
-    assert list(read_metrics(run)) == [Metrics(2, time=1.0), Metrics(4, time=2.0)]
+    assert list(read_metrics(run)) == [
+        Metrics(2, time=1.0),
+        Metrics(4, more={"colour": "red"}, time=2.0),
+    ]
     assert last_step(run.metrics) == 4
 
 
