@@ -59,8 +59,8 @@ def test_a_kill_between_record_and_deletion_leaves_a_shard_that_is_there(run):
 
 
 def test_ranges_say_the_same_as_the_set():
-    assert ranges_of({0, 1, 2, 5, 7, 8}) == [(0, 2), (5, 5), (7, 8)]
-    assert ranges_of(set()) == []
+    assert ranges_of({0, 1, 2, 5, 7, 8}) == ((0, 2), (5, 5), (7, 8))
+    assert ranges_of(set()) == ()
 
 
 def test_a_corrupt_record_is_refused_and_left(run):
