@@ -45,10 +45,9 @@ from distill.report.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
 from distill.run.files import write_json
 from distill.sample import load_student, to_uint8
-from distill.teachers.base import FrozenTeacher
+from distill.teachers.base import FrozenTeacher, Jumps
 from distill.teachers.build import build_field, build_teacher
 from distill.teachers.config import TeacherConfig
-from distill.teachers.native import Jumps
 
 LINE_PERIOD_S = 30.0  # between lines of progress, where there is no terminal
 

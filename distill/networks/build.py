@@ -19,9 +19,25 @@ def build_network(config: NetworkConfig, image: ImageSpec, seed: int = 0) -> Abs
     # back.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        match config:
-            case DiTConfig():
-                return DiT(config, image)
-            case UNetConfig():
-                return UNet(config, image)
+        return _construct(config, image)
+
+
+def empty_network(config: NetworkConfig, image: ImageSpec) -> AbstractNetwork:
+    """The network of `config` on the meta device: names and shapes, and no number yet.
+
+    For weights that come from a file or another network (`distill.networks.files.load_weights`).
+
+    Raises:
+        ConfigError: an image size that the network cannot take.
+    """
+    with torch.device("meta"):
+        return _construct(config, image)
+
+
+def _construct(config: NetworkConfig, image: ImageSpec) -> AbstractNetwork:
+    match config:
+        case DiTConfig():
+            return DiT(config, image)
+        case UNetConfig():
+            return UNet(config, image)
     raise ConfigError(f"student={type(config).__name__} is not a known network")

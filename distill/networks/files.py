@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec, check
-from distill.networks.build import build_network
+from distill.networks.build import build_network, empty_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.layers import AbstractNetwork
 from distill.run.files import sha256_file, sync_directory, write_atomic, write_json
@@ -73,17 +73,29 @@ def load_model(folder: Path, device: torch.device | str) -> tuple[AbstractNetwor
     Raises:
         ConfigError: a file is missing, cut, or does not fit the description.
     """
+    network, state, meta = open_model(folder)
+    load_weights(network, state, folder / WEIGHTS, device)
+    return network.eval().requires_grad_(False), meta
+
+
+def open_model(folder: Path) -> tuple[AbstractNetwork, dict[str, Tensor], dict[str, Any]]:
+    """The network without weights, its tensors, unread, and `meta`, as of `load_model`.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
     description = read_description(folder / DESCRIPTION)
     try:
-        network = network_config(description["network"])
-        module = build_network(network, ImageSpec(**description["image"]))
+        config = network_config(description["network"])
+        network = empty_network(config, ImageSpec(**description["image"]))
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder / DESCRIPTION} does not describe a network ({error!r})"
         ) from error
-    load_weights(module, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    state = read_tensors(folder / WEIGHTS)
+    check_weights(network, state, folder / WEIGHTS)
     meta = {key: description[key] for key in ("network", "image")} | description["meta"]
-    return module.to(device).eval().requires_grad_(False), meta
+    return network, state, meta
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -107,7 +119,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file. It is mapped: each is read where it is used.
 
     Raises:
         ConfigError: missing, cut or of another kind.
@@ -122,18 +134,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def load_weights(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Copies `state` into `module`. Names and shapes must match, with two exceptions.
+def check_weights(network: AbstractNetwork, state: dict[str, Tensor], source: Path | str) -> None:
+    """Compares names and shapes, which must match, with two exceptions.
 
-    The second-time branch `s_embedder.*` may be absent (it then keeps its inert start), and so may
-    buffers, which the constructor computes.
+    The second-time branch `s_embedder.*` may be absent, and so may buffers.
 
     Raises:
         ConfigError: names `source` and the first entry that does not fit.
     """
-    own = module.state_dict()
+    own = network.state_dict()
     optional = {name for name in own if name.startswith(SECOND_TIME)} | dict(
-        module.named_buffers()
+        network.named_buffers()
     ).keys()
     for problem, names in (
         ("lacks", own.keys() - state.keys() - optional),
@@ -149,7 +160,53 @@ def load_weights(module: nn.Module, state: dict[str, Tensor], source: Path | str
             raise ConfigError(
                 f"{source}: {name} is {list(value.shape)}, the network has {expected}"
             )
-    module.load_state_dict(state, strict=False)
+
+
+def load_weights(
+    network: AbstractNetwork,
+    state: dict[str, Tensor],
+    source: Path | str,
+    device: torch.device | str = "cpu",
+) -> AbstractNetwork:
+    """`network`, an `empty_network`, with copies of `state` on `device`, in its own dtypes.
+
+    What `state` may leave out (`check_weights`) is as `build_network` makes it of seed 0: so the
+    second-time branch is inert.
+
+    Raises:
+        ConfigError: names `source` and the first entry that does not fit.
+    """
+    check_weights(network, state, source)
+    own = network.state_dict()
+    left_out = own.keys() - state.keys()
+    if left_out:
+        start = build_network(network.config.shallowest(), network.image).state_dict()
+        state = state | {name: start[name] for name in left_out}
+    # Copies, since a mapped file may be written over; one by one, since nothing else is as large.
+    copies = {
+        name: torch.empty_like(value, device=device).copy_(state[name])
+        for name, value in own.items()
+    }
+    network.load_state_dict(copies, assign=True)
+    return network
+
+
+def with_weights_of(
+    start: AbstractNetwork, config: NetworkConfig, image: ImageSpec
+) -> AbstractNetwork | None:
+    """The network of `config`, to be trained, with the tensors of `start` itself.
+
+    None when they do not fit it.
+
+    Raises:
+        ConfigError: an image size that the network of `config` cannot take.
+    """
+    network, state = empty_network(config, image), start.state_dict()
+    shapes = {name: value.shape for name, value in network.state_dict().items()}
+    if shapes != {name: value.shape for name, value in state.items()}:
+        return None
+    network.load_state_dict(state, assign=True)
+    return network
 
 
 def fingerprint(path: Path) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from distill.config import ConfigError, ImageSpec
 from distill.networks import files as models
-from distill.networks.build import build_network
+from distill.networks.build import build_network, empty_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import WEIGHTS, fingerprint, load_model, load_weights, save_model
 
@@ -103,8 +103,7 @@ def test_bad_folders_get_a_sentence(tmp_path, spoil, match):
 
 
 def test_everything_but_the_second_time_branch_is_required():
-    network = build_network(DIT, IMAGE)
-    state = network.state_dict()
+    network, state = empty_network(DIT, IMAGE), build_network(DIT, IMAGE).state_dict()
     without_s = {name: v for name, v in state.items() if not name.startswith("s_embedder")}
     load_weights(network, without_s, "file")
     with pytest.raises(ConfigError, match="file lacks 1 tensors of this network, first final"):
