@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec, check
-from distill.networks.files import fingerprint, read_tensors
+from distill.networks.files import fingerprint, read_shapes
 from distill.teachers.base import TeacherDescription
 from distill.teachers.config import DiffusersConfig
 
@@ -68,7 +68,7 @@ def describe_diffusers(config: DiffusersConfig) -> TeacherDescription:
     folder = Path(config.path)
     content = _read_config(folder / "config.json")
     kind = str(content.get("_class_name"))
-    read_tensors(folder / WEIGHTS)
+    read_shapes(folder / WEIGHTS)
     check(
         kind in NUM_CLASSES,
         f"{folder} holds a {kind}; teacher.kind=diffusers reads {' and '.join(NUM_CLASSES)}",

@@ -62,7 +62,7 @@ def describe_edm(config: EdmConfig) -> TeacherDescription:
         ConfigError: no whole model, or no such entry.
     """
     folder = Path(config.path)
-    network, _, meta = open_model(folder)
+    network, meta = open_model(folder)
     settings = meta.get("edm")
     names = {"sigma_data", "sigma_min", "sigma_max"}
     if not isinstance(settings, dict) or settings.keys() != names:

@@ -21,7 +21,7 @@ def describe_native(config: NativeConfig) -> TeacherDescription:
         ConfigError: the folder holds no whole model, or a student is to be guided.
     """
     folder = Path(config.path)
-    network, _, meta = open_model(folder)
+    network, meta = open_model(folder)
     is_student = meta.get("kind") == "student"
     check(
         not is_student or network.image.num_classes == 0 or config.guidance == 1,

@@ -16,23 +16,33 @@ from torch import Tensor
 from distill.config import ConfigError, ImageSpec
 from distill.networks.build import empty_network
 from distill.networks.config import DiTConfig
-from distill.networks.files import check_weights, fingerprint, load_weights, read_tensors
+from distill.networks.files import (
+    check_weights,
+    fingerprint,
+    load_weights,
+    read_shapes,
+    read_tensors,
+    shapes_of,
+)
 from distill.networks.layers import AbstractNetwork
 from distill.teachers.base import NetworkTeacher, TeacherDescription
 from distill.teachers.config import SiTConfig
 
+FINAL = ("final_layer.linear.weight", "final_layer.linear.bias")
 # Heads of the published sizes S, B, L, XL by width; the weights do not tell.
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
 
 def describe_sit(config: SiTConfig) -> TeacherDescription:
-    """What a file of weights holds. A `.pt` from before torch 1.6 is read whole for that.
+    """What a file of weights holds. A `.pt` that cannot be mapped is read whole for that.
 
     Raises:
         ConfigError: file missing, cut, or of another network; heads unknown.
     """
-    network, _ = _open(config)
-    return TeacherDescription(network.image, fingerprint(Path(config.path)))
+    path = Path(config.path)
+    is_pt = path.suffix != ".safetensors"
+    network = _empty(config, shapes_of(_read_pt(path)) if is_pt else read_shapes(path))
+    return TeacherDescription(network.image, fingerprint(path))
 
 
 def load_sit(config: SiTConfig, device: torch.device | str) -> NetworkTeacher:
@@ -46,47 +56,46 @@ def load_sit(config: SiTConfig, device: torch.device | str) -> NetworkTeacher:
 
 def load_sit_network(config: SiTConfig, device: torch.device | str) -> AbstractNetwork:
     """The frozen network, on `device`. Raises as `describe_sit`."""
-    network, state = _open(config)
-    return load_weights(network, state, config.path, device).eval().requires_grad_(False)
-
-
-def _open(config: SiTConfig) -> tuple[AbstractNetwork, dict[str, Tensor]]:
-    """The network without weights of a file, `.safetensors` or `.pt`, and its tensors, unread.
-
-    Of a file of SiT's trainer the moving average is taken. Sizes are read off the weights.
-    """
     path = Path(config.path)
     state = read_tensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    network = _empty(config, shapes_of(state))
+    own = network.state_dict()
+    for name in FINAL:
+        if len(state[name]) != len(own[name]):
+            state[name] = _first_half(state[name], network.image.channels)
+    return load_weights(network, state, path, device).eval().requires_grad_(False)
+
+
+def _empty(config: SiTConfig, shapes: dict[str, torch.Size]) -> AbstractNetwork:
+    """The network without weights whose tensors, or twice its last ones, have these `shapes`."""
+    path = config.path
     try:
-        width, channels, patch_size, _ = state["x_embedder.proj.weight"].shape
-        grid = round(state["pos_embed"].shape[1] ** 0.5)
-        num_classes = len(state["y_embedder.embedding_table.weight"]) - 1
-        hidden = len(state["blocks.0.mlp.fc1.weight"])
-        outputs = len(state["final_layer.linear.weight"])
-    except (KeyError, ValueError) as error:
+        width, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
+        grid = round(shapes["pos_embed"][1] ** 0.5)
+        num_classes = shapes["y_embedder.embedding_table.weight"][0] - 1
+        hidden = shapes["blocks.0.mlp.fc1.weight"][0]
+        outputs = shapes["final_layer.linear.weight"][0]
+    except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(f"{path} does not hold the weights of a SiT ({error})") from error
     heads = config.num_heads or HEADS.get(width, 0)
     if heads == 0:
         raise ConfigError(f"{path} has width {width}, no published size: set teacher.num_heads")
-    if outputs == 2 * channels * patch_size**2:
-        state = _first_half(state, patch_size)
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
     sizes = DiTConfig(
         patch_size=patch_size, width=width, depth=depth, num_heads=heads, mlp_ratio=hidden / width
     )
     network = empty_network(sizes, ImageSpec(channels, grid * patch_size, num_classes))
-    check_weights(network, state, path)
-    return network, state
+    if outputs == 2 * channels * patch_size**2:
+        shapes = shapes | {
+            name: torch.Size([shapes[name][0] // 2, *shapes[name][1:]]) for name in FINAL
+        }
+    check_weights(network, shapes, path)
+    return network
 
 
-def _first_half(state: dict[str, Tensor], patch_size: int) -> dict[str, Tensor]:
-    """`state` without the outputs of the second half of the channels."""
-    # Rows are ordered (row, column, channel).
-    changed = dict(state)
-    for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
-        rows = state[name].unflatten(0, (patch_size * patch_size, 2, -1))
-        changed[name] = rows[:, 0].flatten(0, 1)
-    return changed
+def _first_half(value: Tensor, channels: int) -> Tensor:
+    """The rows of `value`, a tensor of the last layer, that make the first `channels` channels."""
+    return value.unflatten(0, (-1, 2, channels))[:, 0].flatten(0, 1)  # (row and column, channel)
 
 
 def _read_pt(path: Path) -> dict[str, Tensor]:
