@@ -23,7 +23,7 @@ from distill.run.dir import RunDir
 from distill.run.events import Commit, Lease, Pool, WorkerJoin, append
 from distill.run.files import write_json
 from distill.run.metrics import Metrics, append_metrics
-from distill.teachers.config import TeacherConfig
+from distill.teachers.config import NativeConfig, TeacherConfig
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 PAGE = 5
@@ -105,7 +105,7 @@ def finished_run(tmp_path_factory) -> RunDir:
 def teachers(finished_run) -> dict[str, TeacherConfig]:
     """The teacher of `finished_run`, without guidance."""
     path = str(finished_run.teacher.model(3))
-    return {"tiny": TeacherConfig(kind="native", path=path, solver="heun", steps=8)}
+    return {"tiny": NativeConfig(path=path, solver="heun", steps=8)}
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,8 @@ from distill.networks.files import DESCRIPTION, load_model, save_model
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.config import ReflowConfig
 from distill.teachers.base import guided
-from distill.teachers.native import NativeTeacher
+from distill.teachers.config import NativeConfig
+from distill.teachers.native import load_native
 
 DATA = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 NETWORK = DiTConfig(patch_size=2, width=64, depth=3, num_heads=4, mlp_ratio=2.0)
@@ -38,7 +39,7 @@ def digits_problem(folder: Path, is_quick: bool) -> Problem:
     """The digits teacher in `folder`, trained now if it is not there; briefly if `is_quick`."""
     if not (folder / DESCRIPTION).exists():
         train_teacher(folder, replace(PRETRAIN, max_steps=300) if is_quick else PRETRAIN)
-    field = guided(NativeTeacher(folder, "cpu"), GUIDANCE)
+    field = guided(load_native(NativeConfig(path=str(folder)), "cpu"), GUIDANCE)
 
     def network(seed: int) -> AbstractNetwork:  # a student starts as its teacher, for every seed
         return load_model(folder, "cpu")[0].train().requires_grad_(True)

@@ -31,7 +31,7 @@ from benchmarks.stream.run import DEADLINE_S, Run, network
 from distill.flow.solvers import solve
 from distill.run.events import Commit, read_events
 from distill.teachers.build import build_field, build_teacher
-from distill.teachers.config import TeacherConfig
+from distill.teachers.config import NativeConfig, TeacherConfig
 from distill.training.memory import keep_freed_memory
 
 SHARD, GRID = 256, 8  # samples, intervals of the grid
@@ -122,7 +122,7 @@ def measure_row(folder: Path, teacher: list[str], workers: int, turns: int) -> d
             run.finish(supervisor)
         time.sleep(1)
     signal_all([supervisor.pid], signal.SIGSTOP)
-    config = TeacherConfig(path=str(folder.parent / "teacher"), steps=16, guidance=1.5)
+    config = NativeConfig(path=str(folder.parent / "teacher"), steps=16, guidance=1.5)
     loops = start_loops(config, workers)
     signal_all(loops.pids, signal.SIGSTOP)
     loops_turns, pool_turns = [], []

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cluster.settings.schema import RunConfig
+from cluster.settings.teachers import RunTree, settled
 from distill.config import ConfigError, check
 from distill.networks.config import NETWORKS
 from distill.objectives.config import (
@@ -120,6 +121,7 @@ def to_config(tree: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(sentence(error)) from error
     assert isinstance(config, RunConfig)
+    config = settled(config)
     check(config.run.name != "", "run.name is empty; give the run a name")
     return config
 
@@ -144,7 +146,7 @@ def schema_for(stored: DictConfig, path: Path) -> DictConfig:
     """The typed tree that a stored configuration is merged into: its own network and objective
     variants.
     """
-    tree = OmegaConf.structured(RunConfig)
+    tree = OmegaConf.structured(RunTree)
     for key, variants in (("student", NETWORKS), ("objective", OBJECTIVES)):
         name = str(OmegaConf.select(stored, f"{key}.name"))
         check(

@@ -25,6 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from cluster.settings.file import register_resolvers, sentence, to_config
 from cluster.settings.schema import ClusterConfig, RunConfig
+from cluster.settings.teachers import RunTree
 from distill.config import ConfigError, TrainConfig, check
 from distill.data.config import DataConfig
 from distill.evaluation.config import EvalConfig
@@ -36,7 +37,7 @@ def register() -> None:
     """Stores one schema per variant, so that an unknown key fails while Hydra composes."""
     register_resolvers()
     store = ConfigStore.instance()
-    store.store(name="base_run", node=RunConfig)
+    store.store(name="base_run", node=RunTree)
     store.store(group="data", name="base_data", node=DataConfig)
     store.store(group="train", name="base_train", node=TrainConfig)
     store.store(group="eval", name="base_eval", node=EvalConfig)

@@ -21,7 +21,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The configuration as workers need it, whose working directory may be another."""
 
     def teacher(value: TeacherConfig) -> TeacherConfig:
-        is_path = value.kind != "analytic" or Path(value.path).exists()
+        is_path = not value.may_be_name or Path(value.path).exists()
         return dataclasses.replace(value, path=_absolute(value.path)) if is_path else value
 
     location = config.trajectory.location
@@ -44,7 +44,7 @@ def own_teachers(config: RunConfig) -> dict[str, Path]:
     return {
         name: Path(teacher.path)
         for name, teacher in config.teacher.items()
-        if teacher.kind == "native" and is_own(teacher.path, config.run.dir)
+        if teacher.is_from_run and is_own(teacher.path, config.run.dir)
     }
 
 

@@ -67,10 +67,12 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
     """
     teachers = {}
     for name, teacher in config.teacher.items():
+        # The first version wrote a SiT's heads for every kind; hashes of runs contain them.
         teachers[name] = _values(teacher)
+        teachers[name].setdefault("num_heads", 0)
         if is_own(teacher.path, config.run.dir):
             teachers[name]["path"] = teacher.path[len(config.run.dir.rstrip("/")) + 1 :]
-        elif teacher.kind != "analytic":
+        elif not teacher.may_be_name:
             del teachers[name]["path"]
     identity = {
         "seed": config.seed,

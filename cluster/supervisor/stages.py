@@ -31,7 +31,7 @@ from distill.export.student import latest_student
 from distill.networks.files import DESCRIPTION
 from distill.report.sections import write_report
 from distill.run.dir import RunDir
-from distill.teachers.build import build_teacher
+from distill.teachers.build import describe
 from distill.teachers.config import TeacherConfig
 from distill.training.trackers import check_wandb
 
@@ -61,7 +61,7 @@ def with_models(config: RunConfig) -> RunConfig:
 
 def _with_model(teacher: TeacherConfig) -> TeacherConfig:
     run = RunDir(Path(teacher.path))
-    if teacher.kind != "native" or not run.identity.is_file():
+    if not teacher.is_from_run or not run.identity.is_file():
         return teacher
     exported = run.root / "student"  # where `bowstring export` puts it
     is_gone = has_model(exported) and latest_verified(run.checkpoints) is None
@@ -172,7 +172,7 @@ def run_spec(session: Session) -> ShardSpec:
         )
     prints = {}
     for name, settings in config.teacher.items():
-        teacher = build_teacher(settings, "cpu")
+        teacher = describe(settings)
         check_image(name, teacher.image, config.data.image)
         prints[name] = teacher.fingerprint
     record_teachers(session.run, prints)

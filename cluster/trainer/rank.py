@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,14 +20,14 @@ from distill.checkpoint.commit import load_latest
 from distill.engine.engine import Engine
 from distill.networks.build import build_network
 from distill.networks.cost import network_cost
-from distill.networks.files import load_model
+from distill.networks.files import with_weights_of
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.run.dir import RunDir
 from distill.run.events import Init, append
 from distill.run.files import lock_file
-from distill.teachers.sit import load_sit
+from distill.teachers.build import start_of
 from distill.training.build import build_callbacks
 from distill.training.callbacks import Callback, Everyone
 from distill.training.log import Flops
@@ -95,27 +94,22 @@ def flops_of(job: TrainJob) -> Flops:
 def initial_network(job: TrainJob) -> tuple[AbstractNetwork, str]:
     """The network before the first step, and in words where its weights come from.
 
-    A student starts as its last teacher when that is native or a SiT and has the same architecture:
-    the branch of the jump s - t is still zero, so it begins with exactly the teacher's velocity,
-    without guidance.
+    A student starts as its last teacher when that is a network of the same architecture: the branch
+    of the jump s - t is still zero, so it begins with exactly the teacher's velocity, without
+    guidance.
     """
-    config = job.config
-    network = build_network(config.student, config.data.image, config.seed)
+    student, image, seed = job.config.student, job.config.data.image, job.config.seed
     if job.stage == "pretrain":
-        return network, "fresh"
-    name, teacher = list(config.teacher.items())[-1]
-    match teacher.kind:
-        case "native":
-            state = load_model(Path(teacher.path), "cpu")[0].state_dict()
-        case "sit":
-            state = load_sit(Path(teacher.path), teacher.num_heads, "cpu").network.state_dict()
-        case _:
-            return network, f"fresh: teacher.{name} is of kind {teacher.kind}"
-    own = network.state_dict()
-    if {k: v.shape for k, v in state.items()} != {k: v.shape for k, v in own.items()}:
-        return network, f"fresh: teacher.{name} has another architecture than the student"
-    network.load_state_dict(state)
-    return network, f"teacher.{name}"
+        return build_network(student, image, seed), "fresh"
+    name, teacher = list(job.config.teacher.items())[-1]
+    start = start_of(teacher)
+    if start is None:
+        why = f"is of kind {teacher.kind}"
+    elif (network := with_weights_of(start, student, image)) is None:
+        why = "has another architecture than the student"
+    else:
+        return network, f"teacher.{name}"
+    return build_network(student, image, seed), f"fresh: teacher.{name} {why}"
 
 
 @contextmanager

@@ -20,10 +20,9 @@ from distill.flow.paths import MeanVelocity
 from distill.flow.solvers import solve, solve_by_jumps
 from distill.flow.times import sampler_times
 from distill.flow.trajectory import GeneratedShard
-from distill.teachers.base import FrozenTeacher, Guided
+from distill.teachers.base import FrozenTeacher, Guided, Jumps
 from distill.teachers.build import build_field
 from distill.teachers.config import TeacherConfig
-from distill.teachers.native import Jumps
 
 
 def common_image(teachers: dict[str, FrozenTeacher]) -> ImageSpec:

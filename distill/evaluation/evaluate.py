@@ -46,10 +46,9 @@ from distill.run.dir import RunDir
 from distill.run.records import record_of
 from distill.run.results import Extractor, Reference, Results, Row, Truth, write_results
 from distill.sample import load_student, to_uint8
-from distill.teachers.base import FrozenTeacher
+from distill.teachers.base import FrozenTeacher, Jumps
 from distill.teachers.build import build_field, build_teacher
 from distill.teachers.config import TeacherConfig
-from distill.teachers.native import Jumps
 
 LINE_PERIOD_S = 30.0  # between lines of progress, where there is no terminal
 

@@ -13,9 +13,9 @@ from typing import Any
 from distill.checkpoint.commit import read_average
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError, ImageSpec, check
-from distill.networks.build import build_network
+from distill.networks.build import empty_network
 from distill.networks.config import NetworkConfig, network_config
-from distill.networks.files import DESCRIPTION, save_model
+from distill.networks.files import DESCRIPTION, load_weights, save_model
 from distill.run.dir import RunDir
 
 
@@ -43,7 +43,7 @@ def export_checkpoint(
     Raises:
         ConfigError: the checkpoint is of another network.
     """
-    module = build_network(network, image)
+    module = empty_network(network, image)
     average = read_average(checkpoint, "evaluation")
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
@@ -52,7 +52,7 @@ def export_checkpoint(
         and all(shapes[name] == tuple(average[name].shape) for name in trained),
         f"{checkpoint} is of another network than {type(network).__name__} in the configuration",
     )
-    module.load_state_dict(average, strict=False)
+    load_weights(module, average, checkpoint)
     save_model(out, module.state_dict(), network, image, meta)
     return out
 

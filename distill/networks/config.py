@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import MISSING
@@ -16,6 +16,13 @@ class NetworkConfig:
 
     name: str = MISSING  # dit | unet
 
+    def shallowest(self) -> NetworkConfig:
+        """The same with the fewest blocks. What the constructor makes before them stays the same.
+
+        `distill.networks.files.load_weights` takes from it what a file of weights leaves out.
+        """
+        return self
+
 
 @dataclass
 class DiTConfig(NetworkConfig):
@@ -27,6 +34,10 @@ class DiTConfig(NetworkConfig):
     depth: int = 12
     num_heads: int = 6
     mlp_ratio: float = 4.0
+
+    def shallowest(self) -> DiTConfig:
+        """The same with one block."""
+        return replace(self, depth=1)
 
     def __post_init__(self) -> None:
         check_positive("student", patch_size=self.patch_size, width=self.width)
@@ -47,6 +58,10 @@ class UNetConfig(NetworkConfig):
     blocks_per_level: int = 2
     attention_sizes: list[int] = field(default_factory=lambda: [16])  # map heights that get it
     num_heads: int = 4
+
+    def shallowest(self) -> UNetConfig:
+        """The same with one block a level."""
+        return replace(self, blocks_per_level=1)
 
     def __post_init__(self) -> None:
         check_positive("student", width=self.width, num_heads=self.num_heads)

@@ -3,17 +3,19 @@
 import json
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec, check
-from distill.networks.build import build_network
+from distill.networks.build import build_network, empty_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.layers import AbstractNetwork
 from distill.run.files import sha256_file, sync_directory, write_atomic, write_json
@@ -73,17 +75,28 @@ def load_model(folder: Path, device: torch.device | str) -> tuple[AbstractNetwor
     Raises:
         ConfigError: a file is missing, cut, or does not fit the description.
     """
+    network, meta = open_model(folder)
+    load_weights(network, read_tensors(folder / WEIGHTS), folder / WEIGHTS, device)
+    return network.eval().requires_grad_(False), meta
+
+
+def open_model(folder: Path) -> tuple[AbstractNetwork, dict[str, Any]]:
+    """The network without weights, and `meta`, of `load_model`.
+
+    Raises:
+        ConfigError: as `load_model`.
+    """
     description = read_description(folder / DESCRIPTION)
     try:
-        network = network_config(description["network"])
-        module = build_network(network, ImageSpec(**description["image"]))
+        config = network_config(description["network"])
+        network = empty_network(config, ImageSpec(**description["image"]))
     except (KeyError, TypeError) as error:
         raise ConfigError(
             f"{folder / DESCRIPTION} does not describe a network ({error!r})"
         ) from error
-    load_weights(module, read_tensors(folder / WEIGHTS), folder / WEIGHTS)
+    check_weights(network, read_shapes(folder / WEIGHTS), folder / WEIGHTS)
     meta = {key: description[key] for key in ("network", "image")} | description["meta"]
-    return module.to(device).eval().requires_grad_(False), meta
+    return network, meta
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -107,49 +120,117 @@ def read_description(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+    """The tensors of a safetensors file. It is mapped: each is read where it is used.
 
     Raises:
         ConfigError: missing, cut or of another kind.
     """
+    with _whole(path):
+        return load_file(path)
+
+
+def read_shapes(path: Path) -> dict[str, torch.Size]:
+    """The shapes of the tensors of a safetensors file, from its header alone.
+
+    Raises:
+        ConfigError: missing, cut or of another kind.
+    """
+    with _whole(path), safe_open(path, framework="pt") as file:
+        names = file.keys()
+        return {name: torch.Size(file.get_slice(name).get_shape()) for name in names}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Makes ConfigErrors of what safetensors says of a file."""
     if not path.is_file():
         raise ConfigError(f"{path} is missing")
     try:
-        return load_file(path)
+        yield
     except SafetensorError as error:
         raise ConfigError(
             f"{path} cannot be read ({error}); it is cut or not a safetensors file"
         ) from error
 
 
-def load_weights(module: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Copies `state` into `module`. Names and shapes must match, with two exceptions.
+def shapes_of(state: dict[str, Tensor]) -> dict[str, torch.Size]:
+    """The shape of every tensor."""
+    return {name: value.shape for name, value in state.items()}
 
-    The second-time branch `s_embedder.*` may be absent (it then keeps its inert start), and so may
-    buffers, which the constructor computes.
+
+def check_weights(
+    network: AbstractNetwork, shapes: dict[str, torch.Size], source: Path | str
+) -> None:
+    """Compares names and shapes of a state with those of `network`; two kinds may be left out.
+
+    The second-time branch `s_embedder.*` may be absent, and so may buffers.
 
     Raises:
         ConfigError: names `source` and the first entry that does not fit.
     """
-    own = module.state_dict()
+    own = network.state_dict()
     optional = {name for name in own if name.startswith(SECOND_TIME)} | dict(
-        module.named_buffers()
+        network.named_buffers()
     ).keys()
     for problem, names in (
-        ("lacks", own.keys() - state.keys() - optional),
-        ("has unknown", state.keys() - own.keys()),
+        ("lacks", own.keys() - shapes.keys() - optional),
+        ("has unknown", shapes.keys() - own.keys()),
     ):
         if names:
             raise ConfigError(
                 f"{source} {problem} {len(names)} tensors of this network, first {min(names)}"
             )
-    for name, value in state.items():
-        if value.shape != own[name].shape:
+    for name, shape in shapes.items():
+        if shape != own[name].shape:
             expected = list(own[name].shape)
-            raise ConfigError(
-                f"{source}: {name} is {list(value.shape)}, the network has {expected}"
-            )
-    module.load_state_dict(state, strict=False)
+            raise ConfigError(f"{source}: {name} is {list(shape)}, the network has {expected}")
+
+
+def load_weights(
+    network: AbstractNetwork,
+    state: dict[str, Tensor],
+    source: Path | str,
+    device: torch.device | str = "cpu",
+) -> AbstractNetwork:
+    """`network`, an `empty_network`, with copies of `state` on `device`, in its own dtypes.
+
+    What `state` may leave out (`check_weights`) is as `build_network` makes it of seed 0, where the
+    second-time branch is inert.
+
+    Raises:
+        ConfigError: names `source` and the first entry that does not fit.
+    """
+    check_weights(network, shapes_of(state), source)
+    own = network.state_dict()
+    state = own | state
+    left_out = [name for name, value in state.items() if value.is_meta]
+    if left_out:
+        start = build_network(network.config.shallowest(), network.image).state_dict()
+        state |= {name: start[name] for name in left_out}
+    # Copies, since a mapped file may be written over; one by one, since nothing else is as large.
+    copies = {
+        name: torch.empty(value.shape, dtype=value.dtype, device=device).copy_(state[name])
+        for name, value in own.items()
+    }
+    network.load_state_dict(copies, assign=True)
+    return network
+
+
+def with_weights_of(
+    start: AbstractNetwork, config: NetworkConfig, image: ImageSpec
+) -> AbstractNetwork | None:
+    """The network of `config`, to be trained, with the tensors of `start` itself.
+
+    None when they do not fit it.
+
+    Raises:
+        ConfigError: an image size that the network of `config` cannot take.
+    """
+    network, state = empty_network(config, image), start.state_dict()
+    if shapes_of(network.state_dict()) != shapes_of(state):
+        return None
+    network.load_state_dict(state, assign=True)
+    return network
 
 
 def fingerprint(path: Path) -> str:

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
 from distill.flow.paths import expand_as
+from distill.teachers.base import TeacherDescription
+from distill.teachers.config import AnalyticConfig
 
 
 class MixtureTeacher:
@@ -93,6 +95,12 @@ def random_mixture(dimensions: int = 64, count: int = 10, std: float = 0.3) -> M
 
 
 PRESETS = {"ring8": ring, "mixture64": random_mixture}
+
+
+def describe_analytic(config: AnalyticConfig) -> TeacherDescription:
+    """What a mixture holds: it is its few numbers. Raises as `load_analytic`."""
+    teacher = load_analytic(config.path, "cpu")
+    return TeacherDescription(teacher.image, teacher.fingerprint)
 
 
 def load_analytic(path: str, device: torch.device | str) -> MixtureTeacher:

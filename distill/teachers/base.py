@@ -1,5 +1,6 @@
-"""What a teacher is, and classifier-free guidance."""
+"""What a teacher is, and is known to be beforehand; its field under guidance; a student's jumps."""
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -7,6 +8,22 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ImageSpec, check
+from distill.networks.layers import AbstractNetwork
+
+
+@dataclass(frozen=True)
+class TeacherDescription:
+    """What a run must know of a teacher before its weights are needed.
+
+    Attributes:
+        image: shape and classes it was trained on.
+        fingerprint: sha256, in hex, of the bytes of its weights.
+        is_student: whether it is one, with guidance in it already.
+    """
+
+    image: ImageSpec
+    fingerprint: str
+    is_student: bool = False
 
 
 @runtime_checkable
@@ -70,3 +87,40 @@ def guided(teacher: FrozenTeacher, scale: float) -> Guided:
         ConfigError: guidance of a teacher that has no classes.
     """
     return Guided(teacher, scale)
+
+
+class NetworkTeacher:
+    """A teacher that is a network of ours: its velocity is the diagonal u(x, t, t)."""
+
+    def __init__(self, network: AbstractNetwork, description: TeacherDescription) -> None:
+        self.network = network
+        self.image, self.fingerprint = description.image, description.fingerprint
+        self.is_student = description.is_student
+
+    @torch.no_grad()
+    def velocity(
+        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C H W"]:
+        """u(x, t, t, label)."""
+        return self.network(x, t, t, label)
+
+
+class Jumps(Guided):
+    """The mean velocity u(x, t, s, label) of a student as teacher, counted as `Guided` counts."""
+
+    def __init__(self, teacher: NetworkTeacher) -> None:
+        super().__init__(teacher, 1.0)
+        self._network = teacher.network
+
+    @torch.no_grad()
+    def mean_velocity(
+        self,
+        x: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        s: Float[Tensor, "B"],
+        label: Int[Tensor, "B"],
+    ) -> Float[Tensor, "B C H W"]:
+        """u(x, t, s, label): one evaluation, one forward."""
+        self.evaluations += 1
+        self.forwards += 1
+        return self._network(x, t, s, label)

@@ -1,8 +1,11 @@
-"""Settings of the teachers. No torch."""
+"""Settings of the teachers, one dataclass per kind. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from omegaconf import MISSING
 
 from distill.config import check, check_choice, check_positive
 from distill.flow.times import NFE_PER_STEP
@@ -10,26 +13,83 @@ from distill.flow.times import NFE_PER_STEP
 
 @dataclass
 class TeacherConfig:
-    """One frozen teacher and how its ODE is solved.
+    """Base of the kinds: a frozen teacher and how its ODE is solved; one subclass per kind.
 
     Several teachers may differ in everything but the shape of the images and the stored grid.
+
+    Attributes:
+        is_from_run: a run makes such teachers: by pre-training, and as its student, which can jump.
+            `path` may be that run.
+        may_be_name: `path` may also name something that is built in.
     """
 
-    kind: str = "native"  # native | analytic | sit | diffusers | edm
-    path: str = ""  # folder or file with the weights; native: also the folder of an earlier run
+    kind: str = MISSING  # native | analytic | sit | diffusers | edm
+    path: str = ""  # folder or file with the weights
     solver: str = "heun"  # euler | heun | rk4 | jumps (of a student)
     steps: int = 16  # fixed solver steps from noise to data; a multiple of trajectory.grid
     guidance: float = 1.0  # scale w of v = v_null + w (v_label - v_null); 1 is off
     weight: float = 1.0  # convex weight among several teachers, before normalisation
-    num_heads: int = 0  # of a SiT checkpoint, which does not tell; 0: that of the published size
+
+    is_from_run: ClassVar[bool] = False
+    may_be_name: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_choice("teacher.kind", self.kind, ("native", "analytic", "sit", "diffusers", "edm"))
+        assert TEACHERS.get(self.kind) is type(self), f"{type(self).__name__} of kind {self.kind}"
         check_choice("teacher.solver", self.solver, tuple(NFE_PER_STEP))
         check(
-            self.solver != "jumps" or (self.kind == "native" and self.guidance == 1),
+            self.solver != "jumps" or (self.is_from_run and self.guidance == 1),
             f"teacher.solver=jumps with teacher.kind={self.kind} and teacher.guidance="
             f"{self.guidance} cannot work: only a student jumps, and guidance is in it already; "
             "set teacher.kind=native and teacher.guidance=1",
         )
         check_positive("teacher", steps=self.steps, weight=self.weight)
+
+
+@dataclass
+class NativeConfig(TeacherConfig):
+    """A model folder: `bowstring pretrain` or `bowstring export` wrote it.
+
+    To the command line also the folder of an earlier run, for its student.
+    """
+
+    kind: str = "native"
+    is_from_run = True
+
+
+@dataclass
+class AnalyticConfig(TeacherConfig):
+    """A name of `analytic.PRESETS`, or a JSON file with a Gaussian mixture."""
+
+    kind: str = "analytic"
+    may_be_name = True
+
+
+@dataclass
+class SiTConfig(TeacherConfig):
+    """A checkpoint of the public SiT code, `.pt` or `.safetensors`."""
+
+    kind: str = "sit"
+    num_heads: int = 0  # which the weights do not tell; 0: that of the published size
+
+
+@dataclass
+class DiffusersConfig(TeacherConfig):
+    """A folder with one flow-matching model: config.json and its safetensors."""
+
+    kind: str = "diffusers"
+
+
+@dataclass
+class EdmConfig(TeacherConfig):
+    """A model folder whose network was trained with EDM's preconditioning."""
+
+    kind: str = "edm"
+
+
+TEACHERS: dict[str, type[TeacherConfig]] = {
+    "native": NativeConfig,
+    "analytic": AnalyticConfig,
+    "sit": SiTConfig,
+    "diffusers": DiffusersConfig,
+    "edm": EdmConfig,
+}

@@ -5,6 +5,7 @@ flow models predict x_0 - x_1. So sigma = 1 - t and v = -prediction. A model tra
 (epsilon, v-prediction) cannot be told apart by its files and is the user's to know.
 """
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,8 +15,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distill.config import ConfigError, ImageSpec
-from distill.networks.files import fingerprint
+from distill.config import ConfigError, ImageSpec, check
+from distill.networks.files import fingerprint, read_shapes
+from distill.teachers.base import TeacherDescription
+from distill.teachers.config import DiffusersConfig
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -45,40 +48,57 @@ class DiffusersTeacher:
         return -self.model(x, 1000 * (1 - t), rows)[:, : self.image.channels]
 
 
-def load_diffusers(folder: Path, device: torch.device | str) -> DiffusersTeacher:
-    """The teacher of a folder with config.json and one safetensors file.
+# Classes of diffusers that are read, and the number of label classes by their config.json.
+NUM_CLASSES: dict[str, Callable[[dict[str, Any]], int]] = {
+    "UNet2DModel": lambda config: (config.get("num_class_embeds") or 1) - 1,
+    "DiTTransformer2DModel": lambda config: config.get("num_embeds_ada_norm", 1000),
+}
 
-    Reads `UNet2DModel` (labels from `num_class_embeds`, the last one "none") and
-    `DiTTransformer2DModel`.
+
+def describe_diffusers(config: DiffusersConfig) -> TeacherDescription:
+    """What a folder with config.json and one safetensors file holds.
+
+    Of `UNet2DModel` the labels are `num_class_embeds`, the last one "none". Whether the tensors are
+    those of the model is seen when it is loaded; diffusers itself is not imported.
 
     Raises:
         ConfigError: diffusers is not installed, a file is missing or cut, or another class of
         model.
     """
-    config = _read_config(folder / "config.json")
-    digest = fingerprint(folder / WEIGHTS)
-    kind = config.get("_class_name")
-    match kind:
-        case "UNet2DModel":
-            classes = (config.get("num_class_embeds") or 1) - 1
-        case "DiTTransformer2DModel":
-            classes = config.get("num_embeds_ada_norm", 1000)
-        case _:
-            raise ConfigError(
-                f"{folder} holds a {kind}; teacher.kind=diffusers reads UNet2DModel and "
-                "DiTTransformer2DModel"
-            )
-    size = config.get("sample_size")
+    folder = Path(config.path)
+    content = _read_config(folder / "config.json")
+    kind = str(content.get("_class_name"))
+    read_shapes(folder / WEIGHTS)
+    check(
+        kind in NUM_CLASSES,
+        f"{folder} holds a {kind}; teacher.kind=diffusers reads {' and '.join(NUM_CLASSES)}",
+    )
+    size = content.get("sample_size")
     if not isinstance(size, int):
         raise ConfigError(
             f"{folder / 'config.json'}: sample_size={size} is not one number of pixels"
         )
-    network = _load_network(folder, kind).to(device).eval().requires_grad_(False)
+    check(
+        importlib.util.find_spec("diffusers") is not None,
+        "teacher.kind=diffusers needs the package diffusers: pip install 'bowstring[diffusers]'",
+    )
+    image = ImageSpec(content["in_channels"], size, NUM_CLASSES[kind](content))
+    return TeacherDescription(image, fingerprint(folder / WEIGHTS))
+
+
+def load_diffusers(config: DiffusersConfig, device: torch.device | str) -> DiffusersTeacher:
+    """The teacher of a folder.
+
+    Raises:
+        ConfigError: as `describe_diffusers`, and when the tensors are not those of the model.
+    """
+    description = describe_diffusers(config)
+    network = _load_network(Path(config.path)).to(device).eval().requires_grad_(False)
 
     def model(x: Tensor, step: Tensor, rows: Tensor | None) -> Tensor:
         return network(x, timestep=step, class_labels=rows, return_dict=False)[0]
 
-    return DiffusersTeacher(model, ImageSpec(config["in_channels"], size, classes), digest)
+    return DiffusersTeacher(model, description.image, description.fingerprint)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -93,21 +113,14 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _load_network(folder: Path, kind: str) -> Any:
-    """The diffusers module of class `kind`."""
+def _load_network(folder: Path) -> Any:
+    """The diffusers module of a folder."""
+    # Optional and heavy, so not at the top: only this kind of teacher needs it.
+    import diffusers
+
+    kind = getattr(diffusers, _read_config(folder / "config.json")["_class_name"])
     try:
-        # Optional and heavy, so not at the top: only this kind of teacher needs it.
-        import diffusers
-    except ImportError as error:
-        raise ConfigError(
-            "teacher.kind=diffusers needs the package diffusers: pip install 'bowstring[diffusers]'"
-        ) from error
-    variants = {
-        "UNet2DModel": diffusers.UNet2DModel,
-        "DiTTransformer2DModel": diffusers.DiTTransformer2DModel,
-    }
-    try:
-        return variants[kind].from_pretrained(
+        return kind.from_pretrained(
             str(folder), use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
         )
     except (OSError, ValueError, RuntimeError) as error:

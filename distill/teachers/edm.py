@@ -19,7 +19,9 @@ from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
 from distill.flow.paths import expand_as
-from distill.networks.files import WEIGHTS, fingerprint, load_model
+from distill.networks.files import WEIGHTS, fingerprint, load_model, open_model
+from distill.teachers.base import TeacherDescription
+from distill.teachers.config import EdmConfig
 
 
 class EdmTeacher:
@@ -50,23 +52,33 @@ class EdmTeacher:
         return expand_as(linear, x) * x + expand_as(d / n, x) * raw
 
 
-def load_edm(folder: Path, device: torch.device | str) -> EdmTeacher:
-    """The teacher of a model folder with our network.
+def describe_edm(config: EdmConfig) -> TeacherDescription:
+    """What a model folder with our network, trained as EDM trains, holds.
 
-    It is run as F(x, c_noise, label) = u(x, c_noise, c_noise, label). `meta` of its model.json must
-    hold "edm": {"sigma_data", "sigma_min", "sigma_max"}. EDM's own files are pickled programs;
-    convert them elsewhere.
+    `meta` of its model.json must hold "edm": {"sigma_data", "sigma_min", "sigma_max"}. EDM's own
+    files are pickled programs; convert them elsewhere.
 
     Raises:
         ConfigError: no whole model, or no such entry.
     """
-    network, meta = load_model(folder, device)
+    folder = Path(config.path)
+    network, meta = open_model(folder)
     settings = meta.get("edm")
     names = {"sigma_data", "sigma_min", "sigma_max"}
     if not isinstance(settings, dict) or settings.keys() != names:
         raise ConfigError(f"{folder}: meta.edm in model.json must hold {', '.join(sorted(names))}")
+    return TeacherDescription(network.image, fingerprint(folder / WEIGHTS))
+
+
+def load_edm(config: EdmConfig, device: torch.device | str) -> EdmTeacher:
+    """The teacher of a model folder, run as F(x, c_noise, label) = u(x, c_noise, c_noise, label).
+
+    Raises as `describe_edm`.
+    """
+    description = describe_edm(config)
+    network, meta = load_model(Path(config.path), device)
 
     def raw(x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
         return network(x, c_noise, c_noise, label)
 
-    return EdmTeacher(raw, network.image, fingerprint(folder / WEIGHTS), **settings)
+    return EdmTeacher(raw, description.image, description.fingerprint, **meta["edm"])

@@ -7,50 +7,31 @@ After the other objectives it is a map G, to be used in jumps that it was traine
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from distill.networks.files import WEIGHTS, fingerprint, load_model
-from distill.teachers.base import Guided
+from distill.config import check
+from distill.networks.files import WEIGHTS, fingerprint, load_model, open_model
+from distill.teachers.base import NetworkTeacher, TeacherDescription
+from distill.teachers.config import NativeConfig
 
 
-class NativeTeacher:
-    """The network of a model folder.
+def describe_native(config: NativeConfig) -> TeacherDescription:
+    """What a model folder holds.
 
     Raises:
-        ConfigError: the folder holds no whole model.
+        ConfigError: the folder holds no whole model, or a student is to be guided.
     """
-
-    def __init__(self, folder: Path, device: torch.device | str) -> None:
-        self.network, meta = load_model(folder, device)
-        self.is_student = meta.get("kind") == "student"
-        self.image = self.network.image
-        self.fingerprint = fingerprint(folder / WEIGHTS)
-
-    @torch.no_grad()
-    def velocity(
-        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
-    ) -> Float[Tensor, "B C H W"]:
-        """u(x, t, t, label)."""
-        return self.network(x, t, t, label)
+    folder = Path(config.path)
+    network, meta = open_model(folder)
+    is_student = meta.get("kind") == "student"
+    check(
+        not is_student or network.image.num_classes == 0 or config.guidance == 1,
+        f"teacher.guidance={config.guidance} with the student {folder} as teacher: a student has "
+        'learned the guided field and knows no label "none"; set teacher.NAME.guidance=1',
+    )
+    return TeacherDescription(network.image, fingerprint(folder / WEIGHTS), is_student)
 
 
-class Jumps(Guided):
-    """The mean velocity u(x, t, s, label) of a native teacher, counted as `Guided` counts."""
-
-    def __init__(self, teacher: NativeTeacher) -> None:
-        super().__init__(teacher, 1.0)
-        self._network = teacher.network
-
-    @torch.no_grad()
-    def mean_velocity(
-        self,
-        x: Float[Tensor, "B C H W"],
-        t: Float[Tensor, "B"],
-        s: Float[Tensor, "B"],
-        label: Int[Tensor, "B"],
-    ) -> Float[Tensor, "B C H W"]:
-        """u(x, t, s, label): one evaluation, one forward."""
-        self.evaluations += 1
-        self.forwards += 1
-        return self._network(x, t, s, label)
+def load_native(config: NativeConfig, device: torch.device | str) -> NetworkTeacher:
+    """The teacher of a model folder. Raises as `describe_native`."""
+    description = describe_native(config)
+    return NetworkTeacher(load_model(Path(config.path), device)[0], description)

@@ -16,7 +16,7 @@ from distill.flow.trajectory import GeneratedShard
 from distill.networks.dit import DiT
 from distill.objectives.config import OBJECTIVES
 from distill.run.dir import RunDir
-from distill.teachers.config import TeacherConfig
+from distill.teachers.config import NativeConfig
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -32,8 +32,8 @@ def test_every_objective_can_be_asked_for_and_is_estimated(name):
 
 
 def test_a_trajectory_costs_steps_times_stages_times_two_for_guidance():
-    assert teacher_forwards(TeacherConfig(solver="heun", steps=16, guidance=1.5)) == 64
-    assert teacher_forwards(TeacherConfig(solver="euler", steps=8, guidance=1.0)) == 8
+    assert teacher_forwards(NativeConfig(solver="heun", steps=16, guidance=1.5)) == 64
+    assert teacher_forwards(NativeConfig(solver="euler", steps=8, guidance=1.0)) == 8
 
 
 @pytest.mark.parametrize(

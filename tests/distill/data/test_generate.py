@@ -15,11 +15,11 @@ from distill.flow.solvers import solve
 from distill.networks.files import save_model
 from distill.sample import few_step
 from distill.teachers.build import build_teacher
-from distill.teachers.config import TeacherConfig
+from distill.teachers.config import AnalyticConfig, NativeConfig
 from distill.testing import FaultInjector, GaussianFlow, random_network, tiny_teacher
 
 TRAJECTORY = TrajectoryConfig(grid=4, samples_per_shard=10, batch_size=4, block_shards=1)
-CONFIG = TeacherConfig(kind="analytic", path="-", solver="heun", steps=16)
+CONFIG = AnalyticConfig(path="-", solver="heun", steps=16)
 
 
 def generate(shard=2, seed=5, trajectory=TRAJECTORY, config=CONFIG, teacher=None, **options):
@@ -64,7 +64,7 @@ def test_stored_points_go_from_noise_to_image(points):
 
 def test_states_follow_the_flow_of_the_class():
     teacher = tiny_teacher()
-    shard = generate(config=TeacherConfig(kind="analytic", path="-", solver="rk4", steps=64))
+    shard = generate(config=AnalyticConfig(path="-", solver="rk4", steps=64))
     for states, label in zip(shard.states[:, 0], shard.labels, strict=True):
         flow = GaussianFlow(teacher.means[label].float(), float(teacher.stds[label]))
         for index, t in enumerate((0.0, 0.25, 0.5, 0.75, 1.0)):
@@ -74,7 +74,7 @@ def test_states_follow_the_flow_of_the_class():
 
 def test_teachers_share_noise_and_labels():
     teachers = {"weak": tiny_teacher(), "best": tiny_teacher()}
-    weak = TeacherConfig(kind="analytic", path="-", solver="euler", steps=4)
+    weak = AnalyticConfig(path="-", solver="euler", steps=4)
     shard = generate_shard(teachers, {"weak": weak, "best": CONFIG}, TRAJECTORY, 5, 2, "cpu")
     assert torch.equal(shard.states[:, 0, 0], shard.states[:, 1, 0])
     assert torch.equal(shard.states[:, 1], generate().states[:, 0])
@@ -84,7 +84,7 @@ def test_teachers_share_noise_and_labels():
 
 
 def test_guidance_is_counted_as_one_evaluation_and_two_forwards():
-    config = TeacherConfig(kind="analytic", path="-", solver="heun", steps=16, guidance=1.5)
+    config = AnalyticConfig(path="-", solver="heun", steps=16, guidance=1.5)
     shard = generate(config=config)
     assert (shard.nfe, shard.forwards) == (10 * 32, 2 * 10 * 32)
     assert not torch.equal(shard.states, generate().states)
@@ -104,7 +104,7 @@ def student(tmp_path):
     """A student whose map and whose field differ."""
     network, image = random_network("dit", ImageSpec(1, 4, 3)).float(), ImageSpec(1, 4, 3)
     save_model(tmp_path / "m", network.state_dict(), network.config, image, {"kind": "student"})
-    return TeacherConfig(path=str(tmp_path / "m"), steps=8, solver="jumps")
+    return NativeConfig(path=str(tmp_path / "m"), steps=8, solver="jumps")
 
 
 def test_states_of_a_student_are_its_jumps_on_its_own_grid_and_on_a_coarser_one(student):
@@ -170,7 +170,7 @@ def test_bad_settings_get_a_sentence():
     with pytest.raises(
         ConfigError, match=r"steps=10 must be a multiple of trajectory.grid=4; try 8"
     ):
-        generate(config=TeacherConfig(kind="analytic", path="-", steps=10))
+        generate(config=AnalyticConfig(path="-", steps=10))
     teachers = {"a": tiny_teacher(4), "b": tiny_teacher(8)}
     with pytest.raises(ConfigError, match=r"teacher.b works on .* they must agree"):
         generate_shard(teachers, {"a": CONFIG, "b": CONFIG}, TRAJECTORY, 0, 0, "cpu")

@@ -17,7 +17,7 @@ from distill.data.stores.store import committed
 from distill.data.stream import StreamError, TrajectoryStream
 from distill.flow.noise import sample_noise
 from distill.run.dir import RunDir
-from distill.teachers.config import TeacherConfig
+from distill.teachers.config import NativeConfig
 from distill.testing import tiny_shard, tiny_spec, write_tiny_shards
 
 BLOCK_SHARDS, PASSES, BATCH = 3, 2, 12
@@ -97,7 +97,7 @@ def test_noise_that_is_not_stored_is_made_again_in_float32(run):
 @pytest.mark.parametrize("store_noise", [True, False])
 def test_a_batch_has_the_times_of_the_stored_points(run, store_noise):
     trajectory = TrajectoryConfig(grid=4, store_points=[0, 3, 4], store_noise=store_noise)
-    teachers = {"only": TeacherConfig(path="-", solver="euler", steps=4)}
+    teachers = {"only": NativeConfig(path="-", solver="euler", steps=4)}
     spec = shard_spec(3, ImageSpec(1, 2, 10), trajectory, teachers, {"only": 64 * "0"})
     spec = replace(spec, samples_per_shard=4)
     assert spec.sample_shape == (1, 3 if store_noise else 2, 1, 2, 2)

@@ -1,19 +1,29 @@
 """Model folders: whole or absent, exact, and a sentence for every way to be wrong."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from distill.config import ConfigError, ImageSpec
 from distill.networks import files as models
-from distill.networks.build import build_network
-from distill.networks.config import DiTConfig, UNetConfig
-from distill.networks.files import WEIGHTS, fingerprint, load_model, load_weights, save_model
+from distill.networks.build import build_network, empty_network
+from distill.networks.config import NETWORKS, DiTConfig, UNetConfig
+from distill.networks.files import (
+    WEIGHTS,
+    fingerprint,
+    load_model,
+    load_weights,
+    save_model,
+    with_weights_of,
+)
 
 IMAGE = ImageSpec(1, 8, 3)
 DIT = DiTConfig(patch_size=4, width=8, depth=1, num_heads=2)
 UNET = UNetConfig(width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[])
+SMALL = {"dit": DIT, "unet": UNET}
+DEEPER = {"dit": {"depth": 3}, "unet": {"blocks_per_level": 3}}
 
 
 @pytest.mark.parametrize("config", [DIT, UNET], ids=["dit", "unet"])
@@ -103,8 +113,7 @@ def test_bad_folders_get_a_sentence(tmp_path, spoil, match):
 
 
 def test_everything_but_the_second_time_branch_is_required():
-    network = build_network(DIT, IMAGE)
-    state = network.state_dict()
+    network, state = empty_network(DIT, IMAGE), build_network(DIT, IMAGE).state_dict()
     without_s = {name: v for name, v in state.items() if not name.startswith("s_embedder")}
     load_weights(network, without_s, "file")
     with pytest.raises(ConfigError, match="file lacks 1 tensors of this network, first final"):
@@ -115,3 +124,63 @@ def test_everything_but_the_second_time_branch_is_required():
         ConfigError, match="file has unknown 1 tensors of this network, first extra"
     ):
         load_weights(network, state | {"extra": torch.zeros(1)}, "file")
+
+
+# -----------------------------------------------------------------------------------------------
+# Networks that are filled, not drawn first
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_empty_network_has_no_weights_and_draws_nothing(name):
+    before = torch.get_rng_state()
+    empty, built = empty_network(SMALL[name], IMAGE), build_network(SMALL[name], IMAGE)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    shapes = [{k: v.shape for k, v in module.state_dict().items()} for module in (empty, built)]
+    assert shapes[0] == shapes[1]
+    for key, value in built.named_buffers():
+        assert torch.equal(empty.get_buffer(key), value)
+
+
+@pytest.mark.parametrize("without", [(), ("buffers",), ("branch",), ("buffers", "branch")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_filled_network_is_the_drawn_one_with_the_file_copied_in(name, dtype, without):
+    config = SMALL[name]
+    other = build_network(config, IMAGE, seed=5)
+    dropped = {key for key, _ in other.named_buffers()} if "buffers" in without else set()
+    if "branch" in without:
+        dropped |= {key for key in other.state_dict() if key.startswith("s_embedder.")}
+    state = {k: v.to(dtype) for k, v in other.state_dict().items() if k not in dropped}
+    expected = build_network(config, IMAGE)
+    expected.load_state_dict(state, strict=False)
+    found = load_weights(empty_network(config, IMAGE), state, "file")
+    assert found.state_dict().keys() == expected.state_dict().keys()
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value), key
+        assert found.state_dict()[key].dtype == value.dtype
+    assert not any(tensor.is_meta for tensor in [*found.parameters(), *found.buffers()])
+    assert all(parameter.requires_grad for parameter in found.parameters())
+    x, t = torch.randn(2, *IMAGE.shape), torch.tensor([0.1, 0.6])
+    u = [network(x, t, t + 0.3, torch.tensor([0, -1])) for network in (found, expected)]
+    assert torch.equal(*u)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_shallowest_network_starts_with_the_same_embedders(name):
+    deep = replace(SMALL[name], **DEEPER[name])
+    found, expected = (build_network(c, IMAGE).s_embedder for c in (deep.shallowest(), deep))
+    for key, value in expected.state_dict().items():
+        assert torch.equal(found.state_dict()[key], value)
+
+
+def test_a_student_takes_the_weights_of_its_start_and_keeps_its_own_settings():
+    start = build_network(DIT, IMAGE, seed=3).eval().requires_grad_(False)
+    network = with_weights_of(start, replace(DIT, num_heads=4), IMAGE)
+    assert network.config.num_heads == 4
+    assert network.training
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    for key, value in start.state_dict().items():
+        assert torch.equal(network.state_dict()[key], value)
+    assert with_weights_of(start, replace(DIT, depth=2), IMAGE) is None
+    assert with_weights_of(start, UNET, IMAGE) is None

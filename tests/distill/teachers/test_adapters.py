@@ -16,7 +16,7 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import save_model
 from distill.teachers.build import build_teacher
-from distill.teachers.config import TeacherConfig
+from distill.teachers.config import DiffusersConfig, EdmConfig, SiTConfig
 from distill.teachers.diffusers import DiffusersTeacher
 from distill.teachers.edm import EdmTeacher
 from distill.testing import GaussianFlow
@@ -102,7 +102,7 @@ def test_sit_checkpoint_gives_the_velocity_of_sit(tmp_path, learn_sigma, form):
     else:
         other = {name: torch.zeros_like(value) for name, value in state.items()}
         torch.save({"model": other, "ema": state, "args": argparse.Namespace(lr=1e-4)}, path)
-    teacher = build_teacher(TeacherConfig(kind="sit", path=str(path), num_heads=2), CPU)
+    teacher = build_teacher(SiTConfig(path=str(path), num_heads=2), CPU)
     assert teacher.image == IMAGE
     x, t, label = inputs()
     expected = reference_sit(state, x, t, label, heads=2, patch=2, null=3)[:, :2]
@@ -117,7 +117,7 @@ class Malice:
 
 def test_sit_files_that_cannot_work_get_a_sentence(tmp_path, capsys):
     path = tmp_path / "sit.pt"
-    config = TeacherConfig(kind="sit", path=str(path), num_heads=2)
+    config = SiTConfig(path=str(path), num_heads=2)
     with pytest.raises(ConfigError, match=r"sit.pt is missing"):
         build_teacher(config, CPU)
     torch.save({"ema": Malice()}, path)
@@ -168,7 +168,7 @@ def test_edm_folder(tmp_path):
     network = build_network(config, image)
     edm = {"sigma_data": 0.5, "sigma_min": 0.002, "sigma_max": 80.0}
     save_model(tmp_path / "edm", network.state_dict(), config, image, {"edm": edm})
-    teacher = build_teacher(TeacherConfig(kind="edm", path=str(tmp_path / "edm")), CPU)
+    teacher = build_teacher(EdmConfig(path=str(tmp_path / "edm")), CPU)
     x = draw(1, 1, 8, 8).float()
     # A network that puts out 0 leaves the linear part: (t d^2 - (1-t)) / n^2 x, here -x and x.
     for t, sign in ((0.0, -1), (1.0, 1)):
@@ -176,7 +176,7 @@ def test_edm_folder(tmp_path):
         torch.testing.assert_close(velocity, sign * x)
     save_model(tmp_path / "other", network.state_dict(), config, image, {})
     with pytest.raises(ConfigError, match=r"meta.edm in model.json must hold"):
-        build_teacher(TeacherConfig(kind="edm", path=str(tmp_path / "other")), CPU)
+        build_teacher(EdmConfig(path=str(tmp_path / "other")), CPU)
 
 
 def test_diffusers_convention_on_the_exact_model():
@@ -203,7 +203,7 @@ def diffusers_folder(tmp_path, **config):
     content = {"_class_name": "UNet2DModel", "in_channels": 1, "sample_size": 8} | config
     (tmp_path / "config.json").write_text(json.dumps(content))
     save_file({"weight": torch.zeros(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
-    return TeacherConfig(kind="diffusers", path=str(tmp_path))
+    return DiffusersConfig(path=str(tmp_path))
 
 
 def test_diffusers_absent_is_a_sentence(tmp_path, monkeypatch):
@@ -216,7 +216,7 @@ def test_other_diffusers_models_are_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"holds a FluxTransformer2DModel; teacher\.kind"):
         build_teacher(diffusers_folder(tmp_path, _class_name="FluxTransformer2DModel"), CPU)
     with pytest.raises(ConfigError, match=r"config.json is missing"):
-        build_teacher(TeacherConfig(kind="diffusers", path=str(tmp_path / "none")), CPU)
+        build_teacher(DiffusersConfig(path=str(tmp_path / "none")), CPU)
 
 
 @pytest.mark.parametrize("classes", [None, 4])
@@ -234,7 +234,7 @@ def test_real_diffusers_unet(tmp_path, classes):
         num_class_embeds=classes,
     )
     network.save_pretrained(tmp_path, safe_serialization=True)
-    teacher = build_teacher(TeacherConfig(kind="diffusers", path=str(tmp_path)), CPU)
+    teacher = build_teacher(DiffusersConfig(path=str(tmp_path)), CPU)
     assert teacher.image == ImageSpec(1, 8, 3 if classes else 0)
     x, t = draw(2, 1, 8, 8).float(), torch.tensor([0.25, 0.5])
     rows = torch.tensor([0, 3]) if classes else None

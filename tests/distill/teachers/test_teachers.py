@@ -12,10 +12,9 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.files import fingerprint, save_model
 from distill.teachers.analytic import MixtureTeacher, random_mixture, ring
-from distill.teachers.base import guided
+from distill.teachers.base import Jumps, guided
 from distill.teachers.build import build_field, build_teacher
-from distill.teachers.config import TeacherConfig
-from distill.teachers.native import Jumps
+from distill.teachers.config import TEACHERS, AnalyticConfig, NativeConfig, SiTConfig
 from distill.testing import GaussianFlow, tiny_teacher
 
 IMAGE = ImageSpec(2, 8, 3)
@@ -122,20 +121,18 @@ def test_analytic_from_file_and_preset(tmp_path):
         "conditional": True,
     }
     path.write_text(json.dumps(content))
-    teacher = build_teacher(TeacherConfig(kind="analytic", path=str(path)), CPU)
+    teacher = build_teacher(AnalyticConfig(path=str(path)), CPU)
     assert teacher.fingerprint == made.fingerprint
     assert teacher.image == made.image
-    assert build_teacher(TeacherConfig(kind="analytic", path="ring8"), CPU).image == ImageSpec(
-        2, 1, 0
-    )
+    assert build_teacher(AnalyticConfig(path="ring8"), CPU).image == ImageSpec(2, 1, 0)
     with pytest.raises(ConfigError, match="neither a file nor one of: ring8, mixture64"):
-        build_teacher(TeacherConfig(kind="analytic", path="ring9"), CPU)
+        build_teacher(AnalyticConfig(path="ring9"), CPU)
     path.write_text(json.dumps(content | {"stds": [1.0, 0.0, 1.0]}))
     with pytest.raises(ConfigError, match="std and a weight above 0"):
-        build_teacher(TeacherConfig(kind="analytic", path=str(path)), CPU)
+        build_teacher(AnalyticConfig(path=str(path)), CPU)
     path.write_text(json.dumps(content | {"shape": [1, 5, 5]}))
     with pytest.raises(ConfigError, match="does not describe a mixture"):
-        build_teacher(TeacherConfig(kind="analytic", path=str(path)), CPU)
+        build_teacher(AnalyticConfig(path=str(path)), CPU)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -175,7 +172,7 @@ def test_native_teacher_is_the_diagonal_of_its_network(tmp_path):
     state = {name: v + 0.1 * draw(*v.shape).float() for name, v in network.state_dict().items()}
     network.load_state_dict(state)
     save_model(tmp_path / "m", state, DIT, IMAGE, {})
-    teacher = build_teacher(TeacherConfig(path=str(tmp_path / "m")), CPU)
+    teacher = build_teacher(NativeConfig(path=str(tmp_path / "m")), CPU)
     x, t, label = draw(2, *IMAGE.shape).float(), torch.tensor([0.2, 0.8]), torch.tensor([-1, 2])
     assert torch.equal(teacher.velocity(x, t, label), network(x, t, t, label))
     assert teacher.fingerprint == fingerprint(tmp_path / "m" / "model.safetensors")
@@ -191,7 +188,7 @@ def student_folder(folder, image=IMAGE):
 
 
 def test_a_student_jumps_by_its_own_map_and_counts_each_jump_once(tmp_path):
-    config = TeacherConfig(path=student_folder(tmp_path / "m"), solver="jumps", steps=4)
+    config = NativeConfig(path=student_folder(tmp_path / "m"), solver="jumps", steps=4)
     teacher = build_teacher(config, CPU)
     field = build_field(teacher, config)
     assert isinstance(field, Jumps)
@@ -208,20 +205,23 @@ def test_a_student_jumps_by_its_own_map_and_counts_each_jump_once(tmp_path):
 def test_guidance_of_a_student_is_refused_where_it_has_classes(tmp_path):
     path = student_folder(tmp_path / "m")
     with pytest.raises(ConfigError, match=r"the student .* set teacher.NAME.guidance=1"):
-        build_teacher(TeacherConfig(path=path, guidance=1.5), CPU)
+        build_teacher(NativeConfig(path=path, guidance=1.5), CPU)
     for solver in ("heun", "jumps"):
-        assert build_teacher(TeacherConfig(path=path, solver=solver), CPU).is_student
+        assert build_teacher(NativeConfig(path=path, solver=solver), CPU).is_student
     bare = student_folder(tmp_path / "bare", ImageSpec(2, 8, 0))
     with pytest.raises(ConfigError, match="needs a teacher with classes"):
-        guided(build_teacher(TeacherConfig(path=bare, guidance=1.5), CPU), 1.5)
+        guided(build_teacher(NativeConfig(path=bare, guidance=1.5), CPU), 1.5)
 
 
-@pytest.mark.parametrize("wrong", [{"kind": "sit"}, {"kind": "analytic"}, {"guidance": 1.5}])
-def test_only_a_student_jumps(wrong):
-    with pytest.raises(ConfigError, match=r"solver=jumps .* only a student jumps"):
-        TeacherConfig(solver="jumps", **wrong)
+def test_only_a_student_jumps():
+    for kind in TEACHERS.values():
+        for guidance in (1.0, 1.5):
+            if kind.is_from_run and guidance == 1:
+                continue
+            with pytest.raises(ConfigError, match=r"solver=jumps .* only a student jumps"):
+                kind(solver="jumps", guidance=guidance)
 
 
 def test_a_teacher_needs_a_path():
     with pytest.raises(ConfigError, match=r"teacher.path is empty; teacher.kind=sit needs one"):
-        build_teacher(TeacherConfig(kind="sit"), CPU)
+        build_teacher(SiTConfig(), CPU)
