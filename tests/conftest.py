@@ -22,6 +22,7 @@ from distill.networks.files import save_model
 from distill.run.dir import RunDir
 from distill.run.files import append_line, write_json
 from distill.teachers.config import TeacherConfig
+from distill.testing import write_tiny_record
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 PAGE = 5
@@ -73,15 +74,7 @@ def finished_run(tmp_path_factory) -> RunDir:
     snapshot = checkpoint.take_snapshot(20, engine, origin={"seed": 0})
     checkpoint.commit(run.checkpoints, snapshot, engine, keep_last=2)
     identity = {"student": asdict(TINY), "data": asdict(DIGITS), "objective": {"name": "traflow"}}
-    stream = {"samples_per_shard": 16}
-    record = {
-        "seed": 0,
-        "stream": stream,
-        "hash": "ab" * 32,
-        "identity": identity,
-        "teachers": {"tiny": "cd" * 32},
-    }
-    write_json(run.identity, record | {"versions": {"torch": "2"}})
+    write_tiny_record(run, identity, tiny="cd" * 32)
     write_json(run.shards / "00000000.json", {"seconds": 2.0, "nfe": 512, "bytes": 1000})
     append_line(run.events, {"time": 0.0, "kind": "pool", "workers": 1, "most": 4})
     append_line(run.events, {"time": 5.0, "kind": "worker_join", "worker": "w", "fingerprints": {}})

@@ -17,8 +17,8 @@ from cluster.settings.file import load_config
 from cluster.settings.schema import RunConfig
 from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
 from cluster.state.done import own_teachers
+from cluster.state.evicted import first_shard_read, read_evicted
 from cluster.state.lock import is_live
-from cluster.state.room import read_evicted
 from cluster.state.workers import PLANNED, staff
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
@@ -27,6 +27,7 @@ from distill.report.cost import goodput
 from distill.run.dir import RunDir
 from distill.run.events import worker_history
 from distill.run.files import read_lines
+from distill.run.identity import read_record
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
@@ -144,9 +145,9 @@ def shards(
     plan, trajectory = stream_plan(config), config.trajectory
     found = committed(run)
     evicted = read_evicted(run, found)
-    block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
     leases = [x for x in open_leases(events, time.time()) if x["shard"] not in found]
-    unread = [shard for shard in found if shard >= block * trajectory.block_shards]
+    first = first_shard_read(plan.order, trajectory.block_shards, step)
+    unread = [shard for shard in found if shard >= first]
     return {
         "committed": len(found) + len(evicted),
         "planned": plan.shards,
@@ -253,7 +254,12 @@ def stage_of(run: RunDir, config: RunConfig, found: dict[str, Any]) -> str:
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """Everything `bowstring status` says, ready for JSON. Raises ConfigError when it is no run."""
+    """Everything `bowstring status` says, ready for JSON.
+
+    Raises:
+        ConfigError: it is no run, or a newer version wrote it.
+    """
+    read_record(run)  # a newer version's files are not known here
     config = load_config(run)
     events = list(read_lines(run.events))
     live = is_live(run)

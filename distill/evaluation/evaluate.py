@@ -37,13 +37,14 @@ from distill.evaluation.sampling import (
     student_sampler,
     teacher_sampler,
 )
-from distill.export.student import latest_student, read_identity
+from distill.export.student import latest_student
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
 from distill.report.cost import read_cost
 from distill.report.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
 from distill.run.files import write_json
+from distill.run.identity import record_of
 from distill.sample import load_student, to_uint8
 from distill.teachers.base import FrozenTeacher
 from distill.teachers.build import build_field, build_teacher
@@ -196,7 +197,7 @@ def evaluate(
         not the published ones.
     """
     check(
-        evaluation.seed != read_identity(run)["seed"],
+        evaluation.seed != record_of(run).seed,
         f"eval.seed={evaluation.seed} is the seed of the run, so its samples were trained on; "
         "choose another eval.seed",
     )
