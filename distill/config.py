@@ -6,7 +6,10 @@ value is a `ConfigError` that names the key, the value and the way out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
+from typing import Any
+
+FREE = "free"
 
 
 class ConfigError(ValueError):
@@ -28,6 +31,30 @@ def check_positive(prefix: str, **values: float | int) -> None:
     """Raises ConfigError unless every value is above zero."""
     for name, value in values.items():
         check(value > 0, f"{prefix}.{name}={value} must be above 0")
+
+
+# -----------------------------------------------------------------------------------------------
+# What belongs to a run
+
+
+def free(default: Any, of: str = "") -> Any:
+    """A field that a resume may change, of a settings dataclass; any other field belongs to what
+    the run is, and another value is another run (`cluster.state.identity`).
+
+    A run that is older than a setting counts as having its default. So a new one that belongs to
+    the run begins with the default under which nothing changes.
+
+    `default` may be a function that makes it. With `of` it is free in that section alone, such as
+    "train", where a class serves two.
+    """
+    if callable(default):
+        return field(default_factory=default, metadata={FREE: of})
+    return field(default=default, metadata={FREE: of})
+
+
+def is_free(setting: Field[Any], section: str) -> bool:
+    """Whether a field was made by `free`, for the section of a run's settings that it stands in."""
+    return setting.metadata.get(FREE) in ("", section)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -72,33 +99,39 @@ OFFLOAD_STAGES = {
 
 @dataclass
 class TrainConfig:
-    """One optimisation: of a student on trajectories, or of a teacher on real images."""
+    """One optimisation: of a student on trajectories, or of a teacher on real images.
 
-    max_steps: int = 800
+    A student can be trained further. With cosine decay a longer run has another learning rate from
+    the step where it is resumed; that is said at the start, and written into run.json.
+    """
+
+    max_steps: int = free(800, of="train")
     batch_size: int = 256  # global, over all ranks and accumulation steps
-    micro_batch: int = 0  # samples a rank takes at once; 0: no gradient accumulation
+    micro_batch: int = free(0)  # samples a rank takes at once; 0: no gradient accumulation
     lr: float = 1e-3
     warmup_steps: int = 20
     decay: str = "cosine"  # constant | cosine (to 0 at max_steps)
     weight_decay: float = 0.0
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     grad_clip: float = 1.0  # largest global gradient norm; 0 is off
-    zero_stage: int = 1  # what ranks share: 0 nothing, 1 moments, 2 gradients too, 3 weights too
+    # What ranks share: 0 nothing, 1 moments, 2 gradients too, 3 weights too
+    zero_stage: int = free(1)
     # What lies in host memory between its uses: none | optimizer | optimizer_and_parameters
-    offload: str = "none"
+    offload: str = free("none")
     precision: str = "fp32"  # fp32 | bf16 | fp16
-    activation_checkpointing: bool = False  # less memory: a pass back computes blocks again
-    compile: bool = False  # torch.compile, for GPUs; not at stage 3
+    activation_checkpointing: bool = free(False)  # less memory: a pass back computes blocks again
+    compile: bool = free(False)  # torch.compile, for GPUs; not at stage 3
     ema_target: float = 0.95  # decay of the average the objectives use as target
     ema_evaluation: float = 0.99  # decay of the average that is evaluated and exported
-    log_every: int = 10  # steps
-    save_every: int = 100  # steps
-    keep_last: int = 2  # checkpoints
-    keep_every: int = 0  # steps; checkpoints at multiples of it are kept for good; 0: none
-    save_async: bool = False  # training waits for the copy to host memory only
-    wandb: str = ""  # project at Weights & Biases that gets the metrics too; "": none
-    profile: bool = False  # every start traces a few steps, into the run's folder
-    label_dropout: float = 0.1  # chance that a label becomes "none"; of a teacher's training only
+    log_every: int = free(10)  # steps
+    save_every: int = free(100)  # steps
+    keep_last: int = free(2)  # checkpoints
+    keep_every: int = free(0)  # steps; checkpoints at multiples of it are kept for good; 0: none
+    save_async: bool = free(False)  # training waits for the copy to host memory only
+    wandb: str = free("")  # project at Weights & Biases that gets the metrics too; "": none
+    profile: bool = free(False)  # every start traces a few steps, into the run's folder
+    # Chance that a label becomes "none"; of a teacher's training only
+    label_dropout: float = free(0.1, of="train")
 
     def __post_init__(self) -> None:
         check_positive(
@@ -162,4 +195,4 @@ class PretrainConfig:
     """Trains a rectified-flow teacher with the student's architecture when the user has none."""
 
     train: TrainConfig = field(default_factory=TrainConfig)
-    export_steps: list[int] = field(default_factory=list)  # extra exports before the last step
+    export_steps: list[int] = free(list)  # extra exports before the last step

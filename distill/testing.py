@@ -25,6 +25,7 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
 from distill.networks.layers import AbstractNetwork
 from distill.run.dir import RunDir
+from distill.run.identity import FORMAT, RunRecord, StreamRecord, hash_of, write_record
 from distill.teachers.analytic import MixtureTeacher
 
 # -----------------------------------------------------------------------------------------------
@@ -298,3 +299,17 @@ def write_tiny_shards(run: RunDir, spec: ShardSpec, shards: Iterable[int]) -> No
     """Commits `tiny_shard`s to a run."""
     for shard in shards:
         write_shard(run, spec, shard, tiny_shard(spec, shard), 1.5, "test")
+
+
+TINY_STREAM = StreamRecord(seed=0, samples_per_shard=16, block_shards=2, passes=2, batch_size=16)
+
+
+def write_tiny_record(
+    run: RunDir, identity: dict[str, Any], stream: StreamRecord = TINY_STREAM, **teachers: str
+) -> RunRecord:
+    """run.json of a run with the given settings, and with fingerprints of its teachers by name."""
+    versions = {"torch": "2"}
+    parts = (FORMAT, hash_of(identity), stream.seed, identity, stream, (), teachers, versions)
+    record = RunRecord(*parts)
+    write_record(run, record)
+    return record

@@ -24,6 +24,7 @@ from distill.run.events import Commit, Lease, Pool, WorkerJoin, append
 from distill.run.files import write_json
 from distill.run.metrics import Metrics, append_metrics
 from distill.teachers.config import NativeConfig, TeacherConfig
+from distill.testing import write_tiny_record
 
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 PAGE = 5
@@ -75,15 +76,7 @@ def finished_run(tmp_path_factory) -> RunDir:
     snapshot = checkpoint.take_snapshot(20, engine, origin={"seed": 0})
     checkpoint.commit(run.checkpoints, snapshot, engine, keep_last=2)
     identity = {"student": asdict(TINY), "data": asdict(DIGITS), "objective": {"name": "traflow"}}
-    stream = {"samples_per_shard": 16}
-    record = {
-        "seed": 0,
-        "stream": stream,
-        "hash": "ab" * 32,
-        "identity": identity,
-        "teachers": {"tiny": "cd" * 32},
-    }
-    write_json(run.identity, record | {"versions": {"torch": "2"}})
+    write_tiny_record(run, identity, tiny="cd" * 32)
     write_json(run.shards / "00000000.json", {"seconds": 2.0, "nfe": 512, "bytes": 1000})
     append(
         run,

@@ -29,7 +29,7 @@ from cluster.pool.messages import (
     Released,
     Tick,
 )
-from cluster.state.room import read_evicted
+from cluster.state.evicted import read_evicted
 from distill.data.layout import state_bytes, state_offset, tar_bytes
 from distill.data.sidecar import ShardSpec, Sidecar, TeacherSpec, sidecar_path, tar_path
 from distill.data.stores.store import committed

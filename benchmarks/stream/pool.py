@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from cluster.plan.stream import stream_plan
 from cluster.pool import pool as pool_module
 from cluster.pool.pool import TeacherPool
 from cluster.settings.hydra import compose
+from cluster.state.done import view_of
 from distill.data.sidecar import shard_spec
-from distill.run.dir import RunDir
 
 SHARD_BYTES = 4_000_000
 PERIOD_S = 10.0  # a shard of every worker
@@ -95,7 +94,7 @@ def pool_share(num_workers: int, seconds: float, folder: Path) -> dict[str, floa
     real, pool_module.ray = pool_module.ray, StandIn(prints)
     listing, pool_module.committed = pool_module.committed, lambda run: {}
     try:
-        pool = TeacherPool(config, RunDir(folder), spec, stream_plan(config), trainer_reads=False)
+        pool = TeacherPool(view_of(config), spec, trainer_reads=False)
         known = pool.coordinator.committed  # what the pool finds is what it knows
         pool_module.committed = lambda run: dict(known)
         while len(pool.coordinator.workers) < num_workers:

@@ -14,8 +14,8 @@ from cluster.settings.schema import RunConfig
 from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
 from cluster.state.cursor import read_cursor
 from cluster.state.done import own_teachers
+from cluster.state.evicted import first_shard_read, read_evicted
 from cluster.state.lock import is_live
-from cluster.state.room import read_evicted
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
 from distill.data.sidecar import Reason
@@ -23,6 +23,7 @@ from distill.data.stores.store import committed, open_store
 from distill.report.cost import goodput
 from distill.run.dir import RunDir
 from distill.run.history import History, read_history
+from distill.run.identity import read_record
 from distill.run.metrics import Metrics, read_metrics
 from distill.run.records import RecordError, parse_record
 
@@ -124,9 +125,9 @@ def shards(
     plan, trajectory = stream_plan(config), config.trajectory
     found = committed(run)
     evicted = read_evicted(run, found)
-    block = step * config.train.batch_size // (trajectory.block_samples * trajectory.passes)
     leases = [x for x in open_leases(history, time.time()) if x["shard"] not in found]
-    unread = [shard for shard in found if shard >= block * trajectory.block_shards]
+    first = first_shard_read(plan.order, trajectory.block_shards, step)
+    unread = [shard for shard in found if shard >= first]
     return {
         "committed": len(found) + len(evicted),
         "planned": plan.shards,
@@ -216,7 +217,12 @@ def stage_of(run: RunDir, config: RunConfig, found: dict[str, Any]) -> str:
 
 
 def status(run: RunDir) -> dict[str, Any]:
-    """Everything `bowstring status` says, ready for JSON. Raises ConfigError when it is no run."""
+    """Everything `bowstring status` says, ready for JSON.
+
+    Raises:
+        ConfigError: it is no run, or a newer version wrote it.
+    """
+    read_record(run)  # a newer version's files are not known here
     config = load_config(run)
     history = read_history(run)
     live = is_live(run)

@@ -23,16 +23,16 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from cluster.state.identity import read_identity
-from cluster.state.room import first_shard_read, recorded
+from cluster.plan.stream import order_of
+from cluster.state.evicted import first_shard_read, recorded
 from distill.checkpoint.manifest import KEPT, committed_steps, verify
-from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
 from distill.run.dir import RunDir
 from distill.run.events import Resume, Steps
 from distill.run.history import read_history
+from distill.run.identity import StreamRecord, record_of
 
 
 def audit(run: RunDir) -> dict[str, Any]:
@@ -56,29 +56,21 @@ def audit(run: RunDir) -> dict[str, Any]:
         newer version may have written them.
 
     Raises:
-        ConfigError: there is no run, or run.json is corrupt.
+        ConfigError: there is no run, or run.json is corrupt or of a newer version.
     """
-    record = read_identity(run)
-    if record is None:
-        raise ConfigError(f"{run.identity} does not exist, so there is nothing to compare with")
-    stream = record["stream"]
-    order = Order(
-        seed=stream["seed"],
-        block_samples=stream["samples_per_shard"] * stream["block_shards"],
-        passes=stream["passes"],
-        batch_size=stream["batch_size"],
-    )
+    record = record_of(run)
+    stream, order = record.stream, order_of(record.stream)
     made_before = read_history(run).made
     shards, checkpoints = _audit_shards(run), _audit_checkpoints(run)
     # After the shards: a live run may have deleted some or set some aside meanwhile.
     said: list[str] = []
     history = read_history(run, said.append)
     oldest = min(checkpoints["verified"], default=0)
-    first_read = first_shard_read(order, stream["block_shards"], oldest)
+    first_read = first_shard_read(order, stream.block_shards, oldest)
     _audit_evicted(run, shards, history.evicted, first_read)
     consumed = audit_consumption(history.course, order)
-    needed = order.num_blocks(consumed.steps) * stream["block_shards"]
-    per_shard = stream["samples_per_shard"]
+    needed = order.num_blocks(consumed.steps) * stream.block_shards
+    per_shard = stream.samples_per_shard
     for shard, sidecar in shards.misplaced.items():
         problem = f"holds the samples of shard {sidecar.shard}"
         shards.corrupt.append({"shard": shard, "problem": problem})
@@ -87,7 +79,7 @@ def audit(run: RunDir) -> dict[str, Any]:
         {"shard": n, "first_id": n * per_shard, "last_id": (n + 1) * per_shard - 1}
         for n in sorted({*range(needed), *(made_before & history.made)} - there)
     ]
-    foreign = _of_another_run(shards.sidecars, stream, record["teachers"])
+    foreign = _of_another_run(shards.sidecars, stream, record.teachers)
     found: dict[str, Any] = {
         "ok": True,
         "shards": len(shards.sidecars),
@@ -180,7 +172,7 @@ def _audit_evicted(run: RunDir, found: _Shards, told: set[int], first_read: int)
 
 
 def _of_another_run(
-    sidecars: dict[int, Sidecar], stream: dict[str, Any], fingerprints: dict[str, str]
+    sidecars: dict[int, Sidecar], stream: StreamRecord, fingerprints: dict[str, str]
 ) -> list[dict[str, Any]]:
     """Sound shards that were not made for this run: other seed, size, teachers or grid."""
     specs = Counter(sidecar.spec for sidecar in sidecars.values())
@@ -196,12 +188,12 @@ def _of_another_run(
     return found
 
 
-def _fits(spec: ShardSpec, stream: dict[str, Any], fingerprints: dict[str, str]) -> bool:
+def _fits(spec: ShardSpec, stream: StreamRecord, fingerprints: dict[str, str]) -> bool:
     """Whether a spec agrees with run.json. Fingerprints stand there once teachers are known."""
     teachers = {teacher.name: teacher.fingerprint for teacher in spec.teachers}
     return (
-        spec.seed == stream["seed"]
-        and spec.samples_per_shard == stream["samples_per_shard"]
+        spec.seed == stream.seed
+        and spec.samples_per_shard == stream.samples_per_shard
         and (not fingerprints or teachers == fingerprints)
     )
 

@@ -113,6 +113,8 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
     work = stages(config, speed)
     device_hours = sum(stage.device_hours for stage in work.values())
     price = config.cluster.device_cost_per_hour
+    stream = asdict(stream_plan(config))
+    del stream["order"]  # no figure
     ranks = config.cluster.trainer.min_workers  # fewer hold more each
     on_device, on_host = state_bytes(network.parameters, config.train, ranks)
     return {
@@ -120,8 +122,8 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
         "exact": {
             "train_steps": config.train.max_steps,
             "samples_read": config.train.max_steps * config.train.batch_size,
-            **asdict(stream_plan(config)),
-            "max_bytes_on_disk": min(stream_plan(config).num_bytes, config.trajectory.max_bytes),
+            **stream,
+            "max_bytes_on_disk": min(stream["num_bytes"], config.trajectory.max_bytes),
             "parameters": network.parameters,
             "forwards": {name: stage.forwards for name, stage in work.items()},
         },

@@ -8,6 +8,7 @@ from cluster.settings.schema import RunConfig
 from distill.data.layout import sidecar_bytes, tar_bytes
 from distill.data.order import Order
 from distill.data.sidecar import shard_spec
+from distill.run.identity import StreamRecord
 
 
 @dataclass(frozen=True)
@@ -15,12 +16,14 @@ class StreamPlan:
     """What the steps of a run read.
 
     Attributes:
+        order: in which order.
         blocks, shards, samples: how many are made.
         sample_bytes: bytes of one sample on disk: its part of a tar and of a sidecar.
         shard_bytes: bytes of one tar.
         num_bytes: bytes of all tars together; at most trajectory.max_bytes lie on disk at once.
     """
 
+    order: Order
     blocks: int
     shards: int
     samples: int
@@ -30,15 +33,15 @@ class StreamPlan:
 
 
 def stream_plan(config: RunConfig) -> StreamPlan:
-    """Blocks, shards, samples and bytes that the training steps of a configuration need."""
-    trajectory = config.trajectory
-    order = Order(config.seed, trajectory.block_samples, trajectory.passes, config.train.batch_size)
+    """Order, blocks, shards, samples and bytes that the training steps of a configuration need."""
+    trajectory, order = config.trajectory, stream_order(config)
     blocks = order.num_blocks(config.train.max_steps)
     shards = blocks * trajectory.block_shards
     fingerprints = {name: 64 * "0" for name in config.teacher}
     spec = shard_spec(config.seed, config.data.image, trajectory, config.teacher, fingerprints)
     tar, sidecar = tar_bytes(spec), sidecar_bytes(spec, shards - 1)
     return StreamPlan(
+        order=order,
         blocks=blocks,
         shards=shards,
         samples=shards * trajectory.samples_per_shard,
@@ -48,7 +51,23 @@ def stream_plan(config: RunConfig) -> StreamPlan:
     )
 
 
+def stream_of(config: RunConfig) -> StreamRecord:
+    """What the reading order of a configuration follows from, as run.json keeps it."""
+    return StreamRecord(
+        seed=config.seed,
+        samples_per_shard=config.trajectory.samples_per_shard,
+        block_shards=config.trajectory.block_shards,
+        passes=config.trajectory.passes,
+        batch_size=config.train.batch_size,
+    )
+
+
+def order_of(stream: StreamRecord) -> Order:
+    """The reading order."""
+    block_samples = stream.block_shards * stream.samples_per_shard
+    return Order(stream.seed, block_samples, stream.passes, stream.batch_size)
+
+
 def stream_order(config: RunConfig) -> Order:
-    """The plan of the trajectory stream of a run."""
-    trajectory = config.trajectory
-    return Order(config.seed, trajectory.block_samples, trajectory.passes, config.train.batch_size)
+    """The reading order of a configuration, without its plan: for a rank."""
+    return order_of(stream_of(config))

@@ -16,14 +16,14 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.plan.placement import Device, gpus_of_worker, most_workers
-from cluster.plan.stream import StreamPlan, stream_order
 from cluster.pool import messages
 from cluster.pool.coordinator import Coordinator, Limits
 from cluster.pool.member import Member, Pace, choose_leaving
 from cluster.pool.worker import TeacherWorker
-from cluster.settings.schema import RunConfig, TeacherPoolConfig
+from cluster.settings.schema import TeacherPoolConfig
 from cluster.state.cursor import read_cursor
-from cluster.state.room import OldestCheckpoint, evict, first_shard_read, read_evicted
+from cluster.state.done import RunView
+from cluster.state.evicted import OldestCheckpoint, evict, first_shard_read
 from cluster.state.workers import wanted_workers
 from distill.config import ConfigError, check
 from distill.data.sidecar import Reason, ShardSpec
@@ -46,22 +46,23 @@ class PoolError(RuntimeError):
 
 @dataclass
 class TeacherPool:
-    """The pool of one run. `poll` does whatever can be done now and never blocks; `rest` waits."""
+    """The pool of one run. `poll` does whatever can be done now and never blocks; `rest` waits.
 
-    config: RunConfig
-    run: RunDir
+    It starts from what `view` says of the shards, and follows their folder from there on.
+    """
+
+    view: RunView
     spec: ShardSpec
-    plan: StreamPlan
     trainer_reads: bool  # whether a trainer moves the cursor; without one all shards are made
     members: list[Member] = field(default_factory=list)
     deaths: int = 0  # since the last commit
 
     def __post_init__(self) -> None:
-        limits = production_limits(self.config, self.plan, self.trainer_reads)
-        found = committed(self.run)
-        gone = read_evicted(self.run, found)
-        self.coordinator = Coordinator(limits, found, gone, cursor=self._cursor())
-        self._order, self._oldest = stream_order(self.config), OldestCheckpoint(self.run)
+        view = self.view
+        self.config, self.run, self.plan = view.config, view.run, view.plan
+        limits = production_limits(view, self.trainer_reads)
+        self.coordinator = Coordinator(limits, view.shards, view.evicted, cursor=self._cursor())
+        self._oldest = OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
         self._scans, self._log, self._now_s = Pace(), EventLog(self.run), time.monotonic()
         self._wanted: dict[Device, int] = {}
@@ -144,7 +145,7 @@ class TeacherPool:
         self._follow()
         if self.coordinator.needs_room:
             step, block_shards = self._oldest.look(), self.config.trajectory.block_shards
-            first = first_shard_read(self._order, block_shards, step)
+            first = first_shard_read(self.plan.order, block_shards, step)
             self._handle(messages.Released(first))
 
     def _scan(self) -> None:
@@ -303,9 +304,9 @@ class TeacherPool:
         return next(member for member in self.members if member.name == name)
 
 
-def production_limits(config: RunConfig, plan: StreamPlan, trainer_reads: bool) -> Limits:
+def production_limits(view: RunView, trainer_reads: bool) -> Limits:
     """The coordinator's limits. Without a trainer that reads, all shards are made at once."""
-    pool, trajectory = config.cluster.teachers, config.trajectory
+    pool, trajectory, plan = view.config.cluster.teachers, view.config.trajectory, view.plan
     return Limits(
         num_shards=plan.shards,
         block_shards=trajectory.block_shards,

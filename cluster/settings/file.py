@@ -6,8 +6,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -22,8 +23,34 @@ from distill.objectives.config import (
 )
 from distill.run.dir import RunDir
 from distill.run.files import write_atomic
+from distill.run.identity import newer, read_record
 
 GROUPS = ("experiment", "data", "student", "teacher", "objective", "train", "eval", "cluster")
+
+
+# -----------------------------------------------------------------------------------------------
+# Settings that are no more
+
+
+class Removed(NamedTuple):
+    """Why a run from before cannot go on as it is."""
+
+    since: str  # the first version without it
+    way: str  # what to do
+
+
+# By key, or key=value where only a value is gone; a part may be a pattern: "teacher.*.steps".
+REMOVED: dict[str, Removed] = {}
+
+
+def removed(key: str, value: Any = None) -> str:
+    """In words, since when there is no such setting, or no such value of it, and what to do; "" if
+    there is, or never was.
+    """
+    for pattern, (since, way) in REMOVED.items():
+        if fnmatchcase(key, pattern) or fnmatchcase(f"{key}={value}", pattern):
+            return f"which is no more since bowstring {since}: {way}"
+    return ""
 
 
 # -----------------------------------------------------------------------------------------------
@@ -71,7 +98,9 @@ def register_resolvers() -> None:
 
 
 def unknown_key(key: str, known: list[str]) -> str:
-    """One sentence for a key that does not exist, with the nearest of `known`, or all of them."""
+    """One sentence for a key that does not exist: since when, or the nearest of `known`, or all."""
+    if gone := removed(key):
+        return f"there was a setting {key}, {gone}"
     parent, _, name = key.rpartition(".")
     near = difflib.get_close_matches(name, known, n=1)
     if near:
@@ -97,7 +126,9 @@ def sentence(error: OmegaConfBaseException) -> str:
 
 
 def check_known(tree: DictConfig, prefix: str = "") -> None:
-    """Raises ConfigError for a key that `+key=value` added beside the schema."""
+    """Raises ConfigError for a key that `+key=value` added beside the schema, or a value that is no
+    more.
+    """
     schema = OmegaConf.get_type(tree)
     known = (
         [field.name for field in dataclasses.fields(schema)]
@@ -111,6 +142,8 @@ def check_known(tree: DictConfig, prefix: str = "") -> None:
         is_there = not OmegaConf.is_missing(tree, name) and tree[name] is not None
         if isinstance(value, DictConfig) and is_there:
             check_known(value, f"{prefix}{name}.")
+        elif is_there and (gone := removed(f"{prefix}{name}", tree[name])):
+            raise ConfigError(f"there was {prefix}{name}={tree[name]}, {gone}")
 
 
 def to_config(tree: DictConfig) -> RunConfig:
@@ -217,11 +250,22 @@ def load_config(run: RunDir, overrides: list[str] | None = None) -> RunConfig:
 
     A run folder that was moved or renamed is followed: run.dir is where it was found. With
     `run.name=NAME` among the overrides the result is a new run NAME beside it.
+
+    Raises:
+        ConfigError: it cannot be read, or cannot work, or a newer version wrote the run.
     """
     check(run.root.is_dir(), f"there is no run at {run.root}")
     check(run.config.exists(), f"{run.root} is not a run: it has no {run.config.name}")
+    try:
+        return _load(run, overrides or [])
+    except ConfigError as error:
+        record = read_record(run)  # a newer version has settings that are not known here
+        raise ConfigError(f"{error}{newer(record.versions) if record else ''}") from error
+
+
+def _load(run: RunDir, overrides: list[str]) -> RunConfig:
     stored = read_tree(run.config)
-    changes = dotted(overrides or [])
+    changes = dotted(overrides)
     try:
         tree = OmegaConf.merge(schema_for(stored, run.config), stored)
         assert isinstance(tree, DictConfig)

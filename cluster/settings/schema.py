@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from distill.config import PretrainConfig, TrainConfig, check, check_positive
+from distill.config import PretrainConfig, TrainConfig, check, check_positive, free
 from distill.data.config import DataConfig, TrajectoryConfig
 from distill.evaluation.config import EvalConfig
 from distill.networks.config import NetworkConfig
@@ -230,7 +230,7 @@ class RunSection:
 class RunConfig:
     """Everything about a run. `experiment=NAME` fills it; the command line overrides any key."""
 
-    run: RunSection = field(default_factory=RunSection)
+    run: RunSection = free(RunSection)
     seed: int = 0
     data: DataConfig = MISSING
     student: NetworkConfig = MISSING
@@ -239,8 +239,8 @@ class RunConfig:
     objective: ObjectiveConfig = MISSING
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     train: TrainConfig = MISSING
-    eval: EvalConfig = MISSING
-    cluster: ClusterConfig = MISSING
+    eval: EvalConfig = free(MISSING)
+    cluster: ClusterConfig = free(MISSING)
 
     @property
     def files(self) -> RunDir:

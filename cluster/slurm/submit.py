@@ -14,7 +14,7 @@ from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig
 from cluster.slurm.jobs import ask, read_jobs
 from cluster.slurm.scripts import KINDS, render, slurm_of
-from cluster.state.done import is_distilled, is_finished
+from cluster.state.done import view_of
 from cluster.state.identity import check_identity
 from cluster.state.lock import is_live, stop_here
 from cluster.state.workers import write_target
@@ -35,18 +35,18 @@ def submit(config: RunConfig, dry_run: bool) -> None:
         SlurmError: Slurm refused; nothing of it is left in the queue.
     """
     run = RunDir(config.files.root.absolute(), config.trajectory.location)
-    check_identity(config, run)
+    view = view_of(config, check_identity(config, run))
     scripts = render(config, run.root)
     if dry_run:
         for kind, text in scripts.items():
             print(f"# ---- {run.slurm / f'{kind}.sbatch'} {run.root}\n{text}")
         return
-    if is_finished(config):
+    if view.is_finished:
         print(f"nothing left to do; the report is at {run.report}")
         return
     ask("sbatch", "--version")  # refused here, before anything is written
     there = [job for job in read_jobs(run) if job.is_there]
-    if any(job.kind == "train" for job in there) or (there and is_distilled(config, run)):
+    if any(job.kind == "train" for job in there) or (there and view.is_distilled):
         print(f"{run.root} is submitted already; nothing was changed:")
         for job in there:
             print(f"  {job.kind} {job.id}: {job.state} {job.reason}")
@@ -56,9 +56,7 @@ def submit(config: RunConfig, dry_run: bool) -> None:
         ask("scancel", array)
     _show_plan(config)
     _write(config, run, scripts)
-    _submit_all(
-        run, [kind for kind in KINDS if kind == "evaluate" or not is_distilled(config, run)]
-    )
+    _submit_all(run, [kind for kind in KINDS if kind == "evaluate" or not view.is_distilled])
 
 
 def _show_plan(config: RunConfig) -> None:

@@ -1,18 +1,25 @@
-"""What a run has already got, from its files. Needs no torch, so a finished run is seen at once."""
+"""What a run has already got, from its files. Needs no torch, so a finished run is seen at once.
+
+A start reads each of them once, into a `RunView`, and passes that down. The pool, the ranks and the
+trainer group follow the files from there on.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from cluster.plan.stream import stream_plan
+from cluster.plan.stream import StreamPlan, stream_plan
 from cluster.settings.schema import RunConfig, is_own
+from cluster.state.evicted import oldest_verified, recorded
 from cluster.state.identity import check_identity
-from cluster.state.room import read_evicted
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError
 from distill.data.stores.store import committed
 from distill.run.dir import RunDir
+from distill.run.identity import RunRecord
 from distill.run.results import read_results
 from distill.teachers.config import TeacherConfig
 
@@ -58,34 +65,91 @@ def steps_done(run: RunDir) -> int:
     return found[0] if found else 0
 
 
-def has_all_shards(config: RunConfig, run: RunDir) -> bool:
-    """Whether every shard that the run's steps need was made: it is on disk, or evicted."""
-    planned, found = stream_plan(config).shards, committed(run)
-    made = found.keys() | read_evicted(run, found)
-    return sum(shard < planned for shard in made) == planned
+@dataclass(frozen=True)
+class RunView:
+    """What the files of a run say at a start. Each is read when first asked for, and then never
+    again: work that changes them asks for another view (`again`).
+
+    Attributes:
+        config: the settings of the start, with absolute paths.
+        run: the files.
+        record: run.json; None where nobody asks for it.
+    """
+
+    config: RunConfig
+    run: RunDir
+    record: RunRecord | None
+
+    def again(self) -> RunView:
+        """The files as they are now. run.json is as it was."""
+        return dataclasses.replace(self)
+
+    @cached_property
+    def plan(self) -> StreamPlan:
+        """What the steps of the run read, and in which order."""
+        return stream_plan(self.config)
+
+    @cached_property
+    def shards(self) -> dict[int, int]:
+        """Bytes of the tar of every shard that is there, by number."""
+        return committed(self.run)
+
+    @cached_property
+    def recorded(self) -> set[int]:
+        """The shards that evicted.json names. One that is there is not evicted all the same."""
+        return recorded(self.run)
+
+    @property
+    def evicted(self) -> set[int]:
+        """The shards that were made and deleted for room."""
+        return self.recorded.difference(self.shards)
+
+    @cached_property
+    def step(self) -> int:
+        """Step of the newest verified checkpoint; raises as `steps_done`."""
+        return steps_done(self.run)
+
+    @cached_property
+    def oldest(self) -> int:
+        """Step of the oldest verified checkpoint; 0 when there is none."""
+        return oldest_verified(self.run.checkpoints)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the student has all its steps."""
+        return self.step >= self.config.train.max_steps
+
+    @property
+    def has_all_shards(self) -> bool:
+        """Whether every shard that the run's steps need was made: it is on disk, or evicted."""
+        made = self.shards.keys() | self.evicted
+        return sum(shard < self.plan.shards for shard in made) == self.plan.shards
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether the student is trained and its shards are all there."""
+        return self.is_trained and self.has_all_shards
+
+    @property
+    def has_results(self) -> bool:
+        """Whether results.json is of the last checkpoint and of the evaluation asked for."""
+        try:
+            results = read_results(self.run)
+        except ConfigError:  # of another version
+            return False
+        asked = dataclasses.asdict(self.config.eval)
+        return results is not None and (results.step, results.settings) == (self.step, asked)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to do for `bowstring run`."""
+        return self.run.report.exists() and self.has_results and self.is_distilled
 
 
-def is_distilled(config: RunConfig, run: RunDir) -> bool:
-    """Whether the student is trained and its shards are all there."""
-    return steps_done(run) >= config.train.max_steps and has_all_shards(config, run)
-
-
-def results_are_current(config: RunConfig, run: RunDir) -> bool:
-    """Whether results.json is of the last checkpoint and of the evaluation asked for."""
-    try:
-        results = read_results(run)
-    except ConfigError:  # of another version
-        return False
-    asked = dataclasses.asdict(config.eval)
-    return results is not None and (results.step, results.settings) == (steps_done(run), asked)
-
-
-def is_finished(config: RunConfig) -> bool:
-    """Whether nothing is left to do for `bowstring run`."""
+def view_of(config: RunConfig, record: RunRecord | None = None) -> RunView:
+    """A view of a run whose run.json was read before, or is not asked for."""
     config = with_absolute_paths(config)
-    run = config.files
-    has_report = run.report.exists()
-    return has_report and is_distilled(config, run) and results_are_current(config, run)
+    return RunView(config, config.files, record)
 
 
 def check_all(configs: list[RunConfig]) -> None:
@@ -98,7 +162,7 @@ def unfinished(configs: list[RunConfig]) -> list[RunConfig]:
     """The configurations whose runs are not finished; says of the others where the report is."""
     left = []
     for config in configs:
-        if is_finished(config):
+        if view_of(config).is_finished:
             print(f"nothing left to do; the report is at {config.files.report}")
         else:
             left.append(config)

@@ -1,30 +1,37 @@
-"""run.json: what determines the data and the weights of a run. A resume that differs is refused
+"""What a run is: the settings that determine its data and weights. A resume that differs is refused
 with a diff.
 
-Not part of it: where and how fast things run (cluster, run, ZeRO stage, micro-batch), what is
-printed or kept, the evaluation, and `train.max_steps`, so a run can be trained further. With cosine
-decay a longer run has another learning rate from the step where it is resumed; the weights are then
-not those of one uninterrupted run. That is allowed, said at the start, and written down under
-"schedule".
+Not part of it are the settings that `distill.config.free` marks: where and how fast things run,
+what is printed or kept, the evaluation, and `train.max_steps`, so a run can be trained further.
+
+Settings come and go between versions. One that a run lacks counts as its default, under which
+nothing changes; one that is no more is named with what to do (`cluster.settings.file.REMOVED`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
+from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
+from cluster.plan.stream import stream_of
+from cluster.settings.file import removed
 from cluster.settings.schema import RunConfig, is_own
-from distill.config import ConfigError
+from distill.config import ConfigError, is_free
 from distill.run.dir import RunDir
-from distill.run.files import write_json
+from distill.run.identity import (
+    FORMAT,
+    RunRecord,
+    ScheduleRecord,
+    hash_of,
+    newer,
+    read_record,
+    write_record,
+)
 
-FORMAT = 1
 PACKAGES = (
     "bowstring",
     "torch",
@@ -35,28 +42,9 @@ PACKAGES = (
     "torch-fidelity",
     "hydra-core",
 )
-TRAIN_LEFT_OUT = (
-    "log_every",
-    "save_every",
-    "keep_last",
-    "keep_every",
-    "zero_stage",
-    "offload",
-    "micro_batch",
-    "activation_checkpointing",
-    "compile",
-    "save_async",
-    "wandb",
-    "profile",
-)
-TRAJECTORY_LEFT_OUT = ("location", "ready_ahead", "max_bytes", "wait_timeout_s")
 
-
-def _values(settings: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The fields of a settings dataclass as plain values."""
-    values = OmegaConf.to_container(OmegaConf.structured(settings), resolve=True)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items() if key not in without}
+# -----------------------------------------------------------------------------------------------
+# The settings that count
 
 
 def identity_of(config: RunConfig) -> dict[str, Any]:
@@ -65,32 +53,127 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
     A teacher of this run's own pre-training is named by its path inside the run, so a run can be
     moved. Another one is named by the fingerprint of its weights, which `record_teachers` compares.
     """
-    teachers = {}
+    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    assert isinstance(values, dict)
+    identity, own = _bound(config, values, ""), False
     for name, teacher in config.teacher.items():
         # The first version wrote a SiT's heads for every kind; hashes of runs contain them.
-        teachers[name] = _values(teacher)
-        teachers[name].setdefault("num_heads", 0)
+        identity["teacher"][name].setdefault("num_heads", 0)
         if is_own(teacher.path, config.run.dir):
-            teachers[name]["path"] = teacher.path[len(config.run.dir.rstrip("/")) + 1 :]
+            own = True
+            inside = teacher.path[len(config.run.dir.rstrip("/")) + 1 :]
+            identity["teacher"][name]["path"] = inside
         elif not teacher.may_be_name:
-            del teachers[name]["path"]
-    identity = {
-        "seed": config.seed,
-        "data": _values(config.data, ("path",)),
-        "student": _values(config.student),
-        "teacher": teachers,
-        "trajectory": _values(config.trajectory, TRAJECTORY_LEFT_OUT),
-        "objective": _values(config.objective),
-        "train": _values(config.train, (*TRAIN_LEFT_OUT, "max_steps", "label_dropout")),
-    }
-    if any(is_own(teacher.path, config.run.dir) for teacher in config.teacher.values()):
-        identity["pretrain"] = {"train": _values(config.pretrain.train, TRAIN_LEFT_OUT)}
+            del identity["teacher"][name]["path"]
+    if not own:
+        del identity["pretrain"]
     return identity
 
 
-def hash_of(identity: dict[str, Any]) -> str:
-    """Hexadecimal sha256 of the identity as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def _bound(settings: Any, values: dict[Any, Any], section: str) -> dict[str, Any]:
+    """`values` of a settings dataclass without those of its free fields."""
+    found: dict[str, Any] = {}
+    for one in fields(settings):
+        if is_free(one, section):
+            continue
+        value, part = values[one.name], getattr(settings, one.name)
+        inner = f"{section}.{one.name}" if section else one.name
+        if is_dataclass(part):
+            value = _bound(part, value, inner)
+        elif isinstance(part, dict):
+            value = {key: _bound(each, value[key], f"{inner}.{key}") for key, each in part.items()}
+        found[one.name] = value
+    return found
+
+
+def completed(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> dict[str, Any]:
+    """`stored` with the default of every setting in `asked` that was not there when it was written.
+
+    `asked` is of the dataclass `settings`. A part of another kind has other settings: it gets none.
+    """
+    found = dict(stored)
+    for one in fields(settings):
+        if one.name not in asked:
+            continue
+        value, part, old = asked[one.name], getattr(settings, one.name), stored.get(one.name)
+        if is_dataclass(part):
+            if _is_same_kind(old or {}, value):
+                found[one.name] = completed(old or {}, value, part)
+        elif isinstance(part, dict):
+            found[one.name] = {
+                key: completed(each, value[key], part[key])
+                if key in part and _is_same_kind(each, value[key])
+                else each
+                for key, each in (old or {}).items()
+            }
+        elif one.name not in stored and (default := _default(one)) is not MISSING:
+            found[one.name] = default
+    return found
+
+
+def _is_same_kind(stored: dict[str, Any], asked: dict[str, Any]) -> bool:
+    return all(stored.get(key) == asked.get(key) for key in ("name", "kind"))
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default if one.default_factory is MISSING else one.default_factory()
+
+
+# -----------------------------------------------------------------------------------------------
+# Comparison
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def difference(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> list[str]:
+    """One line per setting that differs: "train.lr: the run has 0.001, asked for 0.002".
+
+    `asked` is of the dataclass `settings`.
+    """
+    written, new = flatten(stored), flatten(asked)
+    old = flatten(completed(stored, asked, settings))
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        if key not in old:
+            lines.append(f"{key}: the run has none, asked for {new[key]}")
+        elif key not in new:
+            lines.append(f"{key}: the run has {old[key]}, {removed(key) or 'asked for none'}")
+        elif old[key] != new[key]:
+            was = "" if key in written else ", the default, since it is older than this setting"
+            lines.append(f"{key}: the run has {old[key]}{was}, asked for {new[key]}")
+    return lines
+
+
+def check_identity(config: RunConfig, run: RunDir) -> RunRecord | None:
+    """run.json, or None for a new run. Writes nothing.
+
+    Raises:
+        ConfigError: the configuration is another run's (with a diff), or run.json is corrupt or
+            of a newer version.
+    """
+    record = read_record(run)
+    lines = difference(record.identity, identity_of(config), config) if record else []
+    if record and lines:
+        raise ConfigError(
+            f"{run.root} was started with other settings{newer(record.versions)}:\n  "
+            + "\n  ".join(lines)
+            + "\nResume it with its own settings, or start a new run with --force-new NAME, "
+            "a name that is not taken"
+        )
+    return record
+
+
+# -----------------------------------------------------------------------------------------------
+# The record
 
 
 def versions() -> dict[str, str]:
@@ -106,157 +189,70 @@ def versions() -> dict[str, str]:
     return found
 
 
-def record_of(config: RunConfig) -> dict[str, Any]:
+def new_record(config: RunConfig) -> RunRecord:
     """The content of a new run.json."""
     identity = identity_of(config)
-    return {
-        "format": FORMAT,
-        "hash": hash_of(identity),
-        "seed": config.seed,
-        "identity": identity,
-        "stream": {
-            "seed": config.seed,
-            "samples_per_shard": config.trajectory.samples_per_shard,
-            "block_shards": config.trajectory.block_shards,
-            "passes": config.trajectory.passes,
-            "batch_size": config.train.batch_size,
-        },
-        "schedule": [{"max_steps": config.train.max_steps, "decay": config.train.decay}],
-        "teachers": {},  # name -> sha256 of the weights, once known
-        "versions": versions(),
-    }
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values by dotted key."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def difference(stored: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One line per setting that differs: "train.lr: the run has 0.001, asked for 0.002"."""
-    old, new = flatten(stored), flatten(asked)
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        if key in old and key in new and old[key] != new[key]:
-            lines.append(f"{key}: the run has {old[key]}, asked for {new[key]}")
-        elif key not in new:
-            lines.append(f"{key}: the run has {old[key]}, asked for none")
-        elif key not in old:
-            lines.append(f"{key}: the run has none, asked for {new[key]}")
-    return lines
-
-
-def read_identity(run: RunDir) -> dict[str, Any] | None:
-    """The content of run.json, or None when there is none.
-
-    Raises:
-        ConfigError: it is corrupt. It stays where it is; nothing overwrites it.
-    """
-    path = run.identity
-    try:
-        record = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise _corrupt(path, str(error)) from error
-    parts = ("identity", "stream", "teachers")
-    if not isinstance(record, dict) or not all(
-        isinstance(record.get(part), dict) for part in parts
-    ):
-        raise _corrupt(path, f"it must hold {', '.join(parts)}")
-    if record.get("hash") != hash_of(record["identity"]):
-        raise _corrupt(path, "its hash does not match its content")
-    return record
-
-
-def _corrupt(path: Path, reason: str) -> ConfigError:
-    return ConfigError(
-        f"{path} is corrupt ({reason}) and was left as it is; put back a copy, or move it away to "
-        "have it written again, or take another run with --force-new NAME"
+    return RunRecord(
+        format=FORMAT,
+        hash=hash_of(identity),
+        seed=config.seed,
+        identity=identity,
+        stream=stream_of(config),
+        schedule=(ScheduleRecord(config.train.max_steps, config.train.decay),),
+        teachers={},
+        versions=versions(),
     )
 
 
-def check_identity(config: RunConfig, run: RunDir) -> dict[str, Any] | None:
-    """run.json, or None for a new run. Writes nothing.
-
-    Raises:
-        ConfigError: the configuration is another run's (with a diff), or run.json is corrupt.
-    """
-    record = read_identity(run)
-    lines = difference(record["identity"], identity_of(config)) if record else []
-    if lines:
-        raise ConfigError(
-            f"{run.root} was started with other settings:\n  "
-            + "\n  ".join(lines)
-            + "\nResume it with its own settings, or start a new run with --force-new NAME, "
-            "a name that is not taken"
-        )
-    return record
-
-
-def check_or_write(config: RunConfig, run: RunDir) -> list[str]:
-    """Notes for the user, after run.json was written for a new run or compared with an old one.
+def check_or_write(config: RunConfig, run: RunDir) -> tuple[RunRecord, list[str]]:
+    """run.json, after it was written for a new run or compared with an old one, and notes for the
+    user.
 
     Raises:
         ConfigError: as `check_identity`, or run.json cannot be written.
     """
     record = check_identity(config, run)
     if record is not None:
-        return _note_schedule(config, run, record)
-    _write(run, record_of(config))
-    return []
+        return _with_schedule(config, run, record)
+    record = new_record(config)
+    write_record(run, record)
+    return record, []
 
 
-def _note_schedule(config: RunConfig, run: RunDir, record: dict[str, Any]) -> list[str]:
+def _with_schedule(
+    config: RunConfig, run: RunDir, record: RunRecord
+) -> tuple[RunRecord, list[str]]:
     """Writes a changed train.max_steps into run.json, and says what it means."""
-    schedule = record.setdefault("schedule", [])
-    last = schedule[-1]["max_steps"] if schedule else None
+    last = record.schedule[-1].max_steps if record.schedule else None
     steps = config.train.max_steps
     if last == steps:
-        return []
-    schedule.append({"max_steps": steps, "decay": config.train.decay})
-    _write(run, record)
+        return record, []
+    entry = ScheduleRecord(steps, config.train.decay)
+    record = replace(record, schedule=(*record.schedule, entry))
+    write_record(run, record)
     note = f"train.max_steps changed from {last} to {steps}"
     if config.train.decay == "cosine":
         note += (
             "; the cosine decay is stretched from here on, so the weights differ from those of one "
             "run of that length"
         )
-    return [note]
+    return record, [note]
 
 
-def record_teachers(run: RunDir, fingerprints: dict[str, str]) -> None:
-    """Writes the fingerprints of the teachers' weights into run.json, or compares them with those
-    there.
+def record_teachers(run: RunDir, record: RunRecord, fingerprints: dict[str, str]) -> None:
+    """Writes the fingerprints of the teachers' weights into run.json, which holds `record`, or
+    compares them with those there.
 
     Raises:
         ConfigError: a teacher's weights are not those the run was started with.
     """
-    record = read_identity(run)
-    assert record is not None, "check_or_write comes first"
-    known = record["teachers"]
+    known = record.teachers
     for name, fingerprint in fingerprints.items():
-        if known.setdefault(name, fingerprint) != fingerprint:
+        if known.get(name, fingerprint) != fingerprint:
             raise ConfigError(
                 f"teacher.{name} has other weights (sha256 {fingerprint[:12]}) than the run "
                 f"{run.root} was started with ({known[name][:12]}); put the old file back, or "
                 "start a new run with --force-new NAME"
             )
-    _write(run, record)
-
-
-def _write(run: RunDir, record: dict[str, Any]) -> None:
-    try:
-        write_json(run.identity, record)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {run.identity}: {error.strerror}; choose another place with run.dir=..."
-        ) from error
+    if not fingerprints.keys() <= known.keys():
+        write_record(run, replace(record, teachers=known | fingerprints))

@@ -1,132 +1,15 @@
-"""Room on disk: which shards may go, that all others fit, and the record of those that went.
-
-A resume from checkpoint N reads the block of step N and later ones. So no shard before the block of
-the oldest checkpoint that is kept and verifies is ever read again. When `trajectory.max_bytes`
-needs their room, their tars are deleted. Their sidecars stay, as proof of what was read.
-
-    event `evict` -> evicted.json -> tars deleted
-
-A kill in between leaves tars that the record calls gone. A tar that is there is not evicted,
-whatever the record says. Needs no torch.
-"""
+"""Room on disk: what a run needs at once must fit under `trajectory.max_bytes`. No torch."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
 
-from cluster.plan.stream import StreamPlan, stream_order
-from cluster.settings.schema import RunConfig
-from distill.checkpoint.manifest import committed_steps, verify_once
-from distill.config import ConfigError, TrainConfig, check
+from cluster.state.done import RunView
+from cluster.state.evicted import first_shard_read, forget_evicted
+from distill.checkpoint.manifest import committed_steps
+from distill.config import TrainConfig, check
 from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
-from distill.data.stores.store import committed, open_store
-from distill.run.dir import RunDir
-from distill.run.events import Evict, MakeAgain, append
-from distill.run.files import write_json
-from distill.run.records import read_record, tree_of
-
-# -----------------------------------------------------------------------------------------------
-# The record
-
-
-@dataclass(frozen=True)
-class Evicted:
-    """evicted.json: ranges of shards, both ends included."""
-
-    shards: tuple[tuple[int, ...], ...]
-
-
-def recorded(run: RunDir) -> set[int]:
-    """The shards that evicted.json names.
-
-    Raises:
-        ConfigError: it is corrupt. It stays where it is; nothing overwrites it.
-    """
-    try:
-        ranges = read_record(Evicted, run.evicted).shards
-        return {shard for first, last in ranges for shard in range(first, last + 1)}
-    except FileNotFoundError:
-        return set()
-    except ValueError as error:  # RecordError, or a range that has not two ends
-        raise ConfigError(
-            f"{run.evicted} is corrupt ({error}) and was left as it is; put back a copy, or move "
-            "it away to have the shards it names made again"
-        ) from error
-
-
-def read_evicted(run: RunDir, found: Collection[int]) -> set[int]:
-    """The shards that were made and deleted for room. `found` are the committed ones."""
-    return recorded(run).difference(found)
-
-
-def evict(run: RunDir, shards: tuple[int, ...], step: int) -> None:
-    """Deletes the tars of `shards`, which lie behind the checkpoint of `step`."""
-    append(run, Evict(shards, step))
-    _record(run, recorded(run) | set(shards))
-    open_store(run).delete_tars(shards)
-
-
-def forget_evicted(run: RunDir, first_shard: int) -> None:
-    """Has the evicted shards from `first_shard` on made again: the checkpoint behind them is gone,
-    so training reads them once more.
-    """
-    again = tuple(sorted(shard for shard in recorded(run) if shard >= first_shard))
-    if again:
-        append(run, MakeAgain(again))
-        _record(run, recorded(run) - set(again))
-
-
-def _record(run: RunDir, shards: set[int]) -> None:
-    write_json(run.evicted, tree_of(Evicted(ranges_of(shards))))
-
-
-def ranges_of(shards: set[int]) -> tuple[tuple[int, int], ...]:
-    """Runs of consecutive numbers as (first, last), in order."""
-    starts = sorted(shard for shard in shards if shard - 1 not in shards)
-    ends = sorted(shard for shard in shards if shard + 1 not in shards)
-    return tuple(zip(starts, ends, strict=True))
-
-
-# -----------------------------------------------------------------------------------------------
-# What may go
-
-
-def oldest_verified(checkpoints: Path) -> int:
-    """Step of the oldest checkpoint that verifies; 0 when there is none."""
-    there = committed_steps(checkpoints).items()
-    return next((step for step, folder in there if not verify_once(folder)), 0)
-
-
-class OldestCheckpoint:
-    """`oldest_verified`, looked for in a thread: hashing a large checkpoint takes a while."""
-
-    def __init__(self, run: RunDir) -> None:
-        self.step = 0
-        self._run = run
-        self._looking = threading.Thread()
-
-    def look(self) -> int:
-        """The step as it was found last, 0 at first; starts another look."""
-        if not self._looking.is_alive():
-            self._looking = threading.Thread(target=self._look, daemon=True)
-            self._looking.start()
-        return self.step
-
-    def _look(self) -> None:
-        self.step = oldest_verified(self._run.checkpoints)
-
-
-def first_shard_read(order: Order, block_shards: int, step: int) -> int:
-    """The lowest shard that a resume from the checkpoint of `step` reads."""
-    return order.block_of(step) * block_shards
-
-
-# -----------------------------------------------------------------------------------------------
-# What must fit
 
 
 @dataclass(frozen=True)
@@ -168,22 +51,24 @@ def room_for_training(
     return Room(blocks, min(shards, needed))
 
 
-def check_room(config: RunConfig, run: RunDir, plan: StreamPlan, trainer_reads: bool) -> None:
-    """Sees to it that a run cannot come to a stop for want of room on disk.
+def check_room(view: RunView, trainer_reads: bool) -> RunView:
+    """What the files say, after it was seen to it that a run cannot come to a stop for want of room
+    on disk.
 
     Raises:
         ConfigError: trajectory.max_bytes holds less than must lie on disk at once.
     """
-    trajectory, train, order = config.trajectory, config.train, stream_order(config)
-    end = max(committed(run), default=-1) + 1  # a longer run before may have made more
+    trajectory, train, plan = view.config.trajectory, view.config.train, view.plan
+    end = max(view.shards, default=-1) + 1  # a longer run before may have made more
     fits = max(plan.shards, end) * plan.shard_bytes <= trajectory.max_bytes
-    if fits and not recorded(run):
-        return
-    oldest = oldest_verified(run.checkpoints)
-    first = first_shard_read(order, trajectory.block_shards, oldest)
-    forget_evicted(run, first)
+    if fits and not view.recorded:
+        return view
+    oldest = view.oldest
+    first = first_shard_read(plan.order, trajectory.block_shards, oldest)
+    if forget_evicted(view.run, first):
+        view = view.again()
     if fits:
-        return
+        return view
     given = f"trajectory.max_bytes={trajectory.max_bytes:,}"
     if not trainer_reads:
         needed = (plan.shards - first) * plan.shard_bytes
@@ -193,9 +78,9 @@ def check_room(config: RunConfig, run: RunDir, plan: StreamPlan, trainer_reads: 
             "are made here without training on them; raise it, or use `bowstring run`, which "
             "deletes shards once it is done with them",
         )
-        return
-    kept = [step for step in committed_steps(run.checkpoints) if step >= oldest]
-    room = room_for_training(order, trajectory, train, plan.shards, kept)
+        return view
+    kept = [step for step in committed_steps(view.run.checkpoints) if step >= oldest]
+    room = room_for_training(plan.order, trajectory, train, plan.shards, kept)
     there = end - first
     needed = max(room.shards, there) * plan.shard_bytes
     check(
@@ -206,3 +91,4 @@ def check_room(config: RunConfig, run: RunDir, plan: StreamPlan, trainer_reads: 
         f"{max(there, 0)} that are there and still needed; raise it, or lower train.save_every="
         f"{train.save_every}, train.keep_last={train.keep_last} or ready_ahead",
     )
+    return view

@@ -21,7 +21,7 @@ from cluster.pool.pool import TeacherPool
 from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig
 from cluster.state.cursor import read_cursor
-from cluster.state.done import with_absolute_paths
+from cluster.state.done import RunView, with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.supervisor import stages
 from cluster.supervisor.group import POLL_PERIOD_S, RunFailed, TrainerGroup
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 NOT_SAVED = os.EX_TEMPFAIL  # 75: to start again helps
 
-Stage = Callable[[Session], Work]
+Stage = Callable[[Session, RunView], Work]
 
 # -----------------------------------------------------------------------------------------------
 # Verbs
@@ -88,14 +88,18 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
     """
     given, config = config, stages.with_models(with_absolute_paths(config))
     with open_session(config, config.files) as session:
-        for note in check_or_write(config, session.run):
+        record, notes = check_or_write(config, session.run)
+        for note in notes:
             session.bars.say(note)
         save_config(session.run, given)
+        view = RunView(config, session.run, record)
         try:
             for stage in chosen:
                 with session.stopping_at_once():
-                    work = stage(session)
-                _work(session, work)
+                    work = stage(session, view)
+                if work != Work():
+                    _work(session, work)
+                    view = view.again()
         except Stopped:
             raise SystemExit(_say_stopped(session, str(given.run.dir))) from None
         except Exception as error:  # the supervisor's one broad net: a failure is an exit code
@@ -133,8 +137,6 @@ def _work(session: Session, work: Work) -> None:
         RunFailed, PoolError, ConfigError, CheckpointError: it cannot go on.
     """
     pool, job = work.pool, work.job
-    if pool is None and job is None:
-        return
     session.start_ray()
     if session.stop_signal:
         raise Stopped

@@ -6,16 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.plan.stream import StreamPlan, stream_order, stream_plan
 from cluster.pool.pool import TeacherPool
 from cluster.settings.schema import RunConfig
-from cluster.state.done import (
-    has_all_shards,
-    is_distilled,
-    own_teachers,
-    results_are_current,
-    steps_done,
-)
+from cluster.state.done import RunView, own_teachers
 from cluster.state.identity import record_teachers
 from cluster.state.room import check_room
 from cluster.supervisor.session import Session
@@ -72,14 +65,14 @@ def _with_model(teacher: TeacherConfig) -> TeacherConfig:
 # What there is to do
 
 
-def pretrain(session: Session) -> Work:
+def pretrain(session: Session, view: RunView) -> Work:
     """Training of the run's own teachers, unless they are there or there are none."""
-    missing = {n: p for n, p in own_teachers(session.config).items() if not has_model(p)}
+    missing = {n: p for n, p in own_teachers(view.config).items() if not has_model(p)}
     if not missing:
         return Work()
-    check(SETS[session.config.data.name].has_images, NO_IMAGES)
-    check_files(session.config.data)
-    job = TrainJob("pretrain", session.config, None, session.scratch)
+    check(SETS[view.config.data.name].has_images, NO_IMAGES)
+    check_files(view.config.data)
+    job = _job("pretrain", session, view, None)
     made = [job.run.model(step) for step in job.exports]
     for name, folder in missing.items():
         check(
@@ -90,32 +83,29 @@ def pretrain(session: Session) -> Work:
     return Work(job=job)
 
 
-def distil(session: Session) -> Work:
+def distil(session: Session, view: RunView) -> Work:
     """Shards, and the training on them at the same time."""
-    config, plan = session.config, stream_plan(session.config)
-    if is_distilled(config, session.run):
+    if view.is_distilled:
         return Work()
-    is_trained = steps_done(session.run) >= config.train.max_steps
-    spec = run_spec(session)
+    spec = run_spec(view)
     return Work(
-        pool=_pool(session, spec, plan, trainer_reads=not is_trained),
-        job=None if is_trained else TrainJob("train", config, spec, session.scratch),
+        pool=_pool(view, spec, trainer_reads=not view.is_trained),
+        job=None if view.is_trained else _job("train", session, view, spec),
     )
 
 
-def generate(session: Session) -> Work:
+def generate(session: Session, view: RunView) -> Work:
     """Shards alone."""
-    if has_all_shards(session.config, session.run):
+    if view.has_all_shards:
         return Work()
-    plan = stream_plan(session.config)
-    return Work(pool=_pool(session, run_spec(session), plan, trainer_reads=False))
+    return Work(pool=_pool(view, run_spec(view), trainer_reads=False))
 
 
-def train(session: Session) -> Work:
+def train(session: Session, view: RunView) -> Work:
     """Training alone, on shards that are there."""
-    if steps_done(session.run) >= session.config.train.max_steps:
+    if view.is_trained:
         return Work()
-    return Work(job=TrainJob("train", session.config, run_spec(session), session.scratch))
+    return Work(job=_job("train", session, view, run_spec(view)))
 
 
 def check_training(config: RunConfig) -> None:
@@ -131,17 +121,17 @@ def check_evaluation(config: RunConfig) -> None:
         check_inception(config.eval.extractor.weights)
 
 
-def evaluate_if_new(session: Session) -> Work:
+def evaluate_if_new(session: Session, view: RunView) -> Work:
     """Evaluates and reports, unless the results are those of the last checkpoint."""
-    if not results_are_current(session.config, session.run):
-        return evaluate_again(session)
+    if not view.has_results:
+        return evaluate_again(session, view)
     if not session.run.report.exists():
         write_report(session.run, session.config.run.command)
     session.bars.say(f"report: {session.run.report}")
     return Work()
 
 
-def evaluate_again(session: Session) -> Work:
+def evaluate_again(session: Session, view: RunView) -> Work:
     """Evaluates and reports; leaves nothing to do."""
     # torch-fidelity and torchvision take as long to import as all the rest together, and a run that
     # is resumed should not wait for them.
@@ -158,13 +148,13 @@ def evaluate_again(session: Session) -> Work:
 # Parts
 
 
-def run_spec(session: Session) -> ShardSpec:
+def run_spec(view: RunView) -> ShardSpec:
     """What every shard of the run shares. The fingerprints of its teachers enter run.json.
 
     Raises:
         ConfigError: a teacher is missing, or is not the one the run was started with.
     """
-    config = session.config
+    config = view.config
     for name, folder in own_teachers(config).items():
         check(
             has_model(folder),
@@ -175,7 +165,8 @@ def run_spec(session: Session) -> ShardSpec:
         teacher = describe(settings)
         check_image(name, teacher.image, config.data.image)
         prints[name] = teacher.fingerprint
-    record_teachers(session.run, prints)
+    assert view.record is not None, "check_or_write comes first"
+    record_teachers(view.run, view.record, prints)
     return shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
 
 
@@ -188,8 +179,11 @@ def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
     )
 
 
-def _pool(session: Session, spec: ShardSpec, plan: StreamPlan, trainer_reads: bool) -> TeacherPool:
-    open_store(session.run).clear()
-    assert plan.blocks == stream_order(session.config).num_blocks(session.config.train.max_steps)
-    check_room(session.config, session.run, plan, trainer_reads)
-    return TeacherPool(session.config, session.run, spec, plan, trainer_reads)
+def _pool(view: RunView, spec: ShardSpec, trainer_reads: bool) -> TeacherPool:
+    open_store(view.run).clear()
+    return TeacherPool(check_room(view, trainer_reads), spec, trainer_reads)
+
+
+def _job(stage: str, session: Session, view: RunView, spec: ShardSpec | None) -> TrainJob:
+    assert view.record is not None, "check_or_write comes first"
+    return TrainJob(stage, view.config, spec, session.scratch, view.record.hash)

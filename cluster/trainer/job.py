@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.settings.schema import RunConfig
-from cluster.state.identity import hash_of, identity_of
 from distill.config import TrainConfig
 from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir
@@ -21,23 +20,20 @@ class TrainJob:
         config: the run's configuration, with absolute paths.
         spec: what every shard shares; None for "pretrain".
         scratch: a folder all nodes see, for Ray Train's own files and for `stop` and `final`.
+        config_hash: the hash of run.json, for the manifests.
     """
 
     stage: str
     config: RunConfig
     spec: ShardSpec | None
     scratch: Path
+    config_hash: str
 
     @property
     def run(self) -> RunDir:
         """Where this stage keeps its checkpoints, events and metrics."""
         run = self.config.files
         return run.teacher if self.stage == "pretrain" else run
-
-    @property
-    def config_hash(self) -> str:
-        """Hash of the settings that determine the run's data and weights."""
-        return hash_of(identity_of(self.config))
 
     @property
     def train(self) -> TrainConfig:

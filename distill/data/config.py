@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from distill.config import ImageSpec, check, check_choice, check_positive
+from distill.config import ImageSpec, check, check_choice, check_positive, free
 from distill.data.sets import SETS
 
 
@@ -18,7 +18,7 @@ class DataConfig:
     """
 
     name: str = MISSING  # a row of distill.data.sets
-    path: str = ""  # fashion: folder with the files, "" is the usual one; npz: the file
+    path: str = free("")  # fashion: folder with the files, "" is the usual one; npz: the file
     channels: int = MISSING
     size: int = MISSING  # height = width, pixels, after padding
     num_classes: int = 0  # 0: unconditional
@@ -65,10 +65,11 @@ class TrajectoryConfig:
     dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
     store_noise: bool = True  # false: the reader makes it again from the sample id
     batch_size: int = 256  # samples a teacher integrates at once, if its memory suffices
-    ready_ahead: int = 16  # shards at most beyond the block that is read
-    location: str = ""  # of the shards: a folder or an fsspec URL; "" is shards in the run's folder
-    max_bytes: int = 20_000_000_000  # shards at most on disk, bytes
-    wait_timeout_s: float = 900.0  # without a new shard, then a reader fails
+    ready_ahead: int = free(16)  # shards at most beyond the block that is read
+    # Of the shards: a folder or an fsspec URL; "" is shards in the run's folder
+    location: str = free("")
+    max_bytes: int = free(20_000_000_000)  # shards at most on disk, bytes
+    wait_timeout_s: float = free(900.0)  # without a new shard, then a reader fails
 
     def __post_init__(self) -> None:
         check_positive(

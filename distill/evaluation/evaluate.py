@@ -37,12 +37,13 @@ from distill.evaluation.sampling import (
     student_sampler,
     teacher_sampler,
 )
-from distill.export.student import latest_student, read_identity
+from distill.export.student import latest_student
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
 from distill.report.cost import read_cost
 from distill.report.pictures import tile, write_npz, write_png
 from distill.run.dir import RunDir
+from distill.run import identity
 from distill.run.records import record_of
 from distill.run.results import Extractor, Reference, Results, Row, Truth, write_results
 from distill.sample import load_student, to_uint8
@@ -194,7 +195,7 @@ def evaluate(
         not the published ones.
     """
     check(
-        evaluation.seed != read_identity(run)["seed"],
+        evaluation.seed != identity.record_of(run).seed,
         f"eval.seed={evaluation.seed} is the seed of the run, so its samples were trained on; "
         "choose another eval.seed",
     )

@@ -32,10 +32,10 @@ from distill.data.layout import stored_dtype
 from distill.data.shards import as_tensor, read_shard
 from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, read_sidecar
-from distill.export.student import read_identity
 from distill.flow.noise import sample_noise
 from distill.run.dir import RunDir
 from distill.run.files import clean_temporaries, sync_directory, temporary_path, write_json
+from distill.run.identity import record_of
 
 INDEX, COUNTS = "index.json", "shard_count.json"
 
@@ -53,7 +53,7 @@ def export_fastgen(run: RunDir, out: Path) -> Path:
     shards = list(committed(run))
     check(len(shards) > 0, f"{run.root} has no shards yet; `bowstring generate {run.root}` first")
     spec = read_sidecar(run, shards[0]).spec
-    classes = int(read_identity(run)["identity"]["data"]["num_classes"])
+    classes = int(record_of(run).identity["data"]["num_classes"])
     _claim(out, spec)
     clean_temporaries(out)
     missing = [shard for shard in shards if not _place(out, shard).exists()]

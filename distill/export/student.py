@@ -6,7 +6,6 @@ model.json          network, image, and where the model comes from
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +16,7 @@ from distill.networks.build import empty_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.files import DESCRIPTION, load_weights, save_model
 from distill.run.dir import RunDir
-
-
-def read_identity(run: RunDir) -> dict[str, Any]:
-    """run.json: what determines data and weights. Raises ConfigError when it cannot be read."""
-    try:
-        record = json.loads(run.identity.read_text())
-    except FileNotFoundError as error:
-        raise ConfigError(f"{run.root} is no run: it has no {run.identity.name}") from error
-    except ValueError as error:
-        raise ConfigError(f"{run.identity} is not JSON ({error})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("identity"), dict):
-        raise ConfigError(f"{run.identity} holds no identity of a run")
-    return record
+from distill.run.identity import record_of
 
 
 def export_checkpoint(
@@ -68,16 +55,16 @@ def export_run(run: RunDir, out: Path) -> Path:
     if found is None:
         raise ConfigError(f"{run.root} has no checkpoint yet; train it first")
     step, folder = found
-    record = read_identity(run)
-    settings = record["identity"]
+    record = record_of(run)
+    settings = record.identity
     data = settings["data"]
     meta = {
         "kind": "student",
         "objective": settings["objective"]["name"],
         "step": step,
         "run": run.root.name,
-        "config_sha256": record.get("hash", ""),
-        "teachers": record.get("teachers", {}),
+        "config_sha256": record.hash,
+        "teachers": record.teachers,
     }
     image = ImageSpec(data["channels"], data["size"], data["num_classes"])
     return export_checkpoint(folder, out, network_config(settings["student"]), image, meta)

@@ -18,7 +18,7 @@ from cluster.inspect.verify import audit
 from cluster.plan.stream import stream_order, stream_plan
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
-from cluster.state.identity import hash_of, identity_of
+from cluster.state.identity import identity_of
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import read_manifest, step_name
 from distill.data.generate import generate_shard
@@ -28,6 +28,7 @@ from distill.data.sidecar import shard_spec
 from distill.data.stores.store import read_sidecar
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
+from distill.run.identity import hash_of
 from distill.run.metrics import last_step
 from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
@@ -245,7 +246,7 @@ class Undisturbed:
                 teachers, config.teacher, config.trajectory, config.seed, shard, "cpu"
             )
             write_shard(config.files, spec, shard, made, 0.0, "test")
-        job = TrainJob("train", config, spec, folder / "scratch")
+        job = TrainJob("train", config, spec, folder / "scratch", "hash")
         assert run_ranks(train_alone, 1, folder / "rank", job) == [config.train.max_steps]
         return config.files
 

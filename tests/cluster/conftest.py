@@ -84,7 +84,7 @@ def session(tmp_path, monkeypatch):
 @pytest.fixture
 def job(session):
     """The training of that session's run."""
-    return TrainJob("train", session.config, None, session.scratch)
+    return TrainJob("train", session.config, None, session.scratch, "hash")
 
 
 class Trainings:

@@ -16,8 +16,7 @@ from cluster.settings.schema import RunConfig
 from distill.config import ConfigError
 from distill.data.sidecar import tar_path
 from distill.run.dir import RunDir
-from distill.run.files import write_json
-from distill.testing import tiny_spec, write_tiny_shards
+from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
 
 
 @pytest.fixture(autouse=True)
@@ -191,7 +190,7 @@ def test_labels_may_begin_with_none():
 
 def test_trajectories_are_exported_for_fastgen(in_empty_folder):
     run = RunDir(in_empty_folder / "runs/tiny")
-    write_json(run.identity, {"identity": {"data": {"num_classes": 10}}})
+    write_tiny_record(run, {"data": {"num_classes": 10}})
     write_tiny_shards(run, tiny_spec(), [0])
     done = bowstring("export", "runs/tiny", "--format", "fastgen")
     assert (done.returncode, done.stdout) == (0, "runs/tiny/fastgen\n"), done.stderr

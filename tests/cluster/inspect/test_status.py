@@ -24,7 +24,7 @@ from cluster.inspect.status import (
 from cluster.inspect.view import render, show_audit
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
-from cluster.state.room import evict
+from cluster.state.evicted import evict
 from distill.data.sidecar import Reason, tar_path
 from distill.report.cost import goodput
 from distill.run.dir import RunDir

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from cluster.inspect.verify import audit
-from cluster.state.identity import hash_of
-from cluster.state.room import evict
+from cluster.state.evicted import evict
 from distill.checkpoint.manifest import KEPT
 from distill.config import ConfigError
 from distill.data.order import Order
@@ -21,16 +20,11 @@ from distill.data.stores.store import open_store
 from distill.run.dir import RunDir
 from distill.run.events import Commit, MakeAgain, Quarantine, Resume, Save, Steps, append
 from distill.run.files import write_json
-from distill.testing import tiny_spec, write_tiny_shards
+from distill.run.identity import StreamRecord
+from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
 
 # Blocks of 2 shards of 4 samples, read twice: 16 entries a block, 8 a step, so 2 steps a block.
-STREAM = {
-    "seed": 3,
-    "samples_per_shard": 4,
-    "block_shards": 2,
-    "passes": 2,
-    "batch_size": 8,
-}
+STREAM = StreamRecord(seed=3, samples_per_shard=4, block_shards=2, passes=2, batch_size=8)
 ORDER = Order(seed=3, block_samples=8, passes=2, batch_size=8)
 
 
@@ -50,8 +44,7 @@ def made(shard: int) -> Commit:
 def run(tmp_path, write_checkpoint) -> RunDir:
     """Six shards, five steps in three windows, two checkpoints, a restart that fell back."""
     run = RunDir(tmp_path / "run")
-    record = {"identity": {}, "hash": hash_of({}), "stream": STREAM, "teachers": {}}
-    write_json(run.identity, record)
+    write_tiny_record(run, {}, STREAM)
     write_tiny_shards(run, tiny_spec(), range(6))
     append(run, Resume(0, 1), window(0, 1), Save(2), window(2, 3))
     append(run, Resume(2, 1), window(2, 2), window(3, 4))
@@ -72,10 +65,9 @@ def test_a_whole_run(run):
 
 def test_a_run_that_has_not_begun(tmp_path):
     run = RunDir(tmp_path)
-    with pytest.raises(ConfigError, match=r"run\.json does not exist"):
+    with pytest.raises(ConfigError, match=r"it has no run\.json"):
         audit(run)
-    record = {"identity": {}, "hash": hash_of({}), "stream": STREAM, "teachers": {}}
-    write_json(run.identity, record)
+    write_tiny_record(run, {}, STREAM)
     found = audit(run)
     assert found["ok"] and found["shards"] == found["consumed_steps"] == 0
 
@@ -181,11 +173,9 @@ def test_shard_of_another_run(run, other):
 
 
 def test_teachers_of_run_json_count(run):
-    record = json.loads(run.identity.read_text())
-    right = {"teacher0": 64 * "0", "teacher1": 64 * "1"}
-    write_json(run.identity, {**record, "teachers": right})
+    write_tiny_record(run, {}, STREAM, teacher0=64 * "0", teacher1=64 * "1")
     assert audit(run)["ok"]
-    write_json(run.identity, {**record, "teachers": {**right, "teacher1": 64 * "2"}})
+    write_tiny_record(run, {}, STREAM, teacher0=64 * "0", teacher1=64 * "2")
     assert len(audit(run)["corrupt"]) == 6
 
 

@@ -31,7 +31,8 @@ from cluster.pool.messages import (
     Released,
     Tick,
 )
-from cluster.state.room import first_shard_read, room_for_training
+from cluster.state.evicted import first_shard_read
+from cluster.state.room import room_for_training
 from distill.config import TrainConfig
 from distill.data.config import TrajectoryConfig
 from distill.data.order import Order

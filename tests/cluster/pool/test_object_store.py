@@ -16,8 +16,8 @@ from cluster.plan.stream import stream_order, stream_plan
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from cluster.state.done import with_absolute_paths
+from cluster.state.evicted import evict, read_evicted
 from cluster.state.identity import identity_of
-from cluster.state.room import evict, read_evicted
 from distill.config import ConfigError
 from distill.data.generate import generate_shard
 from distill.data.shards import write_shard

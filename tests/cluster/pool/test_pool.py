@@ -15,12 +15,13 @@ from ray.exceptions import (
 )
 
 from cluster.inspect.status import quarantined, restarts
-from cluster.plan.stream import stream_plan
 from cluster.pool import pool as pool_module
 from cluster.pool.member import Member
 from cluster.pool.messages import Asked, Joined, Quarantined, Released
 from cluster.pool.pool import PoolError, TeacherPool
 from cluster.settings.hydra import compose
+from cluster.state import done
+from cluster.state.done import view_of
 from cluster.state.workers import read_target, write_target
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec, sidecar_path
@@ -111,7 +112,7 @@ def make_pool(folder, trainer_reads=False, **settings):
     spec = shard_spec(
         config.seed, config.data.image, config.trajectory, config.teacher, {"only": "f" * 64}
     )
-    return TeacherPool(config, RunDir(folder), spec, stream_plan(config), trainer_reads)
+    return TeacherPool(view_of(config), spec, trainer_reads)
 
 
 def finish(pool, rounds=60):
@@ -349,7 +350,8 @@ def take_for_committed(pool, monkeypatch):
 def test_what_is_evicted_while_the_directory_is_read_does_not_come_back(ray, tmp_path, monkeypatch):
     """The listing is older than the eviction that a quarantined shard leads to."""
     listing = dict.fromkeys(range(4), 100)
-    monkeypatch.setattr(pool_module, "committed", lambda run: dict(listing))
+    for module in (done, pool_module):  # a start and a scan
+        monkeypatch.setattr(module, "committed", lambda run: dict(listing))
     pool = make_pool(tmp_path)
     state = pool.coordinator
     # One shard to come and one of those there fit, no more: what was there is 100 bytes each.

@@ -16,7 +16,7 @@ from cluster.plan.estimate import show
 from cluster.plan.stream import stream_plan
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.hydra import compose
-from cluster.state.done import with_absolute_paths
+from cluster.state.done import view_of, with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.state.room import check_room
 from cluster.supervisor import runner
@@ -32,7 +32,6 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import save_model
 from distill.report.sections import write_report
-from distill.run.dir import RunDir
 from distill.run.files import read_lines
 from distill.run.records import tree_of
 
@@ -156,17 +155,17 @@ def test_two_steps_in_small(experiment, tmp_path):
     config = with_absolute_paths(one(f"experiment={experiment}", *overrides))
     run = config.files
     with open_session(config, run) as session:
-        check_or_write(config, run)
-        own = pretrain(session).job
+        view = view_of(config, check_or_write(config, run)[0])
+        own = pretrain(session, view).job
         assert (own is not None) == (experiment == "cifar10")
         if own is not None:
             train_here(own)
-        spec = run_spec(session)
+        spec = run_spec(view)
         worker = TeacherWorker(config, run, spec, "cpu")
         worker.load()
         for shard in range(stream_plan(config).shards):
             worker.produce(shard)
-        origin = train_here(TrainJob("train", config, spec, session.scratch))
+        origin = train_here(TrainJob("train", config, spec, session.scratch, "hash"))
     assert origin == expected_origin
     assert audit(run)["ok"]
     losses = [line["loss"] for line in read_lines(run.metrics)]
@@ -192,15 +191,15 @@ def test_the_header_holds_what_estimate_prints(experiment, capsys, monkeypatch):
 
 @pytest.mark.parametrize("experiment", TEACHERS)
 def test_a_whole_run_has_room_for_its_shards(experiment, tmp_path):
-    config = one(f"experiment={experiment}")
-    check_room(config, RunDir(tmp_path), stream_plan(config), trainer_reads=True)
+    config = one(f"experiment={experiment}", f"run.dir={tmp_path}")
+    check_room(view_of(config), trainer_reads=True)
 
 
 def test_the_student_of_a_sit_begins_with_its_velocity(tmp_path):
     image = one("experiment=imagenet256_sit").data.image
     overrides = sit_teacher(tmp_path, image)
     config = one("experiment=imagenet256_sit", f"run.dir={tmp_path / 'run'}", *overrides)
-    network, _ = initial_network(TrainJob("train", config, None, tmp_path))
+    network, _ = initial_network(TrainJob("train", config, None, tmp_path, "hash"))
     reference = build_network(DIT, image)
     reference.load_state_dict(weights(DIT, image))
     x, t, s = torch.randn(3, *image.shape), torch.rand(3), torch.ones(3)
@@ -217,7 +216,7 @@ def test_latents_train_no_teacher(tmp_path):
         open_session(config, config.files) as session,
         pytest.raises(ConfigError, match=r"no images to train a teacher on; .*teacher=sit"),
     ):
-        pretrain(session)
+        pretrain(session, view_of(config))
 
 
 def test_an_absent_npz_is_named_before_anything_starts(tmp_path):

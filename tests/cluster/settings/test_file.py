@@ -1,13 +1,18 @@
 """config.yaml holds a run's settings exactly, follows a moved run, refuses what cannot change."""
 
+import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from cluster.settings.file import load_config, save_config
+from cluster.settings import file
+from cluster.settings.file import Removed, load_config, save_config
 from cluster.settings.hydra import compose
 from distill.config import ConfigError
 from distill.run.dir import RunDir
+from distill.run.files import write_json
+from distill.testing import write_tiny_record
 
 
 @pytest.fixture
@@ -66,4 +71,61 @@ def test_a_broken_file_is_named(saved):
         load_config(run)
     run.config.unlink()
     with pytest.raises(ConfigError, match="is not a run"):
+        load_config(run)
+
+
+# -----------------------------------------------------------------------------------------------
+# Runs of other versions
+
+
+@pytest.mark.parametrize(
+    ("gone", "old", "stored", "said"),
+    [
+        ("train.warmth", "  lr: 0.0003", "  lr: 0.0003\n  warmth: 3", "a setting train.warmth"),
+        (
+            "teacher.*.heads",
+            "    path: runs/",
+            "    heads: 1\n    path: runs/",
+            "a setting teacher.early.heads",
+        ),
+        ("train.decay=cosine", "", "", "train.decay=cosine"),
+    ],
+)
+def test_what_is_no_more_is_named_with_since_when_and_what_to_do(
+    gone, old, stored, said, saved, monkeypatch
+):
+    run, _ = saved
+    text = run.config.read_text()
+    assert old in text
+    run.config.write_text(text.replace(old, stored))
+    monkeypatch.setitem(file.REMOVED, gone, Removed("0.3", "take another run"))
+    with pytest.raises(ConfigError) as caught:
+        load_config(run)
+    sentence = f"there was {said}, which is no more since bowstring 0.3: take another run"
+    assert str(caught.value) == sentence
+
+
+def test_the_command_line_is_told_too(monkeypatch):
+    monkeypatch.setitem(file.REMOVED, "train.warmth", Removed("0.3", "set train.lr"))
+    with pytest.raises(ConfigError, match=r"a setting train\.warmth, .* 0\.3: set train\.lr"):
+        compose(["experiment=tiny", "+train.warmth=3"])
+    monkeypatch.setitem(file.REMOVED, "train.decay=constant", Removed("0.4", "set cosine"))
+    with pytest.raises(ConfigError, match=r"train\.decay=constant, .* 0\.4: set cosine"):
+        compose(["experiment=tiny", "train.decay=constant"])
+
+
+def test_a_later_version_is_named_rather_than_its_settings(saved):
+    run, _ = saved
+    run.config.write_text(run.config.read_text() + "colour: red\n")
+    write_tiny_record(run, {})
+    with pytest.raises(ConfigError, match="there is no setting colour") as caught:
+        load_config(run)
+    assert "written by bowstring" not in str(caught.value)
+    record = json.loads(run.identity.read_text()) | {"versions": {"bowstring": "99.0"}}
+    write_json(run.identity, record)
+    ours = version("bowstring")
+    with pytest.raises(ConfigError, match=rf"colour.*by bowstring 99\.0, and this is {ours}"):
+        load_config(run)
+    write_json(run.identity, record | {"format": 2})
+    with pytest.raises(ConfigError, match=rf"by bowstring 99\.0 \(.* format 2\), this is {ours},"):
         load_config(run)

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from cluster.settings.hydra import compose
-from cluster.state.done import results_are_current, steps_done
-from cluster.state.room import oldest_verified
+from cluster.state.done import steps_done, view_of
+from cluster.state.evicted import oldest_verified
 from distill.checkpoint import manifest
 from distill.evaluation.evaluate import evaluate
 from distill.run.dir import RunDir
@@ -49,8 +49,8 @@ def run(finished_run, tmp_path_factory):
     ],
 )
 def test_results_of_another_evaluation_are_not_current(run, override):
-    assert results_are_current(tiny(run), run)
-    assert not results_are_current(tiny(run, override), run)
+    assert view_of(tiny(run)).has_results
+    assert not view_of(tiny(run, override)).has_results
 
 
 def test_results_of_another_step_or_of_an_older_version_are_not_current(run):
@@ -59,7 +59,7 @@ def test_results_of_another_step_or_of_an_older_version_are_not_current(run):
     try:
         for other in (results | {"step": 10}, without):
             write_json(run.results, other)
-            assert not results_are_current(tiny(run), run)
+            assert not view_of(tiny(run)).has_results
     finally:
         write_json(run.results, results)
 

@@ -5,10 +5,17 @@ from pathlib import Path
 
 import pytest
 
+from cluster.settings import file
+from cluster.settings.file import Removed
 from cluster.settings.hydra import compose
-from cluster.state.identity import check_or_write, hash_of, identity_of, record_teachers
+from cluster.state.identity import check_or_write, identity_of, record_teachers
 from distill.config import ConfigError
 from distill.run.dir import RunDir
+from distill.run.files import write_json
+from distill.run.identity import hash_of, record_of
+
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+HASHES = json.loads((FIXTURES / "identity_hashes.json").read_text())
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +69,7 @@ def test_what_changes_neither_data_nor_weights_resumes(override):
 )
 def test_other_data_or_weights_are_refused_with_a_diff(override, line):
     config, run = tiny()
-    assert check_or_write(config, run) == []
+    assert check_or_write(config, run)[1] == []
     before = run.identity.read_bytes()
     other, _ = tiny(override)
     with pytest.raises(ConfigError, match="started with other settings") as caught:
@@ -91,9 +98,9 @@ def test_a_longer_run_is_allowed_said_and_written_down():
     config, run = tiny()
     check_or_write(config, run)
     longer, _ = tiny("train.max_steps=9")
-    (note,) = check_or_write(longer, run)
+    _, (note,) = check_or_write(longer, run)
     assert note.startswith("train.max_steps changed from 6 to 9; the cosine decay is stretched")
-    assert check_or_write(longer, run) == []
+    assert check_or_write(longer, run)[1] == []
     schedule = json.loads(run.identity.read_text())["schedule"]
     assert [entry["max_steps"] for entry in schedule] == [6, 9]
 
@@ -119,10 +126,10 @@ def test_a_flipped_value_is_corruption():
 def test_other_teacher_weights_are_refused():
     config, run = tiny()
     check_or_write(config, run)
-    record_teachers(run, {"pretrained": "a" * 64})
-    record_teachers(run, {"pretrained": "a" * 64})
+    record_teachers(run, record_of(run), {"pretrained": "a" * 64})
+    record_teachers(run, record_of(run), {"pretrained": "a" * 64})
     with pytest.raises(ConfigError, match=r"teacher.pretrained has other weights"):
-        record_teachers(run, {"pretrained": "b" * 64})
+        record_teachers(run, record_of(run), {"pretrained": "b" * 64})
     assert json.loads(run.identity.read_text())["teachers"] == {"pretrained": "a" * 64}
 
 
@@ -131,3 +138,99 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"cannot write .*run.dir="):
         check_or_write(config, RunDir(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("settings", HASHES)
+def test_the_hash_of_a_run_is_that_of_version_0_1(settings):
+    (config,) = compose(settings.split())
+    assert hash_of(identity_of(config)) == HASHES[settings]
+
+
+# -----------------------------------------------------------------------------------------------
+# Settings come and go
+
+
+def rewritten(run, change):
+    """run.json whose identity is another one, whole otherwise; its bytes."""
+    record = json.loads(run.identity.read_text())
+    change(record["identity"])
+    write_json(run.identity, record | {"hash": hash_of(record["identity"])})
+    return run.identity.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("key", "default", "other"),
+    [
+        ("train.grad_clip", "1.0", "2.0"),
+        ("train.betas", "[0.9, 0.99]", "[0.5, 0.6]"),
+        ("trajectory.store_noise", "True", "False"),
+        ("data.num_classes", "0", "5"),
+        ("student.mlp_ratio", "4.0", "2.0"),
+        ("teacher.pretrained.guidance", "1.0", "3.0"),
+        ("objective.weights", "fixed", "adaptive"),
+        ("pretrain.train.weight_decay", "0.0", "0.5"),
+    ],
+)
+def test_a_setting_that_an_older_run_lacks_counts_as_its_default(key, default, other):
+    config, run = tiny(f"{key}={default}")
+    check_or_write(config, run)
+    *parents, name = key.split(".")
+
+    def remove(identity):
+        for parent in parents:
+            identity = identity[parent]
+        del identity[name]
+
+    before = rewritten(run, remove)
+    record, notes = check_or_write(config, run)
+    assert notes == [] and run.identity.read_bytes() == before
+    assert record.hash == hash_of(record.identity)
+    asked, _ = tiny(f"{key}={other}")
+    with pytest.raises(ConfigError, match="started with other settings") as caught:
+        check_or_write(asked, run)
+    line = f"{key}: the run has {default}, the default, since it is older than this setting, "
+    assert line + f"asked for {other}" in str(caught.value)
+    assert run.identity.read_bytes() == before
+
+
+def test_a_group_that_an_older_run_lacks_counts_as_its_defaults():
+    config, run = tiny()
+    check_or_write(config, run)
+    rewritten(run, lambda identity: identity.pop("pretrain"))
+    with pytest.raises(
+        ConfigError, match=r"pretrain\.train\.batch_size: the run has 256, the defa"
+    ):
+        check_or_write(config, run)
+
+
+def test_another_teacher_is_not_taken_for_an_older_run():
+    config, run = tiny()
+    check_or_write(config, run)
+    rewritten(run, lambda identity: identity["teacher"].clear())
+    with pytest.raises(ConfigError, match=r"teacher\.pretrained\.steps: the run has none, asked"):
+        check_or_write(config, run)
+
+
+def test_a_setting_that_is_no_more_is_named_with_what_to_do(monkeypatch):
+    config, run = tiny()
+    check_or_write(config, run)
+    rewritten(run, lambda identity: identity["train"].update(warmth=3))
+    with pytest.raises(ConfigError, match=r"train\.warmth: the run has 3, asked for none"):
+        check_or_write(config, run)
+    monkeypatch.setitem(file.REMOVED, "train.warmth", Removed("0.3", "start it anew with lr"))
+    with pytest.raises(ConfigError) as caught:
+        check_or_write(config, run)
+    line = (
+        "train.warmth: the run has 3, which is no more since bowstring 0.3: start it anew with lr"
+    )
+    assert line in str(caught.value)
+
+
+def test_what_a_later_version_knows_is_refused_with_both_versions():
+    config, run = tiny()
+    check_or_write(config, run)
+    rewritten(run, lambda identity: identity["train"].update(warmth=3))
+    record = json.loads(run.identity.read_text())
+    write_json(run.identity, record | {"versions": {"bowstring": "99.0"}})
+    with pytest.raises(ConfigError, match=r"by bowstring 99\.0, and this is .*:\n  train\.warmth"):
+        check_or_write(config, run)

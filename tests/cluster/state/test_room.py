@@ -6,18 +6,17 @@ import pytest
 
 from cluster.plan.stream import stream_order, stream_plan
 from cluster.settings.hydra import compose
-from cluster.state.done import has_all_shards
-from cluster.state.room import (
+from cluster.state.done import view_of
+from cluster.state.evicted import (
     OldestCheckpoint,
-    check_room,
     evict,
     forget_evicted,
     oldest_verified,
     ranges_of,
     read_evicted,
     recorded,
-    room_for_training,
 )
+from cluster.state.room import check_room, room_for_training
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.sidecar import sidecar_path, tar_path
@@ -98,20 +97,20 @@ def test_a_run_without_checkpoints_makes_all_that_it_evicted_again(run, tmp_path
     config = make_config(run.root, max_bytes=20 * plan.shard_bytes)
     write_checkpoint(run, 8)
     evict(run, (0, 1), step=8)
-    check_room(config, run, plan, trainer_reads=True)
+    check_room(view_of(config), trainer_reads=True)
     assert recorded(run) == {0, 1}
     (run.checkpoints / step_name(8)).rename(tmp_path / "elsewhere")
-    check_room(config, run, plan, trainer_reads=True)
+    check_room(view_of(config), trainer_reads=True)
     assert recorded(run) == set()
 
 
 def test_evicted_shards_count_as_made(run, tmp_path):
     config = make_config(run.root, steps=12)
-    assert stream_plan(config).shards == 6 and has_all_shards(config, run)
+    assert stream_plan(config).shards == 6 and view_of(config).has_all_shards
     evict(run, (0, 1), step=12)
-    assert has_all_shards(config, run)
+    assert view_of(config).has_all_shards
     tar_path(run, 2).unlink()
-    assert not has_all_shards(config, run)
+    assert not view_of(config).has_all_shards
 
 
 # 2 checkpoints, each after 2 steps: 3 steps of 16 samples touch 2 blocks of 64 entries at most.
@@ -122,19 +121,19 @@ def test_a_run_that_could_stop_for_want_of_room_is_refused(fit, is_enough, run):
     assert plan.shards == 100
     config = make_config(run.root, max_bytes=fit * plan.shard_bytes)
     if is_enough:
-        check_room(config, run, plan, trainer_reads=True)
+        check_room(view_of(config), trainer_reads=True)
     else:
         with pytest.raises(ConfigError, match=r"max_bytes=.* 8 shards .* lower train\.save_every"):
-            check_room(config, run, plan, trainer_reads=True)
+            check_room(view_of(config), trainer_reads=True)
 
 
 def test_shards_made_without_training_must_all_fit(run, write_checkpoint):
     plan = stream_plan(make_config(run.root))
     config = make_config(run.root, max_bytes=99 * plan.shard_bytes)
     with pytest.raises(ConfigError, match=r"100 shards .* without training.*use `bowstring run`"):
-        check_room(config, run, plan, trainer_reads=False)
+        check_room(view_of(config), trainer_reads=False)
     write_checkpoint(run, 4)  # the first block is behind it
-    check_room(config, run, plan, trainer_reads=False)
+    check_room(view_of(config), trainer_reads=False)
 
 
 def test_shards_that_are_there_and_still_needed_count(run, write_checkpoint):
@@ -142,9 +141,9 @@ def test_shards_that_are_there_and_still_needed_count(run, write_checkpoint):
     write_tiny_shards(run, tiny_spec(), range(6, 12))
     config = make_config(run.root, max_bytes=10 * plan.shard_bytes)
     with pytest.raises(ConfigError, match="12 that are there and still needed"):
-        check_room(config, run, plan, trainer_reads=True)
+        check_room(view_of(config), trainer_reads=True)
     write_checkpoint(run, 8)  # four of them are behind it
-    check_room(config, run, plan, trainer_reads=True)
+    check_room(view_of(config), trainer_reads=True)
 
 
 def test_checkpoints_kept_under_other_settings_need_their_room(tmp_path):

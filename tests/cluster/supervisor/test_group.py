@@ -189,7 +189,7 @@ class Ranks:
 def elastic(session, tmp_path, monkeypatch):
     """A group of one or two ranks."""
     session.config = sized(tmp_path, "[1,2]")
-    job = TrainJob("train", session.config, None, session.scratch)
+    job = TrainJob("train", session.config, None, session.scratch, "hash")
     return TrainerGroup(session, job), Ranks(job, monkeypatch)
 
 
@@ -236,7 +236,7 @@ def test_a_group_waits_for_nodes_and_is_given_up_after_a_while(elastic, session,
 def test_a_machine_that_is_too_small_is_not_waited_for(session, tmp_path):
     """No node joins a Ray that was started for this run alone."""
     session.config, session.ranks = sized(tmp_path, "[1,2]", "cluster.address="), 0
-    job = TrainJob("train", session.config, None, session.scratch)
+    job = TrainJob("train", session.config, None, session.scratch, "hash")
     with pytest.raises(ConfigError, match=r"no room for cluster\.trainer\.num_workers=1 ranks"):
         TrainerGroup(session, job).poll()
 

@@ -14,7 +14,7 @@ import torch
 
 from cluster.plan.estimate import estimate, teacher_forwards
 from cluster.settings.hydra import compose
-from cluster.state.done import own_teachers, with_absolute_paths
+from cluster.state.done import own_teachers, view_of, with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.supervisor.session import open_session
 from cluster.supervisor.stages import Work, pretrain, run_spec, with_models
@@ -98,9 +98,9 @@ def test_nothing_is_pre_trained_and_the_fingerprint_is_recorded(earlier, tmp_pat
     assert own_teachers(config) == {}
     assert "pretrain" not in estimate(config)["exact"]["forwards"]
     with open_session(config, run) as session:
-        check_or_write(config, run)
-        assert pretrain(session) == Work()
-        spec = run_spec(session)
+        view = view_of(config, check_or_write(config, run)[0])
+        assert pretrain(session, view) == Work()
+        spec = run_spec(view)
     expected = fingerprint(earlier.model(20) / "model.safetensors")
     assert json.loads(run.identity.read_text())["teachers"] == {"student": expected}
     assert [teacher.fingerprint for teacher in spec.teachers] == [expected]
@@ -109,9 +109,9 @@ def test_nothing_is_pre_trained_and_the_fingerprint_is_recorded(earlier, tmp_pat
 def test_guidance_of_a_student_is_refused_before_any_work(earlier, tmp_path):
     config = with_models(student_of(earlier.root, tmp_path / "run", "teacher.student.guidance=1.5"))
     with open_session(config, RunDir(tmp_path / "run")) as session:
-        check_or_write(config, session.run)
+        view = view_of(config, check_or_write(config, session.run)[0])
         with pytest.raises(ConfigError, match=r"guidance=1\.5 .*set teacher\.NAME\.guidance=1"):
-            run_spec(session)
+            run_spec(view)
 
 
 def test_the_estimate_counts_one_forward_for_a_jump(earlier, tmp_path):

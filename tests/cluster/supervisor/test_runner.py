@@ -118,13 +118,13 @@ def stopped_run(session, job, fit, monkeypatch):
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
     monkeypatch.setattr(runner, "_show", lambda *_: setattr(session, "stop_signal", signal.SIGTERM))
     monkeypatch.setattr(runner, "open_session", lambda config, run: nullcontext(session))
-    monkeypatch.setattr(runner, "check_or_write", lambda config, run: [])
+    monkeypatch.setattr(runner, "check_or_write", lambda config, run: (None, []))
     monkeypatch.setattr(session, "stopping_at_once", nullcontext, raising=False)
     settings = replace(session.config.cluster.trainer, step_timeout_s=2.0)
     cluster = replace(session.config.cluster, trainer=settings)
     session.config = replace(session.config, cluster=cluster)
     try:
-        return runner.supervise(session.config, lambda session: Work(None, job))
+        return runner.supervise(session.config, lambda session, view: Work(None, job))
     except SystemExit as stopped:
         return stopped.code
 
@@ -170,13 +170,13 @@ def test_a_signal_stops_an_evaluation_at_once(number, code, tmp_path, capsys, mo
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.shutdown", lambda: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
-    def evaluation(session):
+    def evaluation(session, view):
         session.stop_ray()
         threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
         time.sleep(60)
         reached.append("end of the evaluation")
 
-    def next_stage(session):
+    def next_stage(session, view):
         reached.append("next stage")
 
     before, started = signal.getsignal(number), time.monotonic()
@@ -197,7 +197,7 @@ def test_a_stop_signal_that_python_dropped_counts_after_the_stage(tmp_path):
             os.kill(os.getpid(), signal.SIGTERM)  # an exception raised here is ignored by Python
 
     with pytest.raises(SystemExit) as stopped:
-        runner.supervise(config, lambda session: Finalised() and Work(), pytest.fail)
+        runner.supervise(config, lambda session, view: Finalised() and Work(), pytest.fail)
     assert stopped.value.code == 0
 
 
@@ -206,7 +206,7 @@ def test_a_signal_ends_a_command_of_several_runs(tmp_path, monkeypatch):
 
     def train(config):
         begun.append(config.seed)
-        return runner.supervise(config, lambda session: os.kill(os.getpid(), signal.SIGTERM))
+        return runner.supervise(config, lambda session, view: os.kill(os.getpid(), signal.SIGTERM))
 
     monkeypatch.setattr(runner, "train", train)
     with pytest.raises(SystemExit) as stopped:
@@ -256,5 +256,5 @@ def test_a_full_disk_is_told_in_a_sentence(tmp_path, capsys):
     run = RunDir(tmp_path / "run")
     run.root.mkdir()
     run.events.symlink_to("/dev/full")
-    assert runner.supervise(config, lambda session: append(run, Init("fresh"))) == 1
+    assert runner.supervise(config, lambda session, view: append(run, Init("fresh"))) == 1
     assert "error: [Errno 28] No space left on device" in capsys.readouterr().err

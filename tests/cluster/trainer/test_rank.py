@@ -22,7 +22,7 @@ from distill.training import saving
 
 def job_in(folder, *overrides):
     (config,) = compose(["experiment=tiny", f"run.dir={folder}", *overrides])
-    return TrainJob("pretrain", config, None, folder / "scratch")
+    return TrainJob("pretrain", config, None, folder / "scratch", "hash")
 
 
 def run(job, stop_at=None):
@@ -124,7 +124,7 @@ def test_an_early_model_that_is_gone_is_named(tmp_path):
 def test_a_student_starts_as_its_teacher(tmp_path):
     job = job_in(tmp_path)
     run(job)
-    student, origin = initial_network(TrainJob("train", job.config, None, tmp_path))
+    student, origin = initial_network(TrainJob("train", job.config, None, tmp_path, "hash"))
     teacher, _ = load_model(job.run.model(4), "cpu")
     x, t = torch.randn(3, 1, 8, 8), torch.rand(3)
     label = torch.tensor([0, 4, -1])
@@ -136,7 +136,7 @@ def test_a_student_of_another_shape_starts_fresh_and_says_so(tmp_path):
     job = job_in(tmp_path)
     run(job)
     job.config.student.depth = 2
-    _, origin = initial_network(TrainJob("train", job.config, None, tmp_path))
+    _, origin = initial_network(TrainJob("train", job.config, None, tmp_path, "hash"))
     assert origin == "fresh: teacher.pretrained has another architecture than the student"
 
 
@@ -144,7 +144,7 @@ def test_the_flops_of_a_step_are_those_of_the_estimate(tmp_path):
     job = job_in(tmp_path, "train.batch_size=32", "cluster.device_peak_flops=3e9")
     found = estimate(job.config, None)["formula"]["flops"]
     for stage, settings in (("pretrain", job.config.pretrain.train), ("train", job.config.train)):
-        flops = flops_of(TrainJob(stage, job.config, None, tmp_path))
+        flops = flops_of(TrainJob(stage, job.config, None, tmp_path, "hash"))
         samples = settings.max_steps * settings.batch_size
         assert samples * flops.per_sample == found[stage]
         assert flops.peak_per_s == 3e9

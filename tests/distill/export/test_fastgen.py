@@ -18,8 +18,13 @@ from distill.data.sidecar import CorruptShard, tar_path
 from distill.export.fastgen import export_fastgen
 from distill.flow.noise import sample_noise
 from distill.run.dir import RunDir
-from distill.run.files import write_json
-from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
+from distill.testing import (
+    FaultInjector,
+    tiny_shard,
+    tiny_spec,
+    write_tiny_record,
+    write_tiny_shards,
+)
 
 CLASSES = 10
 
@@ -27,7 +32,7 @@ CLASSES = 10
 @pytest.fixture
 def run(tmp_path) -> RunDir:
     run = RunDir(tmp_path / "run")
-    write_json(run.identity, {"identity": {"data": {"num_classes": CLASSES}}})
+    write_tiny_record(run, {"data": {"num_classes": CLASSES}})
     return run
 
 
@@ -79,7 +84,7 @@ def test_a_view_does_not_drag_its_base_along(run):
 
 
 def test_an_unconditional_teacher_has_no_label(run):
-    write_json(run.identity, {"identity": {"data": {"num_classes": 0}}})
+    write_tiny_record(run, {"data": {"num_classes": 0}})
     write_tiny_shards(run, tiny_spec(), [0])
     assert "label.pth" not in read(export_fastgen(run, run.root / "out"))[0]
 
@@ -133,7 +138,7 @@ def test_another_export_is_not_mixed_in(run, tmp_path):
     write_tiny_shards(run, tiny_spec(), [0])
     out = export_fastgen(run, tmp_path / "out")
     other = RunDir(tmp_path / "other")
-    write_json(other.identity, {"identity": {"data": {"num_classes": CLASSES}}})
+    write_tiny_record(other, {"data": {"num_classes": CLASSES}})
     with pytest.raises(ConfigError, match="no shards yet"):
         export_fastgen(other, out)
     write_tiny_shards(other, tiny_spec(seed=4), [0])

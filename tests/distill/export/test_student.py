@@ -10,6 +10,7 @@ from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError
 from distill.export.student import export_run, latest_student
 from distill.run.dir import RunDir
+from distill.run.identity import record_of
 from distill.sample import few_step, load_student
 
 
@@ -38,7 +39,7 @@ def test_model_json_says_where_the_model_comes_from(finished_run, tmp_path):
         "objective": "traflow",
         "step": 20,
         "run": "tiny",
-        "config_sha256": "ab" * 32,
+        "config_sha256": record_of(finished_run).hash,
         "teachers": {"tiny": "cd" * 32},
     }
 

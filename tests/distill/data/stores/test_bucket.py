@@ -35,8 +35,13 @@ from distill.data.stream import TrajectoryStream
 from distill.export.fastgen import export_fastgen
 from distill.report.cost import read_cost
 from distill.run.dir import RunDir
-from distill.run.files import write_json
-from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
+from distill.testing import (
+    FaultInjector,
+    tiny_shard,
+    tiny_spec,
+    write_tiny_record,
+    write_tiny_shards,
+)
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -114,7 +119,7 @@ def test_batches_cost_and_export_are_those_of_a_local_folder(run, local):
     spec, order = tiny_spec(), Order(3, 3 * 4, 2, 12)
     for place in (run, local):
         write_tiny_shards(place, spec, range(6))
-        write_json(place.identity, {"identity": {"data": {"num_classes": 10}}})
+        write_tiny_record(place, {"data": {"num_classes": 10}})
     trajectory = TrajectoryConfig(wait_timeout_s=30.0)
     streams = [
         TrajectoryStream(place, spec, trajectory, order, 1, 2, [1.0, 1.0], lambda: False)
