@@ -42,8 +42,8 @@ from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
 from distill.report.cost import read_cost
 from distill.report.pictures import tile, write_npz, write_png
-from distill.run.dir import RunDir
 from distill.run import identity
+from distill.run.dir import RunDir
 from distill.run.records import record_of
 from distill.run.results import Extractor, Reference, Results, Row, Truth, write_results
 from distill.sample import load_student, to_uint8

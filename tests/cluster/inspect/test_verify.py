@@ -19,7 +19,6 @@ from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import open_store
 from distill.run.dir import RunDir
 from distill.run.events import Commit, MakeAgain, Quarantine, Resume, Save, Steps, append
-from distill.run.files import write_json
 from distill.run.identity import StreamRecord
 from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
 

@@ -5,8 +5,9 @@ import yaml
 
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
-from cluster.state.identity import check_or_write, hash_of, identity_of, read_identity
+from cluster.state.identity import check_or_write, identity_of
 from distill.config import ConfigError
+from distill.run.identity import hash_of, record_of
 from distill.teachers.config import TEACHERS, NativeConfig, SiTConfig
 
 
@@ -64,5 +65,5 @@ def test_a_run_whose_files_have_a_sits_heads_for_every_kind_opens_and_resumes(tm
     identity = identity_of(config)
     assert identity["teacher"]["pretrained"]["num_heads"] == 0
     check_or_write(config, config.files)
-    assert read_identity(config.files)["hash"] == hash_of(identity)
+    assert record_of(config.files).hash == hash_of(identity)
     assert check_or_write(opened, config.files) == []
