@@ -40,7 +40,13 @@ class Removed(NamedTuple):
 
 
 # By key, or key=value where only a value is gone; a part may be a pattern: "teacher.*.steps".
-REMOVED: dict[str, Removed] = {}
+REMOVED = {
+    "objective.derivative=double_backward": Removed(
+        "0.2",
+        "a run that has it needs version 0.1, a new one takes finite_difference, or jvp, which is "
+        "the same loss with the derivative held fixed",
+    )
+}
 
 
 def removed(key: str, value: Any = None) -> str:

@@ -133,12 +133,6 @@ class TraFlowConfig(ObjectiveConfig):
         super().__post_init__()
         check_choice("objective.weights", self.weights, ("fixed", "adaptive"))
         check_choice("objective.velocity_mode", self.velocity_mode, ("straight", "trajectory"))
-        check(
-            self.derivative != "double_backward",
-            "objective.derivative=double_backward is gone since version 0.2; a run that has it "
-            "needs version 0.1, a new one takes finite_difference, or jvp, which is the same loss "
-            "with the derivative held fixed",
-        )
         check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
         check_weights(
             output=self.weight_output,

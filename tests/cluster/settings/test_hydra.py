@@ -166,7 +166,7 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
         ),
         (
             ["experiment=tiny", "objective.derivative=double_backward"],
-            "objective.derivative=double_backward is gone since version 0.2; .* a new one takes ",
+            "objective.derivative=double_backward, which is no more since bowstring 0.2: .* a new",
         ),
         (
             ["experiment=tiny", "train.compile=true", "train.zero_stage=3"],
