@@ -21,12 +21,14 @@ from cluster.pool.messages import Asked, Joined, Quarantined, Released
 from cluster.pool.pool import PoolError, TeacherPool
 from cluster.settings.hydra import compose
 from cluster.state import done
+from cluster.state.cursor import Position
 from cluster.state.done import view_of
 from cluster.state.workers import read_target, write_target
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec, sidecar_path
 from distill.run.dir import RunDir
 from distill.run.files import read_lines, write_json
+from distill.run.history import read_history
 from distill.testing import tiny_spec, write_tiny_shards
 
 
@@ -207,7 +209,7 @@ def test_a_worker_that_failed_is_replaced_and_counted(ray, tmp_path):
     pool = make_pool(tmp_path)
     kinds = finish(pool)
     assert pool.is_done and len(ray.actors) == 3 and kinds.count("fail") == 1
-    assert restarts(pool.run, list(read_lines(pool.run.events)))["teacher_workers"] == 1
+    assert restarts(read_history(pool.run))["teacher_workers"] == 1
     left = [e for e in read_lines(pool.run.events) if e["kind"] == "worker_leave"]
     assert [e["reason"] for e in left if e["worker"] == failed[0]] == ["failed on shard 2"]
 
@@ -296,7 +298,7 @@ def test_a_pool_that_stood_still_in_the_middle_of_a_round_ends_no_worker(
 
     def hangs(run):
         now[0] += 130.0
-        return 0, ""
+        return Position(0, "")
 
     monkeypatch.setattr(pool_module, "read_cursor", hangs)
     for _ in range(3):
@@ -395,7 +397,7 @@ def test_the_pool_follows_the_target_up_and_down(ray, tmp_path, monkeypatch):
     events = list(read_lines(pool.run.events))
     assert [e["workers"] for e in events if e["kind"] == "scale"] == [3, 1]
     assert [e["reason"] for e in events if e["kind"] == "worker_leave"] == ["scaled down"] * 2
-    assert restarts(pool.run, events)["teacher_workers"] == 0
+    assert restarts(read_history(pool.run))["teacher_workers"] == 0
     assert sorted(pool.coordinator.committed) == [0, 1, 2]
 
 
