@@ -6,7 +6,6 @@ samples/grid.npz), and says of each that is missing how to get it.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from distill.report.figures import (
 from distill.run.dir import RunDir
 from distill.run.files import write_atomic
 from distill.run.history import History, read_history
+from distill.run.identity import RunRecord, read_record
 from distill.run.metrics import Metrics, read_metrics
 from distill.run.results import Results, Row, read_results
 
@@ -42,7 +42,7 @@ class Facts:
     history: History
     grid: dict[str, np.ndarray] | None
     config: str
-    identity: dict[str, Any] | None
+    record: RunRecord | None
     command: str
 
 
@@ -60,7 +60,7 @@ def read_facts(run: RunDir, command: str) -> Facts:
         history=read_history(run),
         grid=grid,
         config=run.config.read_text() if run.config.exists() else "",
-        identity=json.loads(run.identity.read_text()) if run.identity.exists() else None,
+        record=read_record(run),
         command=command,
     )
 
@@ -177,19 +177,19 @@ def step_split(facts: Facts) -> list[list[str]]:
 
 def teachers(facts: Facts) -> Figure | None:
     """Teacher workers and their speed."""
-    if facts.identity is None or not facts.history.changes:
+    if facts.record is None or not facts.history.changes:
         return None
-    return worker_figure(facts.history, facts.identity["stream"]["samples_per_shard"])
+    return worker_figure(facts.history, facts.record.stream.samples_per_shard)
 
 
 def identity(facts: Facts) -> dict[str, str] | None:
     """What run.json says of the run."""
-    if facts.identity is None:
+    if facts.record is None:
         return None
-    versions = facts.identity.get("versions", {})
+    versions = facts.record.versions.items()
     return {
-        "hash": str(facts.identity.get("hash", "-"))[:16],
-        "versions": ", ".join(f"{name} {value}" for name, value in versions.items()),
+        "hash": facts.record.hash[:16],
+        "versions": ", ".join(f"{name} {value}" for name, value in versions),
     }
 
 

@@ -72,9 +72,9 @@ def test_what_a_run_holds_cannot_become_part_of_the_page(finished_run, page):
         facts,
         name=f"run {evil}",
         results=results,
-        identity={**facts.identity, "hash": evil, "versions": {"torch": f"version {evil}"}},
+        record=replace(facts.record, hash=evil, versions={"torch": f"version {evil}"}),
         config=f"teacher: {{'name {evil}': {{path: '{evil}'}}}}",
-        metrics=[{**m, "terms": {f"term {evil}": m["loss"]}} for m in facts.metrics],
+        metrics=[replace(m, terms={f"term {evil}": m.loss}) for m in facts.metrics],
     )
     text = render(facts)
     assert "<script" not in text and evil not in text
