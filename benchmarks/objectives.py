@@ -236,9 +236,6 @@ def teacher_rows(name: str, is_quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
-# -----------------------------------------------------------------------------------------------
-
-
 def main() -> None:
     """Runs all of it and writes what it found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])

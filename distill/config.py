@@ -58,7 +58,7 @@ def is_free(setting: Field[Any], section: str) -> bool:
 
 
 # -----------------------------------------------------------------------------------------------
-# Data and networks
+# Images
 
 
 @dataclass(frozen=True)
@@ -81,11 +81,7 @@ class ImageSpec:
 
 
 # -----------------------------------------------------------------------------------------------
-# Teachers and trajectories
-
-
-# -----------------------------------------------------------------------------------------------
-# Training and evaluation
+# Training
 
 
 # The ZeRO stages at which each can be had. Parameters leave the device at stage 3 alone, which does

@@ -10,10 +10,9 @@ from typing import Any
 
 from cluster.plan.stream import stream_plan
 from cluster.settings.file import load_config
-from cluster.settings.schema import RunConfig
+from cluster.settings.schema import RunConfig, own_teachers
 from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
 from cluster.state.cursor import read_cursor
-from cluster.state.done import own_teachers
 from cluster.state.evicted import first_shard_read, read_evicted
 from cluster.state.lock import is_live
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
@@ -31,10 +30,6 @@ FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
 )
 SPEED_WINDOW_S = 60.0  # pairs/s is over the commits of the last minute of production
-
-
-# -----------------------------------------------------------------------------------------------
-# Facts
 
 
 def training(run: RunDir, history: History, max_steps: int, live: bool) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from cluster.plan.memory import state_bytes
 from cluster.plan.stream import stream_plan
-from cluster.settings.schema import RunConfig, is_own
+from cluster.settings.schema import RunConfig, own_teachers
 from distill.config import check
 from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.flow.times import NFE_PER_STEP
@@ -90,7 +90,7 @@ def stages(config: RunConfig, speed: float) -> dict[str, Stage]:
     plan = stream_plan(config)
     teachers, ranks = config.cluster.teachers.num_workers, config.cluster.trainer.max_workers
     found = {}
-    if any(is_own(teacher.path, config.run.dir) for teacher in config.teacher.values()):
+    if own_teachers(config):
         seen = config.pretrain.train.max_steps * config.pretrain.train.batch_size
         found["pretrain"] = _stage(seen, 3 * seen, network, ranks, speed)
     forwards = plan.samples * sum(teacher_forwards(teacher) for teacher in config.teacher.values())

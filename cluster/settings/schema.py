@@ -277,3 +277,12 @@ class RunConfig:
 def is_own(path: str, run_dir: str) -> bool:
     """Whether a teacher's path lies inside the run, that is, comes from its own pre-training."""
     return path.startswith(run_dir.rstrip("/") + "/")
+
+
+def own_teachers(config: RunConfig) -> dict[str, Path]:
+    """Model folders of the teachers that this run pre-trains itself, by teacher name."""
+    return {
+        name: Path(teacher.path)
+        for name, teacher in config.teacher.items()
+        if teacher.is_from_run and is_own(teacher.path, config.run.dir)
+    }

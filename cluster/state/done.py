@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 
 from cluster.plan.stream import StreamPlan, stream_plan
-from cluster.settings.schema import RunConfig, is_own
+from cluster.settings.schema import RunConfig
 from cluster.state.evicted import oldest_verified, recorded
 from cluster.state.identity import check_identity
 from distill.checkpoint.manifest import latest_verified
@@ -44,15 +44,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if path else path
-
-
-def own_teachers(config: RunConfig) -> dict[str, Path]:
-    """Model folders of the teachers that this run pre-trains itself, by teacher name."""
-    return {
-        name: Path(teacher.path)
-        for name, teacher in config.teacher.items()
-        if teacher.is_from_run and is_own(teacher.path, config.run.dir)
-    }
 
 
 def steps_done(run: RunDir) -> int:

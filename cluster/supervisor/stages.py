@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.pool.pool import TeacherPool
-from cluster.settings.schema import RunConfig
-from cluster.state.done import RunView, own_teachers
+from cluster.settings.schema import RunConfig, own_teachers
+from cluster.state.done import RunView
 from cluster.state.identity import record_teachers
 from cluster.state.room import check_room
 from cluster.supervisor.session import Session
@@ -24,6 +24,7 @@ from distill.export.student import latest_student
 from distill.networks.files import DESCRIPTION
 from distill.report.sections import write_report
 from distill.run.dir import RunDir
+from distill.teachers.base import check_guidance
 from distill.teachers.build import describe
 from distill.teachers.config import TeacherConfig
 from distill.training.trackers import check_wandb
@@ -164,6 +165,7 @@ def run_spec(view: RunView) -> ShardSpec:
     for name, settings in config.teacher.items():
         teacher = describe(settings)
         check_image(name, teacher.image, config.data.image)
+        check_guidance(teacher.image, settings.guidance)
         prints[name] = teacher.fingerprint
     assert view.record is not None, "check_or_write comes first"
     record_teachers(view.run, view.record, prints)

@@ -9,7 +9,7 @@ supervisor then starts the group again.
 A thread of Python watches. One that hangs with Python's global lock in its hands holds that thread
 up as well; then a timer of faulthandler, which needs no lock, writes the stacks and ends the rank.
 A rank that is frozen whole (SIGSTOP) does neither: the others of its group end, and Ray Train ends
-one that answers nothing for as long as a step may take (cluster.runner).
+one that answers nothing for as long as a step may take (`cluster.supervisor.session`).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One shard of trajectories as a WebDataset tar: write, read whole, read one sample.
+"""One shard of trajectories as a WebDataset tar: written, and read whole.
 
 Members of sample i, key `<id, 12 digits>`: `meta.json` {"id", "label", "dtype"} and `states.npy`
 [M, points, C, H, W] in the stored dtype (`distill.data.layout`), without state 0 when noise is not
@@ -182,21 +182,6 @@ def read_shard(
         states[index] = _decode(place, sidecar, index, view[offset : offset + sidecar.member_bytes])
     labels[:] = sidecar.labels
     return sidecar
-
-
-def read_sample(run: RunDir, sidecar: Sidecar, sample_id: int) -> NDArray[Any]:
-    """Stored states [M, points, C, H, W] of one sample (`stored_dtype`), by one positioned read.
-
-    Size and member header are checked, the sha256 is not. From an object store the whole shard is
-    copied to the cache first, with its sha256 checked.
-
-    Raises:
-        FileNotFoundError: the shard is not there.
-        CorruptShard: another size or header than was committed.
-    """
-    store, index = open_store(run), sidecar.ids.index(sample_id)
-    content = store.read_part(sidecar, sidecar.offsets[index], sidecar.member_bytes)
-    return _decode(store.place(sidecar.shard), sidecar, index, memoryview(content)).copy()
 
 
 def _decode(place: str, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[Any]:

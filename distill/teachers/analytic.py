@@ -99,11 +99,11 @@ PRESETS = {"ring8": ring, "mixture64": random_mixture}
 
 def describe_analytic(config: AnalyticConfig) -> TeacherDescription:
     """What a mixture holds: it is its few numbers. Raises as `load_analytic`."""
-    teacher = load_analytic(config.path, "cpu")
+    teacher = load_analytic(config, "cpu")
     return TeacherDescription(teacher.image, teacher.fingerprint)
 
 
-def load_analytic(path: str, device: torch.device | str) -> MixtureTeacher:
+def load_analytic(config: AnalyticConfig, device: torch.device | str) -> MixtureTeacher:
     """The mixture of a name in PRESETS, or of a JSON file.
 
     The file holds {"shape": [C, H, W], "means": one flat list per component, "stds", "weights",
@@ -112,6 +112,7 @@ def load_analytic(path: str, device: torch.device | str) -> MixtureTeacher:
     Raises:
         ConfigError: neither a name nor a file of that form.
     """
+    path = config.path
     if path in PRESETS:
         made = PRESETS[path]()
         return MixtureTeacher(made.means, made.stds, made.weights, device=device)

@@ -44,6 +44,14 @@ class FrozenTeacher(Protocol):
         """v(x, t, label) without gradient; label -1 is "none"."""
 
 
+def check_guidance(image: ImageSpec, scale: float) -> None:
+    """Raises ConfigError for guidance of a teacher of `image` that has no classes."""
+    check(
+        scale == 1 or image.num_classes > 0,
+        f"teacher.guidance={scale} needs a teacher with classes; set teacher.guidance=1",
+    )
+
+
 class Guided:
     """A teacher's velocity under classifier-free guidance (Ho and Salimans, 2022).
 
@@ -58,10 +66,7 @@ class Guided:
     """
 
     def __init__(self, teacher: FrozenTeacher, scale: float) -> None:
-        check(
-            scale == 1 or teacher.image.num_classes > 0,
-            f"teacher.guidance={scale} needs a teacher with classes; set teacher.guidance=1",
-        )
+        check_guidance(teacher.image, scale)
         self.teacher, self.scale = teacher, scale
         self.evaluations = self.forwards = 0
 

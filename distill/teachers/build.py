@@ -65,7 +65,7 @@ def build_teacher(config: TeacherConfig, device: torch.device | str) -> FrozenTe
         case NativeConfig():
             return load_native(config, device)
         case AnalyticConfig():
-            return load_analytic(config.path, device)
+            return load_analytic(config, device)
         case SiTConfig():
             return load_sit(config, device)
         case DiffusersConfig():

@@ -23,7 +23,7 @@ class TeacherConfig:
         may_be_name: `path` may also name something that is built in.
     """
 
-    kind: str = MISSING  # native | analytic | sit | diffusers | edm
+    kind: str = MISSING  # a row of TEACHERS
     path: str = ""  # folder or file with the weights
     solver: str = "heun"  # euler | heun | rk4 | jumps (of a student)
     steps: int = 16  # fixed solver steps from noise to data; a multiple of trajectory.grid

@@ -145,11 +145,6 @@ class ObjectStore:
                 self._cache.add(sidecar, content)
         return content
 
-    def read_part(self, sidecar: Sidecar, start: int, length: int) -> bytes:
-        """One positioned read of our copy, which is made first."""
-        part = self._cache.read_part(sidecar, start, length)
-        return self.read_tar(sidecar)[start : start + length] if part is None else part
-
     def verify(self, sidecar: Sidecar) -> None:
         """Downloads the tar piece by piece and keeps nothing of it."""
         place, digest = self.place(sidecar.shard), hashlib.sha256()

@@ -41,16 +41,6 @@ class ShardCache:
         _touch(path)
         return content
 
-    def read_part(self, sidecar: Sidecar, start: int, length: int) -> bytes | None:
-        """`length` bytes of a copy from `start` on, if it is there and of the right size."""
-        try:
-            with self._path(sidecar).open("rb", buffering=0) as file:
-                if os.fstat(file.fileno()).st_size != sidecar.num_bytes:
-                    return None
-                return os.pread(file.fileno(), length, start)
-        except FileNotFoundError:
-            return None
-
     def add(self, sidecar: Sidecar, content: bytes) -> None:
         """Keeps a copy, and deletes those that were not read for longest. Needs the lock."""
         write_atomic(self._path(sidecar), content)

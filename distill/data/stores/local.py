@@ -119,12 +119,6 @@ class LocalStore:
         check_sha256(place, sidecar, hashlib.sha256(content).hexdigest())
         return content
 
-    def read_part(self, sidecar: Sidecar, start: int, length: int) -> bytes:
-        """One positioned read."""
-        with tar_path(self.run, sidecar.shard).open("rb", buffering=0) as file:
-            check_size(self.place(sidecar.shard), sidecar, os.fstat(file.fileno()).st_size)
-            return os.pread(file.fileno(), length, start)
-
     def verify(self, sidecar: Sidecar) -> None:
         """Hashes the file piece by piece."""
         place, path = self.place(sidecar.shard), tar_path(self.run, sidecar.shard)

@@ -59,9 +59,6 @@ class ShardStore(Protocol):
             CorruptShard: a byte differs.
         """
 
-    def read_part(self, sidecar: Sidecar, start: int, length: int) -> bytes:
-        """`length` bytes of the tar from `start` on; raises as `read_tar`. The size is checked."""
-
     def verify(self, sidecar: Sidecar) -> None:
         """Checks every byte of the tar where it lies; raises as `read_tar`."""
 

@@ -14,7 +14,8 @@ import torch
 
 from cluster.plan.estimate import estimate, teacher_forwards
 from cluster.settings.hydra import compose
-from cluster.state.done import own_teachers, view_of, with_absolute_paths
+from cluster.settings.schema import own_teachers
+from cluster.state.done import view_of, with_absolute_paths
 from cluster.state.identity import check_or_write
 from cluster.supervisor.session import open_session
 from cluster.supervisor.stages import Work, pretrain, run_spec, with_models
