@@ -20,7 +20,8 @@ from cluster.state.identity import check_or_write
 from cluster.supervisor.session import open_session
 from cluster.supervisor.stages import Work, pretrain, run_spec, with_models
 from distill.config import ConfigError
-from distill.data.shards import read_sample
+from distill.data.layout import stored_dtype
+from distill.data.shards import read_shard
 from distill.data.stores.store import read_sidecar
 from distill.evaluation.evaluate import evaluate
 from distill.export.student import export_run
@@ -42,9 +43,11 @@ for folder, *overrides in [words.split() for words in sys.argv[1:]]:
 def stored_states(run):
     """Noise, states [N, K+1, 1, 8, 8] and labels of a run's first shard."""
     sidecar = read_sidecar(run, 0)
-    samples = [read_sample(run, sidecar, k).astype("float32") for k in range(len(sidecar.labels))]
-    states = torch.from_numpy(np.stack(samples))[:, 0]
-    return states[:, 0], states, torch.tensor(sidecar.labels)
+    spec, labels = sidecar.spec, np.empty(len(sidecar.labels), dtype=np.int64)
+    stored = np.empty((len(labels), *spec.sample_shape), dtype=stored_dtype(spec))
+    read_shard(run, spec, 0, stored, labels)
+    states = torch.from_numpy(stored.astype("float32"))[:, 0]
+    return states[:, 0], states, torch.from_numpy(labels)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ import webdataset
 
 from distill.data import sidecar as ledger
 from distill.data.layout import stored_dtype
-from distill.data.shards import as_tensor, read_sample, read_shard, write_shard
+from distill.data.shards import as_tensor, read_shard, write_shard
 from distill.data.sidecar import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
 from distill.data.stores.store import committed, open_store, read_sidecar, verify_shard
 from distill.run.dir import RunDir
@@ -58,8 +58,6 @@ def test_round_trip_is_bit_exact(run, dtype, store_noise):
     expected = made.states[:, :, 0 if store_noise else 1 :].to(getattr(torch, dtype))
     assert torch.equal(as_tensor(spec, states), expected) and np.array_equal(labels, made.labels)
     assert verify_shard(run, 5) == read_sidecar(run, 5) == sidecar
-    for index, sample in enumerate(made.ids.tolist()):
-        assert torch.equal(as_tensor(spec, read_sample(run, sidecar, sample)), expected[index])
     assert names(run) == ["00000005.json", "00000005.tar"]
     assert committed(run) == {5: tar_path(run, 5).stat().st_size}
 
@@ -286,14 +284,11 @@ def cut_points(run) -> dict[str, int]:
 def test_truncation_is_found(run, where):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [0])
-    sidecar = read_sidecar(run, 0)
     os.truncate(tar_path(run, 0), cut_points(run)[where])
     with pytest.raises(CorruptShard, match="bytes instead of"):
         verify_shard(run, 0)
     with pytest.raises(CorruptShard, match="bytes instead of"):
         read(run, spec, 0)
-    with pytest.raises(CorruptShard, match="bytes instead of"):
-        read_sample(run, sidecar, 0)
 
 
 def test_any_flipped_byte_is_found(run):
