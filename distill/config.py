@@ -4,8 +4,6 @@ Hydra composes YAML into these classes; nothing past the command line sees an un
 value is a `ConfigError` that names the key, the value and the way out.
 """
 
-from __future__ import annotations
-
 from dataclasses import Field, dataclass, field
 from typing import Any
 

@@ -4,8 +4,6 @@ The parser of a verb is the only source of its help. Nothing heavy is imported a
 --help is instant.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import shlex
@@ -63,7 +61,7 @@ class Verb:
     takes_settings: bool = False
     codes: Mapping[int, str] = field(default_factory=dict)
 
-    def parser(self) -> Parser:
+    def parser(self) -> "Parser":
         """The parser of its arguments."""
         codes = {**CODES, **self.codes}
         parser = Parser(
@@ -260,7 +258,7 @@ def setting_words(options: argparse.Namespace) -> list[str]:
     return [*options.settings, *name, *options.hydra]
 
 
-def read_settings(words: list[str]) -> list[RunConfig]:
+def read_settings(words: list[str]) -> "list[RunConfig]":
     """Configurations from `RUN key=value ...` (an existing run) or from Hydra arguments (several
     with --multirun).
     """
@@ -275,7 +273,7 @@ def read_settings(words: list[str]) -> list[RunConfig]:
     return compose(words)
 
 
-def open_run(folder: str) -> RunDir:
+def open_run(folder: str) -> "RunDir":
     """The run in an existing folder. Raises ConfigError with a sentence when there is none."""
     from distill.config import ConfigError
     from distill.run.dir import RunDir

@@ -2,8 +2,6 @@
 so --help is instant.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable

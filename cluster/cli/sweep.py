@@ -2,8 +2,6 @@
 Hydra starts elsewhere.
 """
 
-from __future__ import annotations
-
 from omegaconf import DictConfig
 
 from cluster.settings.file import to_config

@@ -5,8 +5,6 @@ The functions take the arguments as the parser read them and return an exit code
 is heavy themselves, so --help is instant.
 """
 
-from __future__ import annotations
-
 from argparse import ArgumentTypeError, Namespace
 from functools import partial
 from pathlib import Path

@@ -4,8 +4,6 @@ folder.
 Every check is one row: ok, "warn" (a run works, with less) or "bad" (a run cannot work here).
 """
 
-from __future__ import annotations
-
 import fcntl
 import importlib
 import json

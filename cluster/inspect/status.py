@@ -1,7 +1,5 @@
 """Where a run stands, from its files only, so it works while Ray is down. Needs no torch."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from dataclasses import asdict

@@ -10,8 +10,6 @@ Three things are proven:
   behind are checked too and then replaced by their repetition.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter

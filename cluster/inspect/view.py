@@ -1,7 +1,5 @@
 """What `bowstring status` and `bowstring verify` print."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator

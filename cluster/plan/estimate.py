@@ -9,8 +9,6 @@ divide them by an assumed speed and leave out waiting, restarts and input; they 
 that.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """Memory of a trainer rank at rest, by formula. No torch."""
 
-from __future__ import annotations
-
 from distill.config import TrainConfig
 
 # Gradients that a rank reduces at once, elements. DeepSpeed's own is ten times that, and stage 3

@@ -7,8 +7,6 @@ The sequence of samples is the same for any number of ranks, so a group may be s
 another one (`cluster.supervisor.group`).
 """
 
-from __future__ import annotations
-
 import math
 import os
 import socket

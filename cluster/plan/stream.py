@@ -1,7 +1,5 @@
 """What a run reads and makes: pure arithmetic on its settings. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cluster.settings.schema import RunConfig

@@ -21,8 +21,6 @@ When bytes are what is lacking, blocks below `released` are evicted, the oldest 
 that is kept would read them again. An evicted shard counts as made.
 """
 
-from __future__ import annotations
-
 import heapq
 from dataclasses import dataclass, field
 from math import inf

@@ -1,7 +1,5 @@
 """A teacher worker as the pool sees it."""
 
-from __future__ import annotations
-
 import time
 from dataclasses import dataclass
 from math import inf

@@ -2,8 +2,6 @@
 test.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 # -----------------------------------------------------------------------------------------------

@@ -5,8 +5,6 @@ commits the file; whatever happens to it, at most the shard in its hands is made
 decided is decided in `cluster.pool.coordinator`; here it is carried out.
 """
 
-from __future__ import annotations
-
 import time
 import uuid
 from dataclasses import dataclass, field

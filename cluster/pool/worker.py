@@ -4,8 +4,6 @@ It keeps nothing but how many samples fit into its memory at once, which it find
 every worker tries `trajectory.batch_size` first, and halves its own when memory runs out.
 """
 
-from __future__ import annotations
-
 import os
 import socket
 import time

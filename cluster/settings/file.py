@@ -2,8 +2,6 @@
 torch nor hydra.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import difflib
 from fnmatch import fnmatchcase

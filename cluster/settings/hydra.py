@@ -6,8 +6,6 @@ run after Hydra has returned, so a sweep is checked to its last job before the f
 Where a launcher is named, Hydra then goes over the sweep again and hands each job to it (`launch`).
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

@@ -1,7 +1,5 @@
 """Settings of the machine side, and the root of a run's configuration. No torch, no ray."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path

@@ -5,8 +5,6 @@ may still change that. So the teachers of a tree have the settings of every kind
 makes of each the dataclass of its own kind once the tree is whole.
 """
 
-from __future__ import annotations
-
 import copy
 from dataclasses import Field, fields, make_dataclass
 from typing import Any, get_type_hints

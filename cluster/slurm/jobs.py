@@ -6,8 +6,6 @@
 Slurm is asked by its own commands, so this works wherever `squeue` does.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ A script as it is installed says what holds everywhere. Rendering adds two group
 of sbatch behind those that are there, and exports and set-up lines in place of the line `#@`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

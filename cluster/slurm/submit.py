@@ -5,8 +5,6 @@ slurm/stop                               `bowstring stop` was here: a job that i
                                          does not queue itself again
 """
 
-from __future__ import annotations
-
 import math
 
 from cluster.plan.estimate import estimate

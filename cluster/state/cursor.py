@@ -5,8 +5,6 @@
 Losing the file costs nothing but time: shards that exist are not made again.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distill.run.dir import RunDir

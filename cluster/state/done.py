@@ -4,8 +4,6 @@ A start reads each of them once, into a `RunView`, and passes that down. The poo
 trainer group follow the files from there on.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +69,7 @@ class RunView:
     run: RunDir
     record: RunRecord | None
 
-    def again(self) -> RunView:
+    def again(self) -> "RunView":
         """The files as they are now. run.json is as it was."""
         return dataclasses.replace(self)
 

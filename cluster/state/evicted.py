@@ -10,8 +10,6 @@ A kill in between leaves tars that the record calls gone. A tar that is there is
 whatever the record says. Needs no torch.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Collection
 from dataclasses import dataclass

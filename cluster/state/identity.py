@@ -8,8 +8,6 @@ Settings come and go between versions. One that a run lacks counts as its defaul
 nothing changes; one that is no more is named with what to do (`cluster.settings.file.REMOVED`).
 """
 
-from __future__ import annotations
-
 import platform
 from dataclasses import MISSING, Field, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version

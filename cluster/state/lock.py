@@ -3,8 +3,6 @@
 run.lock holds {"host", "pid"} of the supervisor that took it last. No torch, no ray.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

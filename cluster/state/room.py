@@ -1,7 +1,5 @@
 """Room on disk: what a run needs at once must fit under `trajectory.max_bytes`. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from cluster.state.done import RunView

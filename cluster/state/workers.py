@@ -8,8 +8,6 @@ most `max_workers` or what `scale` asks for. Where workers ask for GPUs, a node 
 workers that compute on CPU.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ from the last verified checkpoint, on what is left of the nodes. When nodes come
 save, end, and start again with those of the new nodes: nothing is trained twice for that.
 """
 
-from __future__ import annotations
-
 import signal
 import threading
 import time

@@ -1,7 +1,5 @@
 """Progress of the long stages: bars on a terminal, elsewhere a line now and then."""
 
-from __future__ import annotations
-
 import time
 
 from rich.console import Console
@@ -39,7 +37,7 @@ class StageBars:
             disable=not self._live,
         )
 
-    def __enter__(self) -> StageBars:
+    def __enter__(self) -> "StageBars":
         self._progress = self._new()
         self._tasks, self._state = {}, {}
         self._progress.start()

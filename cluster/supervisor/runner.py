@@ -8,8 +8,6 @@ saved and stopped as asked; 1 failed; 75 stopped as asked, but the last steps we
 interrupted.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

@@ -5,8 +5,6 @@ however it ends: Ray's daemons are its children and die with it, and workers die
 A daemon that dies alone would leave the supervisor waiting for answers, so it looks after them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

@@ -1,7 +1,5 @@
 """What each stage of a run still has to do, seen from the run directory."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path

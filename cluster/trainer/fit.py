@@ -4,8 +4,6 @@ The group can be started again at any time: a rank finds everything in the run d
 from the last verified checkpoint.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

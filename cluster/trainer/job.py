@@ -1,7 +1,5 @@
 """What a trainer group is told, as plain settings that travel to every rank. Needs no torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -8,8 +8,6 @@ With `train.offload` the vectors lie in host memory, and so does all that is lai
 moments and averages. What other ranks or a network need of them goes through the device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -40,7 +38,7 @@ class Piece:
     vector: int
     offset: int
 
-    def share(self, rank: int, world_size: int) -> Piece:
+    def share(self, rank: int, world_size: int) -> "Piece":
         """Part `rank` of this piece cut into `world_size`."""
         low, high = (self.length * index // world_size for index in (rank, rank + 1))
         return Piece(self.name, self.start + low, high - low, self.vector, self.offset + low)

@@ -4,8 +4,6 @@ The same code trains a teacher on real images ("pretrain") and the student on tr
 ("train").
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 

@@ -4,8 +4,6 @@ The watchdog is told that the rank goes on; the teachers are told, through `curs
 block is read and what is waited for.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -43,7 +41,7 @@ class Source:
     """A rank's source of batches (`distill.training.loop.Source`)."""
 
     def __init__(
-        self, stream: Stream, beat: Callable[[], None], cursor: Cursor | None = None
+        self, stream: Stream, beat: Callable[[], None], cursor: "Cursor | None" = None
     ) -> None:
         """`beat` is called after every read; `cursor` follows."""
         self._stream, self._beat, self._cursor = stream, beat, cursor

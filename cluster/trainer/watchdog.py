@@ -12,8 +12,6 @@ A rank that is frozen whole (SIGSTOP) does neither: the others of its group end,
 one that answers nothing for as long as a step may take (`cluster.supervisor.session`).
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import threading

@@ -7,8 +7,6 @@ name and offset (`fragments`), so `distill.checkpoint.commit` can commit them an
 world size.
 """
 
-from __future__ import annotations
-
 import logging
 import math
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Reading a large checkpoint takes minutes for one process, so every rank reads a 
 All calls are collective: every rank makes them, and every rank gets the same answer or error.
 """
 
-from __future__ import annotations
-
 import hashlib
 from pathlib import Path
 

@@ -6,8 +6,6 @@ needs, without a conversion. `distill.checkpoint.manifest` says which checkpoint
 `distill.checkpoint.agree` how ranks share the reading that takes.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import shutil

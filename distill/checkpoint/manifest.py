@@ -8,8 +8,6 @@
 A folder without a whole manifest is not a checkpoint, whatever its name.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

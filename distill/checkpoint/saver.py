@@ -6,8 +6,6 @@ by a thread of every rank: the same files, the same order, the same promises
 the end of training, good or bad.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -40,7 +38,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "save")
         self._pending: Future[None] | None = None
 
-    def __enter__(self) -> Saver:
+    def __enter__(self) -> "Saver":
         return self
 
     def __exit__(

@@ -1,7 +1,5 @@
 """Settings of the real images and of the trajectory stream. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING

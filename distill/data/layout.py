@@ -8,8 +8,6 @@ bytes and the first three take one each, so all samples take the same room. Two 
 the tar, padded to a record of 10,240 bytes.
 """
 
-from __future__ import annotations
-
 import json
 from math import ceil, prod
 

@@ -3,8 +3,6 @@
 A new one is a function here, a row of `SETS`, and configs/data/NAME.yaml.
 """
 
-from __future__ import annotations
-
 import gzip
 import zipfile
 import zlib

@@ -8,8 +8,6 @@ and sha256 of the tar and of itself, so every byte of both can be proven. What a
 here; `distill.data.stores.store` lists, reads and changes those of a run.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -36,7 +34,7 @@ class CorruptShard(RuntimeError):
 class MisplacedShard(CorruptShard):
     """A sound sidecar under the name of another shard."""
 
-    def __init__(self, message: str, sidecar: Sidecar) -> None:
+    def __init__(self, message: str, sidecar: "Sidecar") -> None:
         super().__init__(message)
         self.sidecar = sidecar
 
@@ -94,7 +92,7 @@ class ShardSpec:
         return range(shard * self.samples_per_shard, (shard + 1) * self.samples_per_shard)
 
     @staticmethod
-    def from_json(tree: dict[str, Any]) -> ShardSpec:
+    def from_json(tree: dict[str, Any]) -> "ShardSpec":
         """The spec in a sidecar; KeyError or TypeError when it is none."""
         values = {field.name: tree[field.name] for field in fields(ShardSpec)}
         channels, height, width = values["image"]
@@ -107,7 +105,7 @@ class ShardSpec:
             }
         )
 
-    def difference(self, other: ShardSpec) -> str:
+    def difference(self, other: "ShardSpec") -> str:
         """How `other` differs from this: "times: [0.0, 1.0] instead of [0.0, 0.5, 1.0], .."."""
         ours, theirs = asdict(self), asdict(other)
         return ", ".join(
@@ -193,7 +191,7 @@ class Sidecar:
         return (json.dumps(tree) + "\n").encode()
 
     @staticmethod
-    def from_bytes(data: bytes) -> Sidecar:
+    def from_bytes(data: bytes) -> "Sidecar":
         """The sidecar in a file's content.
 
         Raises:

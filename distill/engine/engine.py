@@ -5,8 +5,6 @@ The loop in `distill.training.loop` sees only this protocol. `TorchEngine` is on
 named parameters, so a checkpoint of one opens in the other and on any number of ranks.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Settings of the evaluation. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 from distill.config import check, check_choice, check_positive

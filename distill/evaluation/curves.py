@@ -2,8 +2,6 @@
 `bowstring estimate` counts the same rows that `distill.evaluation.evaluate` computes.
 """
 
-from __future__ import annotations
-
 from distill.config import ImageSpec
 from distill.evaluation.config import EvalConfig
 from distill.flow.times import NFE_PER_STEP

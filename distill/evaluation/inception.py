@@ -1,7 +1,5 @@
 """The weights of Inception behind published Fréchet distances: a file of the user's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from pickle import UnpicklingError
 

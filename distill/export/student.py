@@ -4,8 +4,6 @@ model.safetensors   every weight, float32
 model.json          network, image, and where the model comes from
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Settings of the networks, one dataclass each. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +14,7 @@ class NetworkConfig:
 
     name: str = MISSING  # dit | unet
 
-    def shallowest(self) -> NetworkConfig:
+    def shallowest(self) -> "NetworkConfig":
         """The same with the fewest blocks. What the constructor makes before them stays the same.
 
         `distill.networks.files.load_weights` takes from it what a file of weights leaves out.
@@ -35,7 +33,7 @@ class DiTConfig(NetworkConfig):
     num_heads: int = 6
     mlp_ratio: float = 4.0
 
-    def shallowest(self) -> DiTConfig:
+    def shallowest(self) -> "DiTConfig":
         """The same with one block."""
         return replace(self, depth=1)
 
@@ -59,7 +57,7 @@ class UNetConfig(NetworkConfig):
     attention_sizes: list[int] = field(default_factory=lambda: [16])  # map heights that get it
     num_heads: int = 4
 
-    def shallowest(self) -> UNetConfig:
+    def shallowest(self) -> "UNetConfig":
         """The same with one block a level."""
         return replace(self, blocks_per_level=1)
 

@@ -7,8 +7,6 @@ T^2 W times. One multiplication and its addition are 2 FLOP. Norms, activations 
 out of the FLOP: a few per cent.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from distill.config import ConfigError, ImageSpec

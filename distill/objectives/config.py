@@ -2,8 +2,6 @@
 what it calls, and what it cannot be trained with. No torch.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import astuple, dataclass, field
 
@@ -44,7 +42,7 @@ class Calls:
         once = self.plain + self.passes
         return 3 * self.weights + once + 2 * self.inputs + 2 * self.tangents
 
-    def __add__(self, other: Calls) -> Calls:
+    def __add__(self, other: "Calls") -> "Calls":
         return Calls(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 

@@ -1,7 +1,5 @@
 """What a run has cost so far, from its files. No torch."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 

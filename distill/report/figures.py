@@ -1,7 +1,5 @@
 """Figures of the report: curves as inline SVG in the colours of the page, pictures as PNG."""
 
-from __future__ import annotations
-
 import base64
 import html
 import io

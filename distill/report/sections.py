@@ -4,8 +4,6 @@ It reads files only (results.json, metrics.jsonl, events.jsonl, config.yaml, run
 samples/grid.npz), and says of each that is missing how to get it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

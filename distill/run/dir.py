@@ -4,8 +4,6 @@ A run directory is the whole truth about a run; every process can be killed and 
 from its files.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -129,7 +127,7 @@ class RunDir:
         return self.root / "trainer.lock"
 
     @property
-    def teacher(self) -> RunDir:
+    def teacher(self) -> "RunDir":
         """The pre-training of a teacher is a run of its own, inside."""
         return RunDir(self.root / "teacher")
 

@@ -8,8 +8,6 @@ read, torn by a crash or written by a newer version, costs itself only, and `ver
 `distill.run.history` folds the events to what they mean.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -19,7 +17,7 @@ from distill.run.files import append_lines, numbered_lines
 from distill.run.records import NewerRecord, RecordError, Stamped, known_part, record_of
 from distill.run.records import tree_of as fields_of
 
-KINDS: dict[str, type[Event]] = {}  # every kind there is, by its name in the file
+KINDS: "dict[str, type[Event]]" = {}  # every kind there is, by its name in the file
 
 
 @dataclass(frozen=True)

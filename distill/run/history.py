@@ -1,7 +1,5 @@
 """What the events of a run mean, folded once: for status, verify, cost and report. No torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 

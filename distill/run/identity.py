@@ -5,8 +5,6 @@ version reads its own format, and refuses a higher one with both versions. Withi
 come and go: see `cluster.state.identity`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """metrics.jsonl: loss terms and speed by step, a line now and then. Standard library only."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ versions did not write; the default stands at the field. Where that is None, Non
 What an object lacks, or has too many of, is a sentence that names the field.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Callable

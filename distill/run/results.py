@@ -1,7 +1,5 @@
 """results.json: what an evaluation found. Standard library only."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 

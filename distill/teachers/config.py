@@ -1,7 +1,5 @@
 """Settings of the teachers, one dataclass per kind. No torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import ClassVar
 

@@ -1,7 +1,5 @@
 """What hangs on a training as the configuration asks for it."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

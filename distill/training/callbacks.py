@@ -18,8 +18,6 @@ The loop calls a hook of all callbacks before it calls the next hook. So what wa
 before it is saved, and saved before it is exported, in whatever order the callbacks stand.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """What a training writes of itself: what it consumed, loss terms, speed, memory, spikes."""
 
-from __future__ import annotations
-
 import hashlib
 import resource
 import time

@@ -1,7 +1,5 @@
 """The training loop, top to bottom. It knows no objective, and nothing of what hangs on it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import closing

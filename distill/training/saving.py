@@ -1,7 +1,5 @@
 """Callbacks that write the state of a training: its checkpoints, and models made from them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

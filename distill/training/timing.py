@@ -1,7 +1,5 @@
 """Where the time of a training step goes: a clock of its phases, and a trace of a few steps."""
 
-from __future__ import annotations
-
 import time
 from contextlib import ExitStack
 from itertools import pairwise

@@ -3,8 +3,6 @@
 The only importer of tensorboard and of wandb. A tracker is a callback that takes what is recorded.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress

@@ -11,8 +11,6 @@ or was killed.
 Readers work on a copy in a cache on their own disk. Bad shards go below `quarantine` in the store.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import tempfile

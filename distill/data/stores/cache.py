@@ -1,7 +1,5 @@
 """Copies of shards that lie in an object store, on the disk of the machine that reads them."""
 
-from __future__ import annotations
-
 import fcntl
 import hashlib
 import os

@@ -12,8 +12,6 @@ shard is made again. Names that start with a dot are in the making or left by a 
 reader looks at them.
 """
 
-from __future__ import annotations
-
 import errno
 import fcntl
 import hashlib

@@ -4,8 +4,6 @@ Credentials and end points come from the environment, as fsspec and its file sys
 What other machines wrote is seen at once: nothing is listed from memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime

@@ -5,8 +5,6 @@ A run names a folder (`distill.data.stores.local`) or a URL of an object store
 never replaces another one. The functions below are what the rest of Bowstring uses.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import cache
