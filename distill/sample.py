@@ -21,9 +21,8 @@ from torch import Tensor, nn
 
 from distill.config import ConfigError, ImageSpec, check
 from distill.export.student import latest_student
+from distill.flow import paths, solvers
 from distill.flow.noise import sample_labels, sample_noise
-from distill.flow.paths import MeanVelocity
-from distill.flow.solvers import solve_by_jumps
 from distill.flow.times import sampler_times
 from distill.networks.files import load_model
 from distill.report.pictures import tile, write_npz, write_png
@@ -32,11 +31,11 @@ from distill.run.dir import RunDir
 
 @torch.no_grad()
 def few_step(
-    u: MeanVelocity, noise: Float[Tensor, "B *S"], labels: Int[Tensor, "B"], nfe: int
+    u: paths.MeanVelocity, noise: Float[Tensor, "B *S"], labels: Int[Tensor, "B"], nfe: int
 ) -> Float[Tensor, "B *S"]:
     """x_1 after `nfe` jumps from `noise`, at the times of `sampler_times`: `nfe` evaluations."""
     times = torch.tensor(sampler_times(nfe), dtype=torch.float64)
-    return solve_by_jumps(u, noise, times, labels)[-1]
+    return solvers.solve_by_jumps(u, noise, times, labels)[-1]
 
 
 def to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:

@@ -4,13 +4,12 @@ Hydra starts elsewhere.
 
 from omegaconf import DictConfig
 
+from cluster.settings import hydra, schema
 from cluster.settings.file import to_config
-from cluster.settings.hydra import drive, name_of
-from cluster.settings.schema import RunConfig
 from distill.config import check
 
 
-def work(stage: str, config: RunConfig) -> int:
+def work(stage: str, config: schema.RunConfig) -> int:
     """Exit code of the supervisor's function: `run`, `pretrain`, `generate`, `train`, or `distil`,
     which is `run` without evaluation. A name, so that the job of a launcher can be told it.
     """
@@ -33,7 +32,7 @@ def launch(stage: str, args: list[str], command: str) -> None:
     def task(tree: DictConfig) -> None:
         work_elsewhere(stage, args, command, tree)
 
-    drive(task, args)
+    hydra.drive(task, args)
 
 
 def work_elsewhere(stage: str, args: list[str], command: str, tree: DictConfig) -> None:
@@ -42,7 +41,7 @@ def work_elsewhere(stage: str, args: list[str], command: str, tree: DictConfig) 
     Raises:
         ChildProcessError: it failed. The process that waits for the jobs says so.
     """
-    tree.run.name = name_of(tree, args)
+    tree.run.name = hydra.name_of(tree, args)
     config = to_config(tree)
     config.run.command = command
     code = work(stage, config)

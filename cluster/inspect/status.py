@@ -10,19 +10,17 @@ from cluster.plan.stream import stream_plan
 from cluster.settings.file import load_config
 from cluster.settings.schema import RunConfig, own_teachers
 from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
-from cluster.state.cursor import read_cursor
+from cluster.state import cursor, lock
 from cluster.state.evicted import first_shard_read, read_evicted
-from cluster.state.lock import is_live
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
 from distill.data.sidecar import Reason
 from distill.data.stores.store import committed, open_store
 from distill.report.cost import goodput
+from distill.run import identity, records
 from distill.run.dir import RunDir
 from distill.run.history import History, read_history
-from distill.run.identity import read_record
 from distill.run.metrics import Metrics, read_metrics
-from distill.run.records import RecordError, parse_record
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
@@ -144,9 +142,9 @@ def quarantined(run: RunDir) -> list[dict[str, Any]]:
     found = []
     for folder, content in open_store(run).reasons().items():
         try:
-            note = parse_record(Reason, content)
+            note = records.parse_record(Reason, content)
             found.append({"shard": note.shard, "reason": note.reason})
-        except RecordError as error:
+        except records.RecordError as error:
             reason = f"the reason in quarantine/{folder} {error}"
             found.append({"shard": folder.partition("-")[0], "reason": reason})
     return found
@@ -179,7 +177,7 @@ def waiting_for(run: RunDir, at_work: History) -> str | None:
     """
     if at_work.waits_for_nodes:
         return "nodes with room for its ranks"
-    return read_cursor(run).waiting_for or None
+    return cursor.read_cursor(run).waiting_for or None
 
 
 def restarts(history: History) -> dict[str, int]:
@@ -215,10 +213,10 @@ def status(run: RunDir) -> dict[str, Any]:
     Raises:
         ConfigError: it is no run, or a newer version wrote it.
     """
-    read_record(run)  # a newer version's files are not known here
+    identity.read_record(run)  # a newer version's files are not known here
     config = load_config(run)
     history = read_history(run)
-    live = is_live(run)
+    live = lock.is_live(run)
     found: dict[str, Any] = {
         "run": config.run.name,
         "dir": str(run.root),

@@ -27,10 +27,9 @@ from distill.checkpoint.manifest import KEPT, committed_steps, verify
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
+from distill.run import events, identity
 from distill.run.dir import RunDir
-from distill.run.events import Resume, Steps
 from distill.run.history import read_history
-from distill.run.identity import StreamRecord, record_of
 
 
 def audit(run: RunDir) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def audit(run: RunDir) -> dict[str, Any]:
     Raises:
         ConfigError: there is no run, or run.json is corrupt or of a newer version.
     """
-    record = record_of(run)
+    record = identity.record_of(run)
     stream, order = record.stream, order_of(record.stream)
     made_before = read_history(run).made
     shards, checkpoints = _audit_shards(run), _audit_checkpoints(run)
@@ -170,7 +169,7 @@ def _audit_evicted(run: RunDir, found: _Shards, told: set[int], first_read: int)
 
 
 def _of_another_run(
-    sidecars: dict[int, Sidecar], stream: StreamRecord, fingerprints: dict[str, str]
+    sidecars: dict[int, Sidecar], stream: identity.StreamRecord, fingerprints: dict[str, str]
 ) -> list[dict[str, Any]]:
     """Sound shards that were not made for this run: other seed, size, teachers or grid."""
     specs = Counter(sidecar.spec for sidecar in sidecars.values())
@@ -186,7 +185,7 @@ def _of_another_run(
     return found
 
 
-def _fits(spec: ShardSpec, stream: StreamRecord, fingerprints: dict[str, str]) -> bool:
+def _fits(spec: ShardSpec, stream: identity.StreamRecord, fingerprints: dict[str, str]) -> bool:
     """Whether a spec agrees with run.json. Fingerprints stand there once teachers are known."""
     teachers = {teacher.name: teacher.fingerprint for teacher in spec.teachers}
     return (
@@ -241,12 +240,12 @@ class Consumption:
     problems: list[str] = field(default_factory=list)
 
 
-def audit_consumption(course: list[Resume | Steps], order: Order) -> Consumption:
+def audit_consumption(course: list[events.Resume | events.Steps], order: Order) -> Consumption:
     """Follows the windows of steps, and restarts that fell back."""
     found = Consumption()
     checked: dict[tuple[int, int], str] = {}
     for event in course:
-        if isinstance(event, Resume):
+        if isinstance(event, events.Resume):
             step = event.step
             if step > found.steps:
                 found.problems.append(f"resumed at step {step} after only {found.steps} steps")

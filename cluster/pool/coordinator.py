@@ -25,25 +25,7 @@ import heapq
 from dataclasses import dataclass, field
 from math import inf
 
-from cluster.pool.messages import (
-    Action,
-    Asked,
-    Committed,
-    CursorMoved,
-    Event,
-    Evicted,
-    Expired,
-    Failed,
-    GivenUp,
-    Heartbeat,
-    Joined,
-    Leased,
-    Left,
-    Quarantined,
-    Released,
-    Slept,
-    Tick,
-)
+from cluster.pool import messages
 
 LOSSES_PER_ATTEMPT = 3
 
@@ -132,7 +114,7 @@ class Coordinator:
         shard = self._next_free()
         return shard is not None and self._in_window(shard) and not self._has_room()
 
-    def handle(self, event: Event, now_s: float) -> list[Action]:
+    def handle(self, event: messages.Event, now_s: float) -> list[messages.Action]:
         """The actions that follow from `event` at time `now_s` (seconds on any steady clock)."""
         actions = self._apply(event, now_s)
         return actions + self._expire(now_s) + self._grant(now_s)
@@ -141,37 +123,37 @@ class Coordinator:
         """The shard `worker` is making."""
         return self._shard_of.get(worker)
 
-    def _apply(self, event: Event, now_s: float) -> list[Action]:
+    def _apply(self, event: messages.Event, now_s: float) -> list[messages.Action]:
         match event:
-            case Joined(worker):
+            case messages.Joined(worker):
                 self.workers.add(worker)
-            case Left(worker, reason):
+            case messages.Left(worker, reason):
                 return self._lose(worker, reason)
-            case Asked(worker):
+            case messages.Asked(worker):
                 assert worker in self.workers, f"{worker} asked before it joined"
                 if self.lease_of(worker) is None:
                     self.waiting.setdefault(worker)
-            case Heartbeat(worker):
+            case messages.Heartbeat(worker):
                 shard = self.lease_of(worker)
                 if shard is not None:
                     self.leases[shard].expires_s = now_s + self.limits.lease_timeout_s
-            case Slept(seconds):
+            case messages.Slept(seconds):
                 for lease in self.leases.values():
                     lease.expires_s += seconds
-            case Committed(shard, num_bytes):
+            case messages.Committed(shard, num_bytes):
                 self._commit(shard, num_bytes)
-            case Failed(worker, traceback):
+            case messages.Failed(worker, traceback):
                 return self._fail(worker, traceback)
-            case CursorMoved(first_shard):
+            case messages.CursorMoved(first_shard):
                 self.cursor = first_shard
-            case Released(first_shard):
+            case messages.Released(first_shard):
                 self.released = first_shard
-            case Quarantined(shard):
+            case messages.Quarantined(shard):
                 if shard in self.committed:
                     self._bytes -= self.committed.pop(shard)
                     self._num_made -= shard < self.limits.num_shards
                     self._free(shard)
-            case Tick():
+            case messages.Tick():
                 pass
         return []
 
@@ -191,7 +173,7 @@ class Coordinator:
         if shard in self.leases:
             del self._shard_of[self.leases.pop(shard).worker]
 
-    def _lose(self, worker: str, reason: str) -> list[Action]:
+    def _lose(self, worker: str, reason: str) -> list[messages.Action]:
         self.workers.discard(worker)
         self.waiting.pop(worker, None)
         shard = self._take_back(worker)
@@ -201,7 +183,11 @@ class Coordinator:
         if self.losses[shard] < LOSSES_PER_ATTEMPT * self.limits.max_attempts:
             return []
         self.given_up.add(shard)
-        return [GivenUp(shard, f"{self.losses[shard]} workers were lost while making it", reason)]
+        return [
+            messages.GivenUp(
+                shard, f"{self.losses[shard]} workers were lost while making it", reason
+            )
+        ]
 
     def _take_back(self, worker: str) -> int | None:
         """The shard the worker had a lease for, which is free again."""
@@ -211,7 +197,7 @@ class Coordinator:
             self._free(shard)
         return shard
 
-    def _fail(self, worker: str, traceback: str) -> list[Action]:
+    def _fail(self, worker: str, traceback: str) -> list[messages.Action]:
         shard = self._take_back(worker)
         if shard is None:  # the lease ran out before, or another worker committed the shard
             return []
@@ -219,9 +205,9 @@ class Coordinator:
         if self.attempts[shard] < self.limits.max_attempts:
             return []
         self.given_up.add(shard)
-        return [GivenUp(shard, f"{self.attempts[shard]} failures", traceback)]
+        return [messages.GivenUp(shard, f"{self.attempts[shard]} failures", traceback)]
 
-    def _expire(self, now_s: float) -> list[Action]:
+    def _expire(self, now_s: float) -> list[messages.Action]:
         if now_s < self._next_expiry_s:
             return []
         expired = [
@@ -229,9 +215,9 @@ class Coordinator:
             for shard, lease in self.leases.items()
             if lease.expires_s <= now_s
         ]
-        actions: list[Action] = []
+        actions: list[messages.Action] = []
         for shard, worker in expired:
-            actions += [Expired(worker, shard), *self._lose(worker, "no progress")]
+            actions += [messages.Expired(worker, shard), *self._lose(worker, "no progress")]
         # Heartbeats only put an expiry off, so until then none needs to be looked for.
         self._next_expiry_s = min((x.expires_s for x in self.leases.values()), default=inf)
         return actions
@@ -239,8 +225,8 @@ class Coordinator:
     # ---------------------------------------------------------------------------------------
     # Shards
 
-    def _grant(self, now_s: float) -> list[Action]:
-        actions: list[Action] = []
+    def _grant(self, now_s: float) -> list[messages.Action]:
+        actions: list[messages.Action] = []
         while self.waiting:
             shard = self._next_free()
             if shard is None or not self._in_window(shard):
@@ -253,7 +239,7 @@ class Coordinator:
             expires_s = now_s + self.limits.lease_timeout_s
             self.leases[shard], self._shard_of[worker] = Lease(worker, expires_s), shard
             self._next_expiry_s = min(self._next_expiry_s, expires_s)
-            actions.append(Leased(worker, shard))
+            actions.append(messages.Leased(worker, shard))
         return actions
 
     def _in_window(self, shard: int) -> bool:
@@ -264,7 +250,7 @@ class Coordinator:
         reserved = (len(self.leases) + 1) * self._shard_bytes
         return self._bytes + reserved <= self.limits.max_bytes
 
-    def _make_room(self) -> list[Action]:
+    def _make_room(self) -> list[messages.Action]:
         """Evicts the oldest blocks that may go until one more shard fits."""
         gone: list[int] = []
         while not self._has_room():
@@ -278,7 +264,7 @@ class Coordinator:
                     self._bytes -= self.committed.pop(shard)
                     self.evicted.add(shard)
                     gone.append(shard)
-        return [Evicted(tuple(gone))] if gone else []
+        return [messages.Evicted(tuple(gone))] if gone else []
 
     def _is_taken(self, shard: int) -> bool:
         made = shard in self.committed or shard in self.evicted

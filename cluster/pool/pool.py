@@ -19,18 +19,14 @@ from cluster.pool.coordinator import Coordinator, Limits
 from cluster.pool.member import Member, Pace, choose_leaving
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import TeacherPoolConfig
+from cluster.state import done, evicted, workers
 from cluster.state.cursor import read_cursor
-from cluster.state.done import RunView
-from cluster.state.evicted import OldestCheckpoint, evict, first_shard_read
-from cluster.state.workers import wanted_workers
 from distill.config import ConfigError, check
 from distill.data.sidecar import Reason, ShardSpec
 from distill.data.stores.store import committed, is_committed
-from distill.run import events
+from distill.run import events, files, records
 from distill.run.dir import RunDir
 from distill.run.events import END_OF_PRODUCTION, SCALED_DOWN, EventLog
-from distill.run.files import write_json
-from distill.run.records import tree_of
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
@@ -49,7 +45,7 @@ class TeacherPool:
     It starts from what `view` says of the shards, and follows their folder from there on.
     """
 
-    view: RunView
+    view: done.RunView
     spec: ShardSpec
     trainer_reads: bool  # whether a trainer moves the cursor; without one all shards are made
     members: list[Member] = field(default_factory=list)
@@ -60,7 +56,7 @@ class TeacherPool:
         self.config, self.run, self.plan = view.config, view.run, view.plan
         limits = production_limits(view, self.trainer_reads)
         self.coordinator = Coordinator(limits, view.shards, view.evicted, cursor=self._cursor())
-        self._oldest = OldestCheckpoint(self.run)
+        self._oldest = evicted.OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
         self._scans, self._log, self._now_s = Pace(), EventLog(self.run), time.monotonic()
         self._wanted: dict[Device, int] = {}
@@ -143,7 +139,7 @@ class TeacherPool:
         self._follow()
         if self.coordinator.needs_room:
             step, block_shards = self._oldest.look(), self.config.trajectory.block_shards
-            first = first_shard_read(self.plan.order, block_shards, step)
+            first = evicted.first_shard_read(self.plan.order, block_shards, step)
             self._handle(messages.Released(first))
 
     def _scan(self) -> None:
@@ -162,7 +158,7 @@ class TeacherPool:
     def _follow(self) -> None:
         """Sets the target to what was asked for, and to what fits on the nodes there are now."""
         nodes = ray.nodes() if self.config.cluster.address else []
-        self._wanted = wanted_workers(self.config.cluster, self.run, nodes)
+        self._wanted = workers.wanted_workers(self.config.cluster, self.run, nodes)
         wanted = sum(self._wanted.values())
         if wanted != self.target:
             self.target, self._most = wanted, max(wanted, self._most)
@@ -293,7 +289,7 @@ class TeacherPool:
             case messages.Expired(worker, _):
                 self._expire(self._member(worker), "no progress")
             case messages.Evicted(shards):
-                evict(self.run, shards, self._oldest.step)
+                evicted.evict(self.run, shards, self._oldest.step)
             case messages.GivenUp(shard, reason, error):
                 self._log.add(events.GiveUp(shard, reason))
                 raise PoolError(set_request_aside(self.run, shard, reason, error))
@@ -302,7 +298,7 @@ class TeacherPool:
         return next(member for member in self.members if member.name == name)
 
 
-def production_limits(view: RunView, trainer_reads: bool) -> Limits:
+def production_limits(view: done.RunView, trainer_reads: bool) -> Limits:
     """The coordinator's limits. Without a trainer that reads, all shards are made at once."""
     pool, trajectory, plan = view.config.cluster.teachers, view.config.trajectory, view.plan
     return Limits(
@@ -345,7 +341,7 @@ def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> s
     """What to tell the user of a shard that cannot be made; `quarantine/` gets a file with it."""
     path = run.quarantine / f"{shard:08d}-{uuid.uuid4().hex[:8]}" / f"{shard:08d}.reason.json"
     why = Reason(shard, f"could not be made: {reason}", traceback=traceback)
-    write_json(path, tree_of(why))
+    files.write_json(path, records.tree_of(why))
     return (
         f"shard {shard} was given up after {reason}; see {path}. Mend the cause and give the same "
         f"command again. The last:\n{traceback}"

@@ -13,8 +13,7 @@ import torch
 
 from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
-from distill.data.generate import generate_shard
-from distill.data.shards import write_shard
+from distill.data import generate, shards
 from distill.data.sidecar import ShardSpec
 from distill.run.dir import RunDir
 from distill.teachers.base import FrozenTeacher
@@ -54,7 +53,7 @@ class TeacherWorker:
         Also the batch from now on, if this shard was the one that did not fit into memory.
         """
         started = time.monotonic()
-        generated = generate_shard(
+        generated = generate.generate_shard(
             self._teachers,
             self._config.teacher,
             self._config.trajectory,
@@ -65,7 +64,7 @@ class TeacherWorker:
             self._batch_size,
         )
         seconds = time.monotonic() - started
-        sidecar = write_shard(self._run, self._spec, shard, generated, seconds, self.name)
+        sidecar = shards.write_shard(self._run, self._spec, shard, generated, seconds, self.name)
         result = {"bytes": sidecar.num_bytes, "seconds": round(seconds, 3)}
         if generated.batch_size < self._batch_size:
             self._batch_size = result["batch_size"] = generated.batch_size

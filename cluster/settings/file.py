@@ -19,9 +19,8 @@ from distill.networks.config import NETWORKS
 from distill.objectives.config import (
     OBJECTIVES,
 )
+from distill.run import files, identity
 from distill.run.dir import RunDir
-from distill.run.files import write_atomic
-from distill.run.identity import newer, read_record
 
 GROUPS = ("experiment", "data", "student", "teacher", "objective", "train", "eval", "cluster")
 
@@ -176,7 +175,7 @@ def to_tree(config: Any) -> DictConfig:
 
 def save_config(run: RunDir, config: RunConfig) -> None:
     """Writes config.yaml of a run, atomically."""
-    write_atomic(run.config, OmegaConf.to_yaml(to_tree(config)).encode())
+    files.write_atomic(run.config, OmegaConf.to_yaml(to_tree(config)).encode())
 
 
 def schema_for(stored: DictConfig, path: Path) -> DictConfig:
@@ -263,8 +262,8 @@ def load_config(run: RunDir, overrides: list[str] | None = None) -> RunConfig:
     try:
         return _load(run, overrides or [])
     except ConfigError as error:
-        record = read_record(run)  # a newer version has settings that are not known here
-        raise ConfigError(f"{error}{newer(record.versions) if record else ''}") from error
+        record = identity.read_record(run)  # a newer version has settings that are not known here
+        raise ConfigError(f"{error}{identity.newer(record.versions) if record else ''}") from error
 
 
 def _load(run: RunDir, overrides: list[str]) -> RunConfig:

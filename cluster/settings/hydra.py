@@ -21,9 +21,8 @@ from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from cluster.settings import schema, teachers
 from cluster.settings.file import register_resolvers, sentence, to_config
-from cluster.settings.schema import ClusterConfig, RunConfig
-from cluster.settings.teachers import RunTree
 from distill.config import ConfigError, TrainConfig, check
 from distill.data.config import DataConfig
 from distill.evaluation.config import EvalConfig
@@ -35,11 +34,11 @@ def register() -> None:
     """Stores one schema per variant, so that an unknown key fails while Hydra composes."""
     register_resolvers()
     store = ConfigStore.instance()
-    store.store(name="base_run", node=RunTree)
+    store.store(name="base_run", node=teachers.RunTree)
     store.store(group="data", name="base_data", node=DataConfig)
     store.store(group="train", name="base_train", node=TrainConfig)
     store.store(group="eval", name="base_eval", node=EvalConfig)
-    store.store(group="cluster", name="base_cluster", node=ClusterConfig)
+    store.store(group="cluster", name="base_cluster", node=schema.ClusterConfig)
     for name, network in NETWORKS.items():
         store.store(group="student", name=f"base_{name}", node=network)
     for name, objective in OBJECTIVES.items():
@@ -106,7 +105,7 @@ def drive(task: TaskFunction, args: list[str]) -> None:
         raise ConfigError(sentence(error)) from error
 
 
-def compose(args: list[str]) -> list[RunConfig]:
+def compose(args: list[str]) -> list[schema.RunConfig]:
     """The configurations that Hydra arguments ask for: one, several with --multirun, none when
     Hydra only shows something.
 

@@ -12,14 +12,11 @@ from cluster.settings.file import save_config
 from cluster.settings.schema import RunConfig
 from cluster.slurm.jobs import ask, read_jobs
 from cluster.slurm.scripts import KINDS, render, slurm_of
-from cluster.state.done import view_of
-from cluster.state.identity import check_identity
-from cluster.state.lock import is_live, stop_here
+from cluster.state import done, identity, lock
 from cluster.state.workers import write_target
 from distill.config import ConfigError, check
+from distill.run import files, history
 from distill.run.dir import RunDir
-from distill.run.files import write_atomic, write_json
-from distill.run.history import read_history
 
 # -----------------------------------------------------------------------------------------------
 # Submit
@@ -33,7 +30,7 @@ def submit(config: RunConfig, dry_run: bool) -> None:
         SlurmError: Slurm refused; nothing of it is left in the queue.
     """
     run = RunDir(config.files.root.absolute(), config.trajectory.location)
-    view = view_of(config, check_identity(config, run))
+    view = done.view_of(config, identity.check_identity(config, run))
     scripts = render(config, run.root)
     if dry_run:
         for kind, text in scripts.items():
@@ -49,7 +46,7 @@ def submit(config: RunConfig, dry_run: bool) -> None:
         for job in there:
             print(f"  {job.kind} {job.id}: {job.state} {job.reason}")
         return
-    check(not is_live(run), f"{run.root} is being worked on outside Slurm; wait for it")
+    check(not lock.is_live(run), f"{run.root} is being worked on outside Slurm; wait for it")
     for array in {job.array for job in there}:  # without their trainer they have nothing to do
         ask("scancel", array)
     _show_plan(config)
@@ -78,7 +75,7 @@ def _write(config: RunConfig, run: RunDir, scripts: dict[str, str]) -> None:
     try:
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
         for kind, text in scripts.items():
-            write_atomic(run.slurm / f"{kind}.sbatch", text.encode())
+            files.write_atomic(run.slurm / f"{kind}.sbatch", text.encode())
         for left in ("stop", "head", "progress"):
             (run.slurm / left).unlink(missing_ok=True)
     except OSError as error:
@@ -96,7 +93,7 @@ def _submit_all(run: RunDir, kinds: list[str]) -> None:
     try:
         for kind in kinds:
             ids[kind] = _sbatch(run, kind, "--parsable", *_after(kind, ids)).partition(";")[0]
-            write_json(run.slurm / "jobs.json", ids)
+            files.write_json(run.slurm / "jobs.json", ids)
             print(f"{kind}: job {ids[kind]}")
     except OSError:  # SlurmError too
         for job in ids.values():
@@ -138,7 +135,7 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
     )
     there = [job for job in read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
-    if is_live(run) and read_history(run).target is not None:
+    if lock.is_live(run) and history.read_history(run).target is not None:
         write_target(run, workers)  # otherwise the pool that starts takes what fits on the nodes
     array = there[0].array
     running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
@@ -157,7 +154,7 @@ def stop(run: RunDir) -> list[str]:
     """Ends the jobs of a run, or the one here; the trainer saves first. What was done, in words."""
     there = [job for job in read_jobs(run) if job.is_there]
     if not there:
-        return [stop_here(run)]
+        return [lock.stop_here(run)]
     (run.slurm / "stop").touch()
     said = []
     for kind in ("evaluate", "teachers"):

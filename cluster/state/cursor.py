@@ -7,9 +7,8 @@ Losing the file costs nothing but time: shards that exist are not made again.
 
 from dataclasses import dataclass
 
+from distill.run import files, records
 from distill.run.dir import RunDir
-from distill.run.files import write_json
-from distill.run.records import RecordError, read_record, tree_of
 
 
 @dataclass(frozen=True)
@@ -22,12 +21,12 @@ class Position:
 
 def write_cursor(run: RunDir, block: int, waiting_for: str) -> None:
     """Writes the block being read, and what the trainer waits for; "" when it does not wait."""
-    write_json(run.cursor, tree_of(Position(block, waiting_for)))
+    files.write_json(run.cursor, records.tree_of(Position(block, waiting_for)))
 
 
 def read_cursor(run: RunDir) -> Position:
     """Where the trainer reads; the first block before it has started, or where the file is torn."""
     try:
-        return read_record(Position, run.cursor)
-    except (FileNotFoundError, RecordError):
+        return records.read_record(Position, run.cursor)
+    except (FileNotFoundError, records.RecordError):
         return Position(0, "")

@@ -19,10 +19,8 @@ from distill.checkpoint.manifest import committed_steps, verify_once
 from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.stores.store import open_store
+from distill.run import events, files, records
 from distill.run.dir import RunDir
-from distill.run.events import Evict, MakeAgain, append
-from distill.run.files import write_json
-from distill.run.records import read_record, tree_of
 
 # -----------------------------------------------------------------------------------------------
 # The record
@@ -42,7 +40,7 @@ def recorded(run: RunDir) -> set[int]:
         ConfigError: it is corrupt. It stays where it is; nothing overwrites it.
     """
     try:
-        ranges = read_record(Evicted, run.evicted).shards
+        ranges = records.read_record(Evicted, run.evicted).shards
         return {shard for first, last in ranges for shard in range(first, last + 1)}
     except FileNotFoundError:
         return set()
@@ -60,7 +58,7 @@ def read_evicted(run: RunDir, found: Collection[int]) -> set[int]:
 
 def evict(run: RunDir, shards: tuple[int, ...], step: int) -> None:
     """Deletes the tars of `shards`, which lie behind the checkpoint of `step`."""
-    append(run, Evict(shards, step))
+    events.append(run, events.Evict(shards, step))
     _record(run, recorded(run) | set(shards))
     open_store(run).delete_tars(shards)
 
@@ -71,13 +69,13 @@ def forget_evicted(run: RunDir, first_shard: int) -> bool:
     """
     again = tuple(sorted(shard for shard in recorded(run) if shard >= first_shard))
     if again:
-        append(run, MakeAgain(again))
+        events.append(run, events.MakeAgain(again))
         _record(run, recorded(run) - set(again))
     return bool(again)
 
 
 def _record(run: RunDir, shards: set[int]) -> None:
-    write_json(run.evicted, tree_of(Evicted(ranges_of(shards))))
+    files.write_json(run.evicted, records.tree_of(Evicted(ranges_of(shards))))
 
 
 def ranges_of(shards: set[int]) -> tuple[tuple[int, int], ...]:

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from cluster.state.done import RunView
-from cluster.state.evicted import first_shard_read, forget_evicted
+from cluster.state import done, evicted
 from distill.checkpoint.manifest import committed_steps
 from distill.config import TrainConfig, check
 from distill.data.config import TrajectoryConfig
@@ -49,7 +48,7 @@ def room_for_training(
     return Room(blocks, min(shards, needed))
 
 
-def check_room(view: RunView, trainer_reads: bool) -> RunView:
+def check_room(view: done.RunView, trainer_reads: bool) -> done.RunView:
     """What the files say, after it was seen to it that a run cannot come to a stop for want of room
     on disk.
 
@@ -62,8 +61,8 @@ def check_room(view: RunView, trainer_reads: bool) -> RunView:
     if fits and not view.recorded:
         return view
     oldest = view.oldest
-    first = first_shard_read(plan.order, trajectory.block_shards, oldest)
-    if forget_evicted(view.run, first):
+    first = evicted.first_shard_read(plan.order, trajectory.block_shards, oldest)
+    if evicted.forget_evicted(view.run, first):
         view = view.again()
     if fits:
         return view

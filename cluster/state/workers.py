@@ -15,10 +15,8 @@ from typing import Any
 from cluster.plan.placement import Device, _fitting
 from cluster.settings.schema import ClusterConfig
 from distill.config import ConfigError, check
+from distill.run import files, history, records
 from distill.run.dir import RunDir
-from distill.run.files import write_json
-from distill.run.history import read_history
-from distill.run.records import RecordError, read_record, tree_of
 
 # -----------------------------------------------------------------------------------------------
 # The wish
@@ -37,7 +35,7 @@ def write_target(run: RunDir, workers: int) -> None:
     Raises:
         ConfigError: the pool cannot have that many.
     """
-    pool = read_history(run)
+    pool = history.read_history(run)
     check(
         pool.target is not None, f"{run.root} has no teacher workers yet; it makes no shards so far"
     )
@@ -48,7 +46,7 @@ def write_target(run: RunDir, workers: int) -> None:
             f"{workers} teacher workers are more than the {pool.most} that this run's machine "
             "takes; a cluster (cluster.address) has no such limit",
         )
-    write_json(run.target, tree_of(Target(workers)))
+    files.write_json(run.target, records.tree_of(Target(workers)))
 
 
 def read_target(run: RunDir) -> int | None:
@@ -58,10 +56,10 @@ def read_target(run: RunDir) -> int | None:
         ConfigError: the file is not as `bowstring scale` writes it.
     """
     try:
-        return read_record(Target, run.target).workers
+        return records.read_record(Target, run.target).workers
     except FileNotFoundError:
         return None
-    except RecordError as error:
+    except records.RecordError as error:
         raise ConfigError(f"{error}; write it again with `bowstring scale RUN N`") from error
 
 

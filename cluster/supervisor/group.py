@@ -19,9 +19,7 @@ from cluster.trainer.job import TrainJob
 from cluster.trainer.watchdog import stacks_bytes
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
-from distill.run.events import Group, GroupWaits, Restart, append
-from distill.run.files import write_atomic
-from distill.run.metrics import last_step
+from distill.run import events, files, metrics
 
 POLL_PERIOD_S = 0.1
 FROZEN = "health check has been hanging"  # Ray Train's words
@@ -39,7 +37,7 @@ class RunFailed(RuntimeError):
 def check_disk(folder: Path) -> None:
     """Raises RunFailed when nothing can be written there: a training would only fail again."""
     try:
-        write_atomic(folder / "probe", bytes(PROBE_BYTES))
+        files.write_atomic(folder / "probe", bytes(PROBE_BYTES))
     except OSError as error:
         raise RunFailed(
             f"training failed, and {folder} takes no files ({error.strerror}); the same command "
@@ -117,7 +115,7 @@ class TrainerGroup:
         if why and (final := final_error(self.job)) is not None:
             raise final
         saved = max(committed_steps(self.job.run.checkpoints), default=0)
-        return why if saved < last_step(self.job.run.metrics) else ""
+        return why if saved < metrics.last_step(self.job.run.metrics) else ""
 
     # -- Its size
 
@@ -145,7 +143,7 @@ class TrainerGroup:
                 "GPU (gpus_per_worker)"
             )
         if not self.note:
-            append(self.job.run, GroupWaits())
+            events.append(self.job.run, events.GroupWaits())
         self.note = "waits for nodes"
         if waited_s > REJOIN_S:
             lacks = f"; {', '.join(silent)} does not answer" if silent else ""
@@ -165,7 +163,7 @@ class TrainerGroup:
             return
         nodes = self._session.nodes()
         size = group_size(self.job.config.cluster, self.job.train, nodes)
-        if size > self._size and last_step(self.job.run.metrics) != self._seen:
+        if size > self._size and metrics.last_step(self.job.run.metrics) != self._seen:
             if silent_nodes(nodes):
                 return
             self._session.bars.say(f"nodes for {size} trainer ranks are there: saves, and goes on")
@@ -180,10 +178,10 @@ class TrainerGroup:
         self._starts += 1
         self._grow_s = time.monotonic() + GROW_AFTER_S
         self._stacks_bytes = stacks_bytes(self.job.run.hangs)
-        self._size, self._seen, self.note = size, last_step(self.job.run.metrics), ""
+        self._size, self._seen, self.note = size, metrics.last_step(self.job.run.metrics), ""
         name = f"{self.job.stage}-{self._starts}"
         self.job.stop.unlink(missing_ok=True)  # a rank of the group before may have left it
-        append(self.job.run, Group(size))
+        events.append(self.job.run, events.Group(size))
         if size < self._most:
             self._session.bars.say(f"trains on {size} ranks; there is no room for {self._most} now")
 
@@ -220,7 +218,7 @@ class TrainerGroup:
                 f"(step {verified}); the last failure:\n{said}"
             )
         short = last_line(said)
-        append(self.job.run, Restart(verified, short))
+        events.append(self.job.run, events.Restart(verified, short))
         self._session.bars.say(f"training failed and goes on from step {verified}: {short}")
 
     def _said(self, error: BaseException) -> str:

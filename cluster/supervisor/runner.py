@@ -28,8 +28,7 @@ from cluster.supervisor.stages import Work
 from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
-from distill.run.events import Failed, Unsaved, append
-from distill.run.metrics import last_step
+from distill.run import events, metrics
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def supervise(config: RunConfig, *chosen: Stage) -> int:
             raise SystemExit(_say_stopped(session, str(given.run.dir))) from None
         except Exception as error:  # the supervisor's one broad net: a failure is an exit code
             with suppress(OSError):  # a full disk may be what it failed of
-                append(session.run, Failed(str(error)))
+                events.append(session.run, events.Failed(str(error)))
             if isinstance(error, ConfigError | CheckpointError):
                 raise
             logger.debug("the run failed", exc_info=True)
@@ -115,7 +114,7 @@ def _say_stopped(session: Session, folder: str) -> int:
     """Says that a signal ended the run; the exit code."""
     if session.unsaved:
         with suppress(OSError):
-            append(session.run, Unsaved(session.unsaved))
+            events.append(session.run, events.Unsaved(session.unsaved))
         session.bars.say(f"the ranks did not save: {session.unsaved}")
     session.bars.say(f"stopped; the same command goes on with {folder}")
     if session.stop_signal == signal.SIGINT:
@@ -139,7 +138,7 @@ def _work(session: Session, work: Work) -> None:
     if session.stop_signal:
         raise Stopped
     group = TrainerGroup(session, job) if job else None
-    before = last_step(job.run.metrics) if job else 0
+    before = metrics.last_step(job.run.metrics) if job else 0
     try:
         with session.bars:
             produced = trained = False
@@ -182,7 +181,7 @@ def _show(
     if group is not None:
         job = group.job
         title = "teacher, steps" if job.stage == "pretrain" else "student, steps"
-        done, note = last_step(job.run.metrics), ""
+        done, note = metrics.last_step(job.run.metrics), ""
         if done == before < job.train.max_steps:
             note = "starting"
         if job.stage == "train":

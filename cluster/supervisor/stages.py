@@ -6,16 +6,12 @@ from pathlib import Path
 
 from cluster.pool.pool import TeacherPool
 from cluster.settings.schema import RunConfig, own_teachers
-from cluster.state.done import RunView
-from cluster.state.identity import record_teachers
-from cluster.state.room import check_room
+from cluster.state import done, identity, room
 from cluster.supervisor.session import Session
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ImageSpec, check
-from distill.data.images import check_files
-from distill.data.sets import NO_IMAGES, SETS
-from distill.data.sidecar import ShardSpec, shard_spec
+from distill.data import images, sets, sidecar
 from distill.data.stores.store import open_store
 from distill.evaluation.inception import check_inception
 from distill.export.student import latest_student
@@ -64,13 +60,13 @@ def _with_model(teacher: TeacherConfig) -> TeacherConfig:
 # What there is to do
 
 
-def pretrain(session: Session, view: RunView) -> Work:
+def pretrain(session: Session, view: done.RunView) -> Work:
     """Training of the run's own teachers, unless they are there or there are none."""
     missing = {n: p for n, p in own_teachers(view.config).items() if not has_model(p)}
     if not missing:
         return Work()
-    check(SETS[view.config.data.name].has_images, NO_IMAGES)
-    check_files(view.config.data)
+    check(sets.SETS[view.config.data.name].has_images, sets.NO_IMAGES)
+    images.check_files(view.config.data)
     job = _job("pretrain", session, view, None)
     made = [job.run.model(step) for step in job.exports]
     for name, folder in missing.items():
@@ -82,7 +78,7 @@ def pretrain(session: Session, view: RunView) -> Work:
     return Work(job=job)
 
 
-def distil(session: Session, view: RunView) -> Work:
+def distil(session: Session, view: done.RunView) -> Work:
     """Shards, and the training on them at the same time."""
     if view.is_distilled:
         return Work()
@@ -93,14 +89,14 @@ def distil(session: Session, view: RunView) -> Work:
     )
 
 
-def generate(session: Session, view: RunView) -> Work:
+def generate(session: Session, view: done.RunView) -> Work:
     """Shards alone."""
     if view.has_all_shards:
         return Work()
     return Work(pool=_pool(view, run_spec(view), trainer_reads=False))
 
 
-def train(session: Session, view: RunView) -> Work:
+def train(session: Session, view: done.RunView) -> Work:
     """Training alone, on shards that are there."""
     if view.is_trained:
         return Work()
@@ -115,12 +111,12 @@ def check_training(config: RunConfig) -> None:
 
 def check_evaluation(config: RunConfig) -> None:
     """Raises ConfigError when a file that the evaluation needs is absent or another one."""
-    check_files(config.data)
+    images.check_files(config.data)
     if config.eval.extractor.name == "inception":
         check_inception(config.eval.extractor.weights)
 
 
-def evaluate_if_new(session: Session, view: RunView) -> Work:
+def evaluate_if_new(session: Session, view: done.RunView) -> Work:
     """Evaluates and reports, unless the results are those of the last checkpoint."""
     if not view.has_results:
         return evaluate_again(session, view)
@@ -130,7 +126,7 @@ def evaluate_if_new(session: Session, view: RunView) -> Work:
     return Work()
 
 
-def evaluate_again(session: Session, view: RunView) -> Work:
+def evaluate_again(session: Session, view: done.RunView) -> Work:
     """Evaluates and reports; leaves nothing to do."""
     # torch-fidelity and torchvision take as long to import as all the rest together, and a run that
     # is resumed should not wait for them.
@@ -147,7 +143,7 @@ def evaluate_again(session: Session, view: RunView) -> Work:
 # Parts
 
 
-def run_spec(view: RunView) -> ShardSpec:
+def run_spec(view: done.RunView) -> sidecar.ShardSpec:
     """What every shard of the run shares. The fingerprints of its teachers enter run.json.
 
     Raises:
@@ -166,8 +162,10 @@ def run_spec(view: RunView) -> ShardSpec:
         check_guidance(teacher.image, settings.guidance)
         prints[name] = teacher.fingerprint
     assert view.record is not None, "check_or_write comes first"
-    record_teachers(view.run, view.record, prints)
-    return shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
+    identity.record_teachers(view.run, view.record, prints)
+    return sidecar.shard_spec(
+        config.seed, config.data.image, config.trajectory, config.teacher, prints
+    )
 
 
 def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
@@ -179,11 +177,13 @@ def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
     )
 
 
-def _pool(view: RunView, spec: ShardSpec, trainer_reads: bool) -> TeacherPool:
+def _pool(view: done.RunView, spec: sidecar.ShardSpec, trainer_reads: bool) -> TeacherPool:
     open_store(view.run).clear()
-    return TeacherPool(check_room(view, trainer_reads), spec, trainer_reads)
+    return TeacherPool(room.check_room(view, trainer_reads), spec, trainer_reads)
 
 
-def _job(stage: str, session: Session, view: RunView, spec: ShardSpec | None) -> TrainJob:
+def _job(
+    stage: str, session: Session, view: done.RunView, spec: sidecar.ShardSpec | None
+) -> TrainJob:
     assert view.record is not None, "check_or_write comes first"
     return TrainJob(stage, view.config, spec, session.scratch, view.record.hash)

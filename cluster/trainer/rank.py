@@ -10,28 +10,21 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from cluster.trainer import sources, watchdog, zero
 from cluster.trainer.job import TrainJob
-from cluster.trainer.sources import build_source
-from cluster.trainer.watchdog import ending_when_hung
-from cluster.trainer.zero import DeepSpeedEngine
 from distill.checkpoint.commit import load_latest
 from distill.engine.engine import Engine
+from distill.networks import cost, layers
 from distill.networks.build import build_network
-from distill.networks.cost import network_cost
 from distill.networks.files import with_weights_of
-from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
+from distill.run import events, files
 from distill.run.dir import RunDir
-from distill.run.events import Init, append
-from distill.run.files import lock_file
 from distill.teachers.build import start_of
+from distill.training import log, loop, memory, saving
 from distill.training.build import build_callbacks
 from distill.training.callbacks import Callback, Everyone
-from distill.training.log import Flops
-from distill.training.loop import Source, train
-from distill.training.memory import keep_freed_memory
-from distill.training.saving import Exporter
 
 # Ranks of a killed supervisor are gone within seconds; a file server gives the lock of a dead node
 # free after its lease, usually 90 s.
@@ -41,26 +34,28 @@ LOCK_TIMEOUT_S = 120.0
 def run_rank(job: TrainJob, device: torch.device, should_stop: Callable[[], bool]) -> int:
     """Steps done: `max_steps`, or fewer when asked to stop. The process group must be up."""
     if device.type == "cpu":  # on a GPU the host's memory is for others between two saves
-        keep_freed_memory()
+        memory.keep_freed_memory()
     hang = job.run.hangs / f"rank_{dist.get_rank():05d}.txt"
-    with ending_when_hung(hang, job.config.cluster.trainer.step_timeout_s) as beat:
+    with watchdog.ending_when_hung(hang, job.config.cluster.trainer.step_timeout_s) as beat:
         network, weights = initial_network(job)
-        engine = DeepSpeedEngine(network, job.train, device)
+        engine = zero.DeepSpeedEngine(network, job.train, device)
         with _only_trainer(job.run, engine):
             if engine.rank == 0:
-                append(job.run, Init(weights))
-            source = build_source(job, engine, should_stop, beat)
+                events.append(job.run, events.Init(weights))
+            source = sources.build_source(job, engine, should_stop, beat)
             return resume(job, engine, source, should_stop)
 
 
-def resume(job: TrainJob, engine: Engine, source: Source, should_stop: Callable[[], bool]) -> int:
+def resume(
+    job: TrainJob, engine: Engine, source: loop.Source, should_stop: Callable[[], bool]
+) -> int:
     """Steps done: goes on from the newest checkpoint that verifies."""
     objective = build_objective(
         objective_of(job), job.config.seed, engine.device, engine.gradient_norms
     )
     callbacks = build_job_callbacks(job, engine, source)
     start = load_latest(job.run.checkpoints, engine)
-    return train(
+    return loop.train(
         engine, source, objective, job.train, callbacks, start=start, should_stop=should_stop
     )
 
@@ -70,7 +65,7 @@ def objective_of(job: TrainJob) -> ObjectiveConfig:
     return job.config.objective if job.stage == "train" else ReflowConfig()
 
 
-def build_job_callbacks(job: TrainJob, engine: Engine, source: Source) -> list[Callback]:
+def build_job_callbacks(job: TrainJob, engine: Engine, source: loop.Source) -> list[Callback]:
     """What hangs on the loop; in a teacher's training its exports too."""
     config, image = job.config, job.config.data.image
     origin = {"seed": config.seed, "config_hash": job.config_hash}
@@ -78,18 +73,20 @@ def build_job_callbacks(job: TrainJob, engine: Engine, source: Source) -> list[C
     if job.exports:
         about = {"data": config.data.name, "seed": config.seed}
         wait = Everyone(callbacks).wait
-        callbacks.append(Exporter(engine, job.run, job.exports, config.student, image, about, wait))
+        callbacks.append(
+            saving.Exporter(engine, job.run, job.exports, config.student, image, about, wait)
+        )
     return callbacks
 
 
-def flops_of(job: TrainJob) -> Flops:
+def flops_of(job: TrainJob) -> log.Flops:
     """FLOP of a sample by formula, recomputed blocks left out, and the peak to compare with."""
-    forward = network_cost(job.config.student, job.config.data.image).flops
+    forward = cost.network_cost(job.config.student, job.config.data.image).flops
     per_sample = objective_of(job).calls().in_forwards * forward
-    return Flops(float(per_sample), job.config.cluster.device_peak_flops)
+    return log.Flops(float(per_sample), job.config.cluster.device_peak_flops)
 
 
-def initial_network(job: TrainJob) -> tuple[AbstractNetwork, str]:
+def initial_network(job: TrainJob) -> tuple[layers.AbstractNetwork, str]:
     """The network before the first step, and in words where its weights come from.
 
     A student starts as its last teacher when that is a network of the same architecture: the branch
@@ -124,7 +121,7 @@ def _only_trainer(run: RunDir, engine: Engine) -> Iterator[None]:
     run.root.mkdir(parents=True, exist_ok=True)
     with run.trainer_lock.open("w") as file:
         try:
-            lock_file(file.fileno(), LOCK_TIMEOUT_S)
+            files.lock_file(file.fileno(), LOCK_TIMEOUT_S)
         except BlockingIOError as error:
             raise RuntimeError(
                 f"ranks of an earlier start have held {run.trainer_lock} for {LOCK_TIMEOUT_S:g} s; "

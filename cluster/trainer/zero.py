@@ -21,17 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cluster.plan.memory import REDUCE_BUCKET
-from cluster.trainer.partition import (
-    FlatPartition,
-    FrozenCopy,
-    GroupPeers,
-    OneRank,
-    ParameterPartition,
-    Partition,
-    PassingCopy,
-    WholeCopy,
-    background_peers,
-)
+from cluster.trainer import partition
 from distill.config import ConfigError, TrainConfig
 from distill.engine.ema import Average
 from distill.engine.engine import (
@@ -130,9 +120,9 @@ class DeepSpeedEngine:
     """One rank of ZeRO. The process group must be up."""
 
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
-        self._peers, self.device = GroupPeers(device), device
+        self._peers, self.device = partition.GroupPeers(device), device
         self.rank, self.world_size = self._peers.rank, self._peers.world_size
-        self.background: Peers = background_peers() if config.save_async else self._peers
+        self.background: Peers = partition.background_peers() if config.save_async else self._peers
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
@@ -172,21 +162,23 @@ class DeepSpeedEngine:
             model=_LossModule(self._network),
             optimizer=optimizer,
             config=deepspeed_config(self._config, self.world_size, numel),
-            mpu=OneRank() if self._stage == 0 else None,
+            mpu=partition.OneRank() if self._stage == 0 else None,
         )
         deepspeed.utils.groups.mpu = None  # it would hold for the next engine too
         zero.loss_scaler.raise_error_at_min_scale = False  # the loop finds out what is wrong
         return engine, zero
 
-    def _lay_out(self, copy: AbstractNetwork) -> tuple[Partition, dict[str, FrozenCopy]]:
+    def _lay_out(
+        self, copy: AbstractNetwork
+    ) -> tuple[partition.Partition, dict[str, partition.FrozenCopy]]:
         """Where the state lies, and a network for every kind of it that may be called."""
         kinds = (MASTER, average_kind(TARGET), average_kind(EVALUATION))
         if self._stage == 3:
-            parts = ParameterPartition(self._zero, self._params, self.device)
-            return parts, {kind: PassingCopy(deepcopy(copy), parts) for kind in kinds}
+            parts = partition.ParameterPartition(self._zero, self._params, self.device)
+            return parts, {kind: partition.PassingCopy(deepcopy(copy), parts) for kind in kinds}
         num_parts = self.world_size if self._stage else 1
-        flat = FlatPartition(self._zero, self._params, num_parts, self.device)
-        whole = WholeCopy(copy.to(self.device), flat, self._config.compile)
+        flat = partition.FlatPartition(self._zero, self._params, num_parts, self.device)
+        whole = partition.WholeCopy(copy.to(self.device), flat, self._config.compile)
         return flat, {kind: whole for kind in kinds}
 
     def describe(self) -> dict[str, Any]:

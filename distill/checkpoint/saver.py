@@ -13,9 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distill.checkpoint.agree import raise_together
+from distill.checkpoint import agree, manifest
 from distill.checkpoint.commit import Snapshot, commit, take_snapshot
-from distill.checkpoint.manifest import SaveError
 from distill.config import TrainConfig
 from distill.engine.engine import Engine, Peers
 from distill.run.events import Save
@@ -98,4 +97,4 @@ class Saver:
             self._committed(Save(snapshot.step, size, round(seconds, 4), round(stalled, 4)))
         except OSError as error:  # rank 0 alone writes events, and the others must not go on
             failure = f"step {snapshot.step} is saved, and no event could say so: {error}"
-        raise_together(ranks, failure, SaveError)
+        agree.raise_together(ranks, failure, manifest.SaveError)

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec, check
 from distill.data.config import TrajectoryConfig
+from distill.flow import paths, solvers
 from distill.flow.noise import sample_labels, sample_noise
-from distill.flow.paths import MeanVelocity
-from distill.flow.solvers import solve, solve_by_jumps
 from distill.flow.times import sampler_times
 from distill.flow.trajectory import GeneratedShard
 from distill.teachers.base import FrozenTeacher, Guided, Jumps
@@ -153,7 +152,7 @@ def integrate(
 
     times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
     if not isinstance(field, Jumps):
-        return solve(velocity, noise, times, config.solver, substeps)
+        return solvers.solve(velocity, noise, times, config.solver, substeps)
     visited = torch.tensor(sampler_times(config.steps), dtype=torch.float64)
     kept = visited[::substeps]
     check(
@@ -162,10 +161,10 @@ def integrate(
         f"every state of trajectory.grid={grid}; raise teacher.steps",
     )
     u = beating(field.mean_velocity, beat)
-    return solve_by_jumps(u, noise, visited, label)[::substeps]
+    return solvers.solve_by_jumps(u, noise, visited, label)[::substeps]
 
 
-def beating(u: MeanVelocity, beat: Callable[[], None]) -> MeanVelocity:
+def beating(u: paths.MeanVelocity, beat: Callable[[], None]) -> paths.MeanVelocity:
     """`u`, with a call of `beat` before every evaluation."""
 
     def beaten(x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:

@@ -17,16 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from webdataset.writer import TarWriter
 
-from distill.data.layout import (
-    META,
-    STATES,
-    meta_json,
-    npy_header,
-    state_bytes,
-    state_offset,
-    stored_dtype,
-    tar_bytes,
-)
+from distill.data import layout
 from distill.data.sidecar import CorruptShard, ShardSpec, Sidecar, check_spec
 from distill.data.stores.store import ShardStore, open_store, read_sidecar
 from distill.flow.trajectory import GeneratedShard
@@ -59,11 +50,11 @@ def write_shard(
             sidecar = Sidecar(
                 shard=shard,
                 spec=spec,
-                num_bytes=tar_bytes(spec),
+                num_bytes=layout.tar_bytes(spec),
                 sha256=sha256,
                 labels=tuple(generated.labels.tolist()),
-                offsets=tuple(state_offset(spec, index) for index in range(len(states))),
-                member_bytes=state_bytes(spec),
+                offsets=tuple(layout.state_offset(spec, index) for index in range(len(states))),
+                member_bytes=layout.state_bytes(spec),
                 nfe=generated.nfe,
                 forwards=generated.forwards,
                 seconds=round(seconds, 3),
@@ -137,20 +128,26 @@ class _Sink:
 
 def _write_tar(path: Path, spec: ShardSpec, generated: GeneratedShard, states: NDArray[Any]) -> str:
     """The sha256 of the tar in `path`, which is new and flushed to disk."""
-    header = npy_header(spec)
-    content = states.astype(stored_dtype(spec).newbyteorder("<"), copy=False)
+    header = layout.npy_header(spec)
+    content = states.astype(layout.stored_dtype(spec).newbyteorder("<"), copy=False)
     with path.open("xb") as file:
         sink = _Sink(file)
         writer = TarWriter(sink, encoder=False, compress=False, mtime=0, user="bowstring")
         for index, label, state in zip(
             generated.ids.tolist(), generated.labels.tolist(), content, strict=True
         ):
-            meta = meta_json(spec, index, label)
-            writer.write({"__key__": f"{index:012d}", META: meta, STATES: header + state.tobytes()})
+            meta = layout.meta_json(spec, index, label)
+            writer.write(
+                {
+                    "__key__": f"{index:012d}",
+                    layout.META: meta,
+                    layout.STATES: header + state.tobytes(),
+                }
+            )
         writer.close()
         file.flush()
         os.fsync(file.fileno())
-        assert file.tell() == tar_bytes(spec)
+        assert file.tell() == layout.tar_bytes(spec)
     return sink.digest.hexdigest()
 
 
@@ -186,10 +183,10 @@ def read_shard(
 
 def _decode(place: str, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[Any]:
     """The array in a states.npy, a view of `content`."""
-    header, spec = npy_header(sidecar.spec), sidecar.spec
-    if bytes(content[: len(header)]) != header or len(content) != state_bytes(spec):
+    header, spec = layout.npy_header(sidecar.spec), sidecar.spec
+    if bytes(content[: len(header)]) != header or len(content) != layout.state_bytes(spec):
         raise CorruptShard(
             f"{place}: sample {sidecar.ids[index]} is not the array that its sidecar promises"
         )
-    dtype = stored_dtype(spec).newbyteorder("<")
+    dtype = layout.stored_dtype(spec).newbyteorder("<")
     return np.frombuffer(content[len(header) :], dtype=dtype).reshape(spec.sample_shape)

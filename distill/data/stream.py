@@ -18,11 +18,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, check
+from distill.data import layout, sidecar
 from distill.data.config import TrajectoryConfig
-from distill.data.layout import stored_dtype
 from distill.data.order import Order
 from distill.data.shards import as_tensor, read_shard
-from distill.data.sidecar import CorruptShard, ShardSpec
 from distill.data.stores.store import open_store
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
@@ -67,7 +66,7 @@ class TrajectoryStream:
     def __init__(
         self,
         run: RunDir,
-        spec: ShardSpec,
+        spec: sidecar.ShardSpec,
         trajectory: TrajectoryConfig,
         order: Order,
         rank: int,
@@ -205,7 +204,7 @@ class _ToldToStop(Exception):
 class _Loading(threading.Thread):
     """A block on its way into memory."""
 
-    def __init__(self, run: RunDir, spec: ShardSpec, order: Order, block: int) -> None:
+    def __init__(self, run: RunDir, spec: sidecar.ShardSpec, order: Order, block: int) -> None:
         super().__init__(name=f"block-{block}", daemon=True)
         self._run, self._spec = run, spec
         per_block = order.block_samples // spec.samples_per_shard
@@ -239,7 +238,9 @@ class _Loading(threading.Thread):
 
     def _fill(self) -> None:
         spec, count = self._spec, self._spec.samples_per_shard
-        states = np.empty((len(self._shards) * count, *spec.sample_shape), dtype=stored_dtype(spec))
+        states = np.empty(
+            (len(self._shards) * count, *spec.sample_shape), dtype=layout.stored_dtype(spec)
+        )
         labels = np.empty(len(states), dtype=np.int64)
         missing = list(self._shards)
         while missing and not self.cancelled:
@@ -273,7 +274,7 @@ class _Loading(threading.Thread):
             read_shard(self._run, self._spec, shard, states, labels)
         except FileNotFoundError:  # another rank has set it aside meanwhile
             return False
-        except CorruptShard as error:
+        except sidecar.CorruptShard as error:
             store.quarantine(shard, str(error), seen)
             return False
         return True

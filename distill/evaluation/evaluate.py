@@ -20,6 +20,7 @@ from torch import Tensor
 from distill.config import ImageSpec, check
 from distill.data.config import DataConfig
 from distill.data.images import load_images
+from distill.evaluation import metrics, sampling
 from distill.evaluation.config import EvalConfig
 from distill.evaluation.curves import (
     grid_columns,
@@ -27,21 +28,10 @@ from distill.evaluation.curves import (
     teacher_curves,
     truth,
 )
-from distill.evaluation.metrics import Drawn, FeatureDistance, distance_name, measure
-from distill.evaluation.sampling import (
-    Interrupt,
-    Sampler,
-    Samples,
-    draw,
-    evaluation_samples,
-    student_sampler,
-    teacher_sampler,
-)
 from distill.export.student import latest_student
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
-from distill.report.cost import read_cost
-from distill.report.pictures import tile, write_npz, write_png
+from distill.report import cost, pictures
 from distill.run import identity
 from distill.run.dir import RunDir
 from distill.run.records import record_of
@@ -62,24 +52,24 @@ class Evaluator:
     ) -> None:
         self._evaluation, self._device, self._progress = evaluation, device, progress
         self._next_line_s = time.monotonic() + LINE_PERIOD_S
-        self.samples = evaluation_samples(evaluation, data.image)
-        self.interrupt = Interrupt()
-        self.features: FeatureDistance | None = None
+        self.samples = sampling.evaluation_samples(evaluation, data.image)
+        self.interrupt = sampling.Interrupt()
+        self.features: metrics.FeatureDistance | None = None
         self.real = Reference(data.name)
         if data.image.is_picture:
             real = to_uint8(load_images(data)[0])
-            self.features = FeatureDistance(evaluation.extractor, real, device)
+            self.features = metrics.FeatureDistance(evaluation.extractor, real, device)
             digest = sha256(real.numpy().tobytes()).hexdigest()
             self.real = Reference(data.name, n=len(real), sha256=digest)
         self._reference: tuple[Tensor, float] | None = None
 
     def draw(
-        self, sampler: Sampler, title: str, samples: Samples | None = None
+        self, sampler: sampling.Sampler, title: str, samples: sampling.Samples | None = None
     ) -> tuple[Tensor, float]:
         """Images of a sampler for the sample set, or for other `samples`, with a bar."""
         samples = samples or self.samples
         task = self._progress.add_task(title, total=len(samples.noise))
-        result = draw(
+        result = sampling.draw(
             sampler,
             samples,
             self._evaluation.batch_size,
@@ -99,34 +89,36 @@ class Evaluator:
             line = f"evaluation, {state.description}: {state.completed:g}/{state.total:g} samples"
             self._progress.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def set_reference(self, sampler: Sampler) -> None:
+    def set_reference(self, sampler: sampling.Sampler) -> None:
         """Takes the end points of `sampler` as the truth."""
         self._reference = self.draw(sampler, "teacher, fine solution")
 
-    def row(self, sampler: Sampler | None, title: str, nfe: int, solver: str | None = None) -> Row:
+    def row(
+        self, sampler: sampling.Sampler | None, title: str, nfe: int, solver: str | None = None
+    ) -> Row:
         """One entry of results.json; for the reference itself when `sampler` is None."""
         assert self._reference is not None
         reference, _ = self._reference
         x, seconds = self.draw(sampler, title) if sampler else self._reference
         tree: dict[str, Any] = {"nfe": nfe} | ({"solver": solver} if solver else {})
-        tree |= measure(Drawn(x, reference, self.samples.noise, self.features))
+        tree |= metrics.measure(metrics.Drawn(x, reference, self.samples.noise, self.features))
         return record_of(Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
 
 
 # (solver, NFE) -> the teacher drawn so
-TeacherSamplers = Callable[[str, int], Sampler]
+TeacherSamplers = Callable[[str, int], sampling.Sampler]
 
 
 def teacher_samplers(
-    teacher: FrozenTeacher, config: TeacherConfig, interrupt: Interrupt
+    teacher: FrozenTeacher, config: TeacherConfig, interrupt: sampling.Interrupt
 ) -> TeacherSamplers:
     """The samplers of a teacher: solvers of its guided field, or a student's own jumps."""
     field = build_field(teacher, config)
     if isinstance(field, Jumps):
         u = interrupt.watch(field.mean_velocity)
-        return lambda solver, nfe: student_sampler(u, nfe)
+        return lambda solver, nfe: sampling.student_sampler(u, nfe)
     velocity = interrupt.watch(field)
-    return lambda solver, nfe: teacher_sampler(velocity, solver, nfe)
+    return lambda solver, nfe: sampling.teacher_sampler(velocity, solver, nfe)
 
 
 def teacher_rows(
@@ -162,18 +154,22 @@ def picture_grid(
     if image.num_classes > 0:  # every class once, in order
         labels = torch.arange(num)
     rows = {
-        f"{who},{how},{nfe}": samplers(how, nfe) if who == "teacher" else student_sampler(u, nfe)
+        f"{who},{how},{nfe}": samplers(how, nfe)
+        if who == "teacher"
+        else sampling.student_sampler(u, nfe)
         for who, how, nfe in grid_rows(teacher)
     }
-    chosen = Samples(evaluator.samples.noise[:num], labels)
+    chosen = sampling.Samples(evaluator.samples.noise[:num], labels)
     images = torch.stack(
         [to_uint8(evaluator.draw(sampler, "pictures", chosen)[0]) for sampler in rows.values()]
     ).numpy()
-    write_npz(
+    pictures.write_npz(
         run.samples / "grid.npz",
         {"images": images, "labels": labels.numpy(), "rows": np.array(list(rows))},
     )
-    write_png(run.samples / "grid.png", tile(images.reshape(-1, *images.shape[2:]), columns=num))
+    pictures.write_png(
+        run.samples / "grid.png", pictures.tile(images.reshape(-1, *images.shape[2:]), columns=num)
+    )
 
 
 def evaluate(
@@ -211,7 +207,8 @@ def evaluate(
         solver, nfe = truth(config, evaluation)
         evaluator.set_reference(samplers(solver, nfe))
         student_rows = tuple(
-            evaluator.row(student_sampler(u, n), f"student, {n} NFE", n) for n in evaluation.nfe
+            evaluator.row(sampling.student_sampler(u, n), f"student, {n} NFE", n)
+            for n in evaluation.nfe
         )
         curves = teacher_rows(evaluator, samplers, config, evaluation)
         if student.image.is_picture:
@@ -229,11 +226,11 @@ def evaluate(
         n=evaluation.num_samples,
         seed=evaluation.seed,
         extractor=extractor,
-        frechet_name=distance_name(extractor.name, evaluation.num_samples),
+        frechet_name=metrics.distance_name(extractor.name, evaluation.num_samples),
         reference=evaluator.real,
         truth=Truth(name, teacher.fingerprint, config.guidance, solver, nfe),
         device=str(place),
-        cost=read_cost(run),
+        cost=cost.read_cost(run),
     )
     write_results(run, results)
     return results

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from distill.config import ImageSpec
 from distill.evaluation.config import EvalConfig
+from distill.flow import paths, solvers
 from distill.flow.noise import sample_labels, sample_noise
-from distill.flow.paths import MeanVelocity
-from distill.flow.solvers import solve
 from distill.flow.times import NFE_PER_STEP
 from distill.sample import few_step
 
@@ -43,7 +42,7 @@ def evaluation_samples(evaluation: EvalConfig, image: ImageSpec) -> Samples:
     return Samples(torch.from_numpy(noise), torch.from_numpy(labels))
 
 
-def student_sampler(u: MeanVelocity, nfe: int) -> Sampler:
+def student_sampler(u: paths.MeanVelocity, nfe: int) -> Sampler:
     """Samples of the student at `nfe` jumps."""
     return lambda noise, labels: few_step(u, noise, labels, nfe)
 
@@ -56,7 +55,7 @@ def teacher_sampler(velocity: TeacherVelocity, solver: str, nfe: int) -> Sampler
     @torch.no_grad()
     def sample(noise: Tensor, labels: Tensor) -> Tensor:
         times = torch.tensor([0.0, 1.0], device=noise.device)
-        return solve(
+        return solvers.solve(
             lambda x, t: velocity(x, t.expand(len(x)), labels), noise, times, solver, steps
         )[-1]
 

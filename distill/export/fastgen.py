@@ -28,14 +28,12 @@ from torch import Tensor
 from webdataset.writer import TarWriter
 
 from distill.config import check
-from distill.data.layout import stored_dtype
+from distill.data import layout, sidecar
 from distill.data.shards import as_tensor, read_shard
-from distill.data.sidecar import ShardSpec
 from distill.data.stores.store import committed, read_sidecar
 from distill.flow.noise import sample_noise
+from distill.run import files, identity
 from distill.run.dir import RunDir
-from distill.run.files import clean_temporaries, sync_directory, temporary_path, write_json
-from distill.run.identity import record_of
 
 INDEX, COUNTS = "index.json", "shard_count.json"
 
@@ -53,9 +51,9 @@ def export_fastgen(run: RunDir, out: Path) -> Path:
     shards = list(committed(run))
     check(len(shards) > 0, f"{run.root} has no shards yet; `bowstring generate {run.root}` first")
     spec = read_sidecar(run, shards[0]).spec
-    classes = int(record_of(run).identity["data"]["num_classes"])
+    classes = int(identity.record_of(run).identity["data"]["num_classes"])
     _claim(out, spec)
-    clean_temporaries(out)
+    files.clean_temporaries(out)
     missing = [shard for shard in shards if not _place(out, shard).exists()]
     console = Console(stderr=True)
     if absent := shards[-1] + 1 - len(shards):
@@ -69,7 +67,7 @@ def export_fastgen(run: RunDir, out: Path) -> Path:
         for shard in progress.track(missing, description="export"):
             _export_shard(run, spec, shard, classes, _place(out, shard))
     counts = {path.name: spec.samples_per_shard for path in sorted(out.glob("*.tar"))}
-    write_json(out / COUNTS, counts)
+    files.write_json(out / COUNTS, counts)
     return out
 
 
@@ -77,7 +75,7 @@ def _place(out: Path, shard: int) -> Path:
     return out / f"{shard:08d}.tar"
 
 
-def _claim(out: Path, spec: ShardSpec) -> None:
+def _claim(out: Path, spec: sidecar.ShardSpec) -> None:
     """Writes index.json, or compares it with the one there."""
     teacher = spec.teachers[-1]
     index = {
@@ -100,12 +98,14 @@ def _claim(out: Path, spec: ShardSpec) -> None:
         not out.exists() or not any(out.glob("*.tar")),
         f"{out} holds shards that are no export; name another folder with --out",
     )
-    write_json(path, index)
+    files.write_json(path, index)
 
 
-def _export_shard(run: RunDir, spec: ShardSpec, shard: int, classes: int, place: Path) -> None:
+def _export_shard(
+    run: RunDir, spec: sidecar.ShardSpec, shard: int, classes: int, place: Path
+) -> None:
     """Writes one shard under a temporary name and gives it its own once it is on disk."""
-    temporary = temporary_path(place)
+    temporary = files.temporary_path(place)
     try:
         with temporary.open("xb") as file:
             writer = TarWriter(file, encoder=False, compress=False, mtime=0, user="bowstring")
@@ -117,12 +117,14 @@ def _export_shard(run: RunDir, spec: ShardSpec, shard: int, classes: int, place:
         temporary.replace(place)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_directory(place.parent)
+    files.sync_directory(place.parent)
 
 
-def _samples(run: RunDir, spec: ShardSpec, shard: int, classes: int) -> Iterator[dict[str, Any]]:
+def _samples(
+    run: RunDir, spec: sidecar.ShardSpec, shard: int, classes: int
+) -> Iterator[dict[str, Any]]:
     """The members of every sample of a shard."""
-    stored = np.empty((spec.samples_per_shard, *spec.sample_shape), dtype=stored_dtype(spec))
+    stored = np.empty((spec.samples_per_shard, *spec.sample_shape), dtype=layout.stored_dtype(spec))
     labels = np.empty(spec.samples_per_shard, dtype=np.int64)
     read_shard(run, spec, shard, stored, labels)
     paths = as_tensor(spec, stored)[:, -1]

@@ -7,8 +7,7 @@ model.json          network, image, and where the model comes from
 from pathlib import Path
 from typing import Any
 
-from distill.checkpoint.commit import read_average
-from distill.checkpoint.manifest import latest_verified
+from distill.checkpoint import commit, manifest
 from distill.config import ConfigError, ImageSpec, check
 from distill.networks.build import empty_network
 from distill.networks.config import NetworkConfig, network_config
@@ -29,7 +28,7 @@ def export_checkpoint(
         ConfigError: the checkpoint is of another network.
     """
     module = empty_network(network, image)
-    average = read_average(checkpoint, "evaluation")
+    average = commit.read_average(checkpoint, "evaluation")
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     shapes = {name: tuple(value.shape) for name, value in module.state_dict().items()}
     check(
@@ -49,7 +48,7 @@ def export_run(run: RunDir, out: Path) -> Path:
         ConfigError: the run has no checkpoint yet.
         CheckpointError: it has some and none verifies.
     """
-    found = latest_verified(run.checkpoints)
+    found = manifest.latest_verified(run.checkpoints)
     if found is None:
         raise ConfigError(f"{run.root} has no checkpoint yet; train it first")
     step, folder = found
@@ -70,7 +69,7 @@ def export_run(run: RunDir, out: Path) -> Path:
 
 def latest_student(run: RunDir) -> Path:
     """Model folder of the run's last verified checkpoint, exported now unless it was before."""
-    found = latest_verified(run.checkpoints)
+    found = manifest.latest_verified(run.checkpoints)
     if found is None:
         raise ConfigError(f"{run.root} has no checkpoint yet; train it first")
     out = run.model(found[0])

@@ -7,13 +7,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from distill.config import ConfigError, ImageSpec
+from distill.networks import dit, layers, unet
 from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
-from distill.networks.dit import DiT
-from distill.networks.layers import AbstractNetwork
-from distill.networks.unet import UNet
 
 
-def build_network(config: NetworkConfig, image: ImageSpec, seed: int = 0) -> AbstractNetwork:
+def build_network(config: NetworkConfig, image: ImageSpec, seed: int = 0) -> layers.AbstractNetwork:
     """The network of `config` for `image`, float32 on the CPU, its weights drawn from `seed` alone.
 
     Raises:
@@ -26,7 +24,7 @@ def build_network(config: NetworkConfig, image: ImageSpec, seed: int = 0) -> Abs
         return _construct(config, image)
 
 
-def empty_network(config: NetworkConfig, image: ImageSpec) -> AbstractNetwork:
+def empty_network(config: NetworkConfig, image: ImageSpec) -> layers.AbstractNetwork:
     """The network of `config` without weights: its parameters are on the meta device.
 
     For weights that come from a file or another network (`distill.networks.files.load_weights`).
@@ -61,10 +59,10 @@ class _WithoutWeights(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _construct(config: NetworkConfig, image: ImageSpec) -> AbstractNetwork:
+def _construct(config: NetworkConfig, image: ImageSpec) -> layers.AbstractNetwork:
     match config:
         case DiTConfig():
-            return DiT(config, image)
+            return dit.DiT(config, image)
         case UNetConfig():
-            return UNet(config, image)
+            return unet.UNet(config, image)
     raise ConfigError(f"student={type(config).__name__} is not a known network")

@@ -10,14 +10,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.config import ImageSpec, check
+from distill.networks import layers
 from distill.networks.config import DiTConfig
-from distill.networks.layers import (
-    AbstractNetwork,
-    JumpEmbedder,
-    LabelEmbedder,
-    TimeEmbedder,
-    attention,
-)
 
 
 def modulate(
@@ -65,7 +59,7 @@ class Attention(nn.Module):
         batch, tokens, width = x.shape
         heads = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(layers.attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
 
 
 class Mlp(nn.Module):
@@ -120,7 +114,7 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
-class DiT(AbstractNetwork):
+class DiT(layers.AbstractNetwork):
     """u(x, t, s, label) as a transformer over patches; at the start it is 0 everywhere."""
 
     def __init__(self, config: DiTConfig, image: ImageSpec) -> None:
@@ -132,9 +126,9 @@ class DiT(AbstractNetwork):
         check(config.width % 4 == 0, f"student.width={config.width} must be a multiple of 4")
         self.patch_size, self.grid = config.patch_size, image.size // config.patch_size
         self.x_embedder = PatchEmbed(image.channels, config.patch_size, config.width)
-        self.t_embedder = TimeEmbedder(config.width)
-        self.s_embedder = JumpEmbedder(config.width)
-        self.y_embedder = LabelEmbedder(image.num_classes, config.width)
+        self.t_embedder = layers.TimeEmbedder(config.width)
+        self.s_embedder = layers.JumpEmbedder(config.width)
+        self.y_embedder = layers.LabelEmbedder(image.num_classes, config.width)
         self.register_buffer("pos_embed", grid_embedding(config.width, self.grid))
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config.width, config.patch_size, image.channels)

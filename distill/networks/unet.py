@@ -13,14 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distill.config import ImageSpec, check
+from distill.networks import layers
 from distill.networks.config import UNetConfig
-from distill.networks.layers import (
-    AbstractNetwork,
-    JumpEmbedder,
-    LabelEmbedder,
-    TimeEmbedder,
-    attention,
-)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -51,7 +45,7 @@ class SelfAttention(nn.Module):
         batch, height, width = len(x), *x.shape[2:]
         heads = self.qkv(self.norm(x)).reshape(batch, 3, self.num_heads, -1, height * width)
         q, k, v = heads.transpose(-1, -2).unbind(1)
-        return x + self.proj(attention(q, k, v).transpose(-1, -2).reshape(x.shape))
+        return x + self.proj(layers.attention(q, k, v).transpose(-1, -2).reshape(x.shape))
 
 
 class ResidualBlock(nn.Module):
@@ -98,7 +92,7 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class UNet(AbstractNetwork):
+class UNet(layers.AbstractNetwork):
     """u(x, t, s, label) as a U-Net; at the start it is 0 everywhere."""
 
     def __init__(self, config: UNetConfig, image: ImageSpec) -> None:
@@ -111,9 +105,9 @@ class UNet(AbstractNetwork):
         )
         check(config.width % 4 == 0, f"student.width={config.width} must be a multiple of 4")
         condition = 4 * config.width
-        self.t_embedder = TimeEmbedder(condition)
-        self.s_embedder = JumpEmbedder(condition)
-        self.y_embedder = LabelEmbedder(image.num_classes, condition)
+        self.t_embedder = layers.TimeEmbedder(condition)
+        self.s_embedder = layers.JumpEmbedder(condition)
+        self.y_embedder = layers.LabelEmbedder(image.num_classes, condition)
         self.stem = nn.Conv2d(image.channels, config.width, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = self._build_down(config, image.size, condition)

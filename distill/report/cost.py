@@ -4,14 +4,13 @@ import json
 from collections.abc import Iterable
 
 from distill.data.stores.store import open_store
+from distill.run import events, results
 from distill.run.dir import RunDir
-from distill.run.events import Resume
 from distill.run.history import History, read_history
 from distill.run.metrics import Metrics, read_metrics
-from distill.run.results import Cost
 
 
-def read_cost(run: RunDir) -> Cost:
+def read_cost(run: RunDir) -> results.Cost:
     """The cost ledger of results.json.
 
     teacher_device_s: seconds workers spent on the committed shards, one device each.
@@ -22,7 +21,7 @@ def read_cost(run: RunDir) -> Cost:
     of one, not the count). bytes: size of the committed shards.
     """
     sidecars = [json.loads(content) for content in open_store(run).sidecars()]
-    return Cost(
+    return results.Cost(
         teacher_device_s=round(sum((sidecar["seconds"] for sidecar in sidecars), 0.0), 1),
         train_device_s=round(train_device_s(read_history(run), read_metrics(run)), 1),
         teacher_nfe=sum(sidecar["nfe"] for sidecar in sidecars),
@@ -66,7 +65,7 @@ def goodput(history: History, metrics: Iterable[Metrics], now: float | None = No
     position = 0
     for line in _starts_and_steps(history, metrics):
         first = line.time if first is None else first
-        if isinstance(line, Resume):
+        if isinstance(line, events.Resume):
             useful = [counted for counted in useful if counted[0] <= line.step]
         else:
             seconds = max(0, line.step - position) * (line.step_s or 0.0)
@@ -79,7 +78,9 @@ def goodput(history: History, metrics: Iterable[Metrics], now: float | None = No
     return min(1.0, sum(seconds for _, seconds in useful) / wall) if wall > 0 else None
 
 
-def _starts_and_steps(history: History, metrics: Iterable[Metrics]) -> list[Resume | Metrics]:
+def _starts_and_steps(
+    history: History, metrics: Iterable[Metrics]
+) -> list[events.Resume | Metrics]:
     """Starts of the trainer, and logged steps, in the order of time."""
     timed = [line for line in metrics if line.step_s is not None]
     # The sort is stable: a resume comes before the metrics of its second.

@@ -12,16 +12,7 @@ import jinja2
 import numpy as np
 from matplotlib.figure import Figure
 
-from distill.report.cost import phase_seconds
-from distill.report.figures import (
-    inline_svg,
-    loss_figure,
-    png_uri,
-    quality_figure,
-    speed_figure,
-    worker_figure,
-    write_overview,
-)
+from distill.report import cost, figures
 from distill.run.dir import RunDir
 from distill.run.files import write_atomic
 from distill.run.history import History, read_history
@@ -104,7 +95,7 @@ def pictures(facts: Facts) -> list[dict[str, Any]]:
         {
             "maker": row.split(",")[0],
             "label": row_label(row),
-            "images": [png_uri(image) for image in images],
+            "images": [figures.png_uri(image) for image in images],
         }
         for row, images in zip(facts.grid["rows"].tolist(), facts.grid["images"], strict=True)
     ]
@@ -122,8 +113,8 @@ def quality(facts: Facts) -> dict[str, Any] | None:
     keys.append("seconds_per_1000")
     return {
         "results": results,
-        "distances": quality_figure(results, "distance_to_teacher", label),
-        "features": quality_figure(results, "frechet", name) if has_features else None,
+        "distances": figures.quality_figure(results, "distance_to_teacher", label),
+        "features": figures.quality_figure(results, "frechet", name) if has_features else None,
         "head": ["", "NFE", label]
         + ([name, "kernel distance"] if has_features else [])
         + ["s / 1,000"],
@@ -150,18 +141,18 @@ def last_of_each_step(metrics: list[Metrics]) -> list[Metrics]:
 def losses(facts: Facts) -> Figure | None:
     """Loss terms over steps."""
     metrics = last_of_each_step(facts.metrics)
-    return loss_figure(metrics) if metrics else None
+    return figures.loss_figure(metrics) if metrics else None
 
 
 def speed(facts: Facts) -> dict[str, Any] | None:
     """Throughput and data wait, and where the time of a step goes."""
     metrics = [record for record in facts.metrics if record.samples_per_s is not None]
-    return {"figure": speed_figure(metrics), "step": step_split(facts)} if metrics else None
+    return {"figure": figures.speed_figure(metrics), "step": step_split(facts)} if metrics else None
 
 
 def step_split(facts: Facts) -> list[list[str]]:
     """Where the time of a step goes; nothing for runs from before that was noted."""
-    phases = phase_seconds(facts.metrics)
+    phases = cost.phase_seconds(facts.metrics)
     whole = sum(phases.values()) or 1.0
     rows = [[name, f"{number(1e3 * s)} ms", f"{s / whole:.1%}"] for name, s in phases.items()]
     last = facts.metrics[-1]
@@ -177,7 +168,7 @@ def teachers(facts: Facts) -> Figure | None:
     """Teacher workers and their speed."""
     if facts.record is None or not facts.history.changes:
         return None
-    return worker_figure(facts.history, facts.record.stream.samples_per_shard)
+    return figures.worker_figure(facts.history, facts.record.stream.samples_per_shard)
 
 
 def identity(facts: Facts) -> dict[str, str] | None:
@@ -239,7 +230,12 @@ def render(facts: Facts) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": number, "duration": duration, "size": size, "svg": inline_svg}
+    environment.filters |= {
+        "number": number,
+        "duration": duration,
+        "size": size,
+        "svg": figures.inline_svg,
+    }
     return environment.get_template("page.html").render(
         name=facts.name,
         objective=facts.results.objective if facts.results else "",
@@ -264,6 +260,6 @@ def write_report(run: RunDir, command: str) -> Path:
     if facts.grid is not None:
         rows = zip(facts.grid["rows"].tolist(), facts.grid["images"], strict=True)
         chosen = [(row_label(row), images) for row, images in rows if ",euler," not in row]
-        write_overview(run.samples / "overview.png", chosen)
+        figures.write_overview(run.samples / "overview.png", chosen)
     write_atomic(run.report, page.encode())
     return run.report

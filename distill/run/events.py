@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from distill.run import files, records
 from distill.run.dir import RunDir
-from distill.run.files import append_lines, numbered_lines
-from distill.run.records import NewerRecord, RecordError, Stamped, known_part, record_of
 from distill.run.records import tree_of as fields_of
 
 KINDS: "dict[str, type[Event]]" = {}  # every kind there is, by its name in the file
 
 
 @dataclass(frozen=True)
-class Event(Stamped):
+class Event(records.Stamped):
     """A line of events.jsonl."""
 
     kind: ClassVar[str]
@@ -257,7 +256,7 @@ def tree_of(event: Event) -> dict[str, Any]:
 
 def append(run: RunDir, *events: Event) -> None:
     """Writes events by a single write, flushed to disk."""
-    append_lines(run.events, [tree_of(event) for event in events])
+    files.append_lines(run.events, [tree_of(event) for event in events])
 
 
 class EventLog:
@@ -285,7 +284,7 @@ def read_events(run: RunDir, say: Callable[[str], None] = lambda _: None) -> Ite
     known are left out, and so are lines of a kind that is not known.
     """
     file = run.events.name
-    for number, record in numbered_lines(run.events):
+    for number, record in files.numbered_lines(run.events):
         if record is None:
             say(f"{file} line {number}: no JSON object, as a crash leaves it")
             continue
@@ -295,11 +294,11 @@ def read_events(run: RunDir, say: Callable[[str], None] = lambda _: None) -> Ite
             say(f"{file} line {number}: kind {name!r} is not known; a newer version may know it")
             continue
         try:
-            event = record_of(kind, record)
-        except NewerRecord as error:
+            event = records.record_of(kind, record)
+        except records.NewerRecord as error:
             say(f"{file} line {number}: {name} {error}; its other fields are")
-            event = record_of(kind, known_part(kind, record))
-        except RecordError as error:
+            event = records.record_of(kind, records.known_part(kind, record))
+        except records.RecordError as error:
             say(f"{file} line {number}: {name} {error}; the line counts for nothing")
             continue
         yield event

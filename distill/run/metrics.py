@@ -7,15 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from distill.run import files, records
 from distill.run.dir import RunDir
-from distill.run.files import append_lines, read_lines
-from distill.run.records import REST, RecordError, Stamped, now, record_of, tree_of
 
 TAIL_BYTES = 8192  # more than the longest line
 
 
 @dataclass(frozen=True)
-class Metrics(Stamped):
+class Metrics(records.Stamped):
     """A line of metrics.jsonl: means over the steps since the line before, over all ranks, unless
     they say otherwise. What was not always noted is None in the lines of older runs.
     """
@@ -33,25 +32,27 @@ class Metrics(Stamped):
     mfu: float | None = None  # that over what the devices can do; None where unknown
     peak_memory_bytes: int | None = None  # of the rank with the most
     world_size: int = 1  # ranks
-    more: dict[str, Any] = field(default_factory=dict, metadata=REST)  # of callbacks, by key
+    more: dict[str, Any] = field(
+        default_factory=dict, metadata=records.REST
+    )  # of callbacks, by key
 
 
 def metrics_of(step: int, values: dict[str, Any]) -> Metrics:
     """The line of now, after `step` steps, from its values by key."""
-    return record_of(Metrics, {"time": now(), "step": step, **values})
+    return records.record_of(Metrics, {"time": records.now(), "step": step, **values})
 
 
 def append_metrics(run: RunDir, line: Metrics) -> None:
     """Writes a line."""
-    append_lines(run.metrics, [tree_of(line)])
+    files.append_lines(run.metrics, [records.tree_of(line)])
 
 
 def read_metrics(run: RunDir) -> Iterator[Metrics]:
     """The lines in their order; what is none is left out."""
-    for tree in read_lines(run.metrics):
+    for tree in files.read_lines(run.metrics):
         try:
-            yield record_of(Metrics, tree)
-        except RecordError:
+            yield records.record_of(Metrics, tree)
+        except records.RecordError:
             continue
 
 

@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distill.config import ConfigError
+from distill.run import files, records
 from distill.run.dir import RunDir
-from distill.run.files import write_json
-from distill.run.records import REST, RecordError, read_record, tree_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +19,7 @@ class Row:
     kid: float | None = None  # kernel distance: its mean over subsets
     kid_std: float | None = None
     more: dict[str, float] = field(
-        default_factory=dict, metadata=REST
+        default_factory=dict, metadata=records.REST
     )  # of metrics that came later, by key
     seconds_per_1000: float  # images
 
@@ -91,7 +90,7 @@ class Results:
 
 def write_results(run: RunDir, results: Results) -> None:
     """Writes results.json."""
-    write_json(run.results, tree_of(results))
+    files.write_json(run.results, records.tree_of(results))
 
 
 def read_results(run: RunDir) -> Results | None:
@@ -101,8 +100,8 @@ def read_results(run: RunDir) -> Results | None:
         ConfigError: the file is not as this version writes it.
     """
     try:
-        return read_record(Results, run.results)
+        return records.read_record(Results, run.results)
     except FileNotFoundError:
         return None
-    except RecordError as error:
+    except records.RecordError as error:
         raise ConfigError(f"{error}; make it again with `bowstring evaluate RUN`") from error

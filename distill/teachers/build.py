@@ -8,17 +8,8 @@ from pathlib import Path
 import torch
 
 from distill.config import ConfigError, check
-from distill.networks.files import load_model
-from distill.networks.layers import AbstractNetwork
-from distill.teachers.analytic import describe_analytic, load_analytic
-from distill.teachers.base import (
-    FrozenTeacher,
-    Guided,
-    Jumps,
-    NetworkTeacher,
-    TeacherDescription,
-    guided,
-)
+from distill.networks import files, layers
+from distill.teachers import analytic, base, diffusers, edm, native, sit
 from distill.teachers.config import (
     AnalyticConfig,
     DiffusersConfig,
@@ -27,13 +18,9 @@ from distill.teachers.config import (
     SiTConfig,
     TeacherConfig,
 )
-from distill.teachers.diffusers import describe_diffusers, load_diffusers
-from distill.teachers.edm import describe_edm, load_edm
-from distill.teachers.native import describe_native, load_native
-from distill.teachers.sit import describe_sit, load_sit, load_sit_network
 
 
-def describe(config: TeacherConfig) -> TeacherDescription:
+def describe(config: TeacherConfig) -> base.TeacherDescription:
     """What `build_teacher` would build, from headers and hashes: no weight is loaded.
 
     Raises:
@@ -42,19 +29,19 @@ def describe(config: TeacherConfig) -> TeacherDescription:
     _check_path(config)
     match config:
         case NativeConfig():
-            return describe_native(config)
+            return native.describe_native(config)
         case AnalyticConfig():
-            return describe_analytic(config)
+            return analytic.describe_analytic(config)
         case SiTConfig():
-            return describe_sit(config)
+            return sit.describe_sit(config)
         case DiffusersConfig():
-            return describe_diffusers(config)
+            return diffusers.describe_diffusers(config)
         case EdmConfig():
-            return describe_edm(config)
+            return edm.describe_edm(config)
     raise ConfigError(f"teacher.kind={config.kind} is not known")
 
 
-def build_teacher(config: TeacherConfig, device: torch.device | str) -> FrozenTeacher:
+def build_teacher(config: TeacherConfig, device: torch.device | str) -> base.FrozenTeacher:
     """The teacher of `config` on `device`.
 
     Raises:
@@ -63,15 +50,15 @@ def build_teacher(config: TeacherConfig, device: torch.device | str) -> FrozenTe
     _check_path(config)
     match config:
         case NativeConfig():
-            return load_native(config, device)
+            return native.load_native(config, device)
         case AnalyticConfig():
-            return load_analytic(config, device)
+            return analytic.load_analytic(config, device)
         case SiTConfig():
-            return load_sit(config, device)
+            return sit.load_sit(config, device)
         case DiffusersConfig():
-            return load_diffusers(config, device)
+            return diffusers.load_diffusers(config, device)
         case EdmConfig():
-            return load_edm(config, device)
+            return edm.load_edm(config, device)
     raise ConfigError(f"teacher.kind={config.kind} is not known")
 
 
@@ -79,7 +66,7 @@ def _check_path(config: TeacherConfig) -> None:
     check(config.path != "", f"teacher.path is empty; teacher.kind={config.kind} needs one")
 
 
-def start_of(config: TeacherConfig) -> AbstractNetwork | None:
+def start_of(config: TeacherConfig) -> layers.AbstractNetwork | None:
     """The network, on the CPU, whose u(x, t, t) is the teacher's velocity: a student's start.
 
     None where there is none: the teacher is of another architecture, or its output is converted.
@@ -89,19 +76,19 @@ def start_of(config: TeacherConfig) -> AbstractNetwork | None:
     """
     match config:
         case NativeConfig():
-            return load_model(Path(config.path), "cpu")[0]
+            return files.load_model(Path(config.path), "cpu")[0]
         case SiTConfig():
-            return load_sit_network(config, "cpu")
+            return sit.load_sit_network(config, "cpu")
     return None
 
 
-def build_field(teacher: FrozenTeacher, config: TeacherConfig) -> Guided:
+def build_field(teacher: base.FrozenTeacher, config: TeacherConfig) -> base.Guided:
     """What the solver of `config` evaluates: the guided velocity, or a student's mean velocity.
 
     Raises:
         ConfigError: guidance of a teacher that has no classes.
     """
     if config.solver != "jumps":
-        return guided(teacher, config.guidance)
-    assert isinstance(teacher, NetworkTeacher)
-    return Jumps(teacher)
+        return base.guided(teacher, config.guidance)
+    assert isinstance(teacher, base.NetworkTeacher)
+    return base.Jumps(teacher)

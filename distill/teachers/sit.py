@@ -14,17 +14,9 @@ import torch
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
+from distill.networks import files, layers
 from distill.networks.build import empty_network
 from distill.networks.config import DiTConfig
-from distill.networks.files import (
-    check_weights,
-    fingerprint,
-    load_weights,
-    read_shapes,
-    read_tensors,
-    shapes_of,
-)
-from distill.networks.layers import AbstractNetwork
 from distill.teachers.base import NetworkTeacher, TeacherDescription
 from distill.teachers.config import SiTConfig
 
@@ -41,8 +33,8 @@ def describe_sit(config: SiTConfig) -> TeacherDescription:
     """
     path = Path(config.path)
     is_pt = path.suffix != ".safetensors"
-    network = _empty(config, shapes_of(_read_pt(path)) if is_pt else read_shapes(path))
-    return TeacherDescription(network.image, fingerprint(path))
+    network = _empty(config, files.shapes_of(_read_pt(path)) if is_pt else files.read_shapes(path))
+    return TeacherDescription(network.image, files.fingerprint(path))
 
 
 def load_sit(config: SiTConfig, device: torch.device | str) -> NetworkTeacher:
@@ -54,19 +46,19 @@ def load_sit(config: SiTConfig, device: torch.device | str) -> NetworkTeacher:
     return NetworkTeacher(load_sit_network(config, device), description)
 
 
-def load_sit_network(config: SiTConfig, device: torch.device | str) -> AbstractNetwork:
+def load_sit_network(config: SiTConfig, device: torch.device | str) -> layers.AbstractNetwork:
     """The frozen network, on `device`. Raises as `describe_sit`."""
     path = Path(config.path)
-    state = read_tensors(path) if path.suffix == ".safetensors" else _read_pt(path)
-    network = _empty(config, shapes_of(state))
+    state = files.read_tensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    network = _empty(config, files.shapes_of(state))
     own = network.state_dict()
     for name in FINAL:
         if len(state[name]) != len(own[name]):
             state[name] = _first_half(state[name], network.image.channels)
-    return load_weights(network, state, path, device).eval().requires_grad_(False)
+    return files.load_weights(network, state, path, device).eval().requires_grad_(False)
 
 
-def _empty(config: SiTConfig, shapes: dict[str, torch.Size]) -> AbstractNetwork:
+def _empty(config: SiTConfig, shapes: dict[str, torch.Size]) -> layers.AbstractNetwork:
     """The network without weights whose tensors, or twice its last ones, have these `shapes`."""
     path = config.path
     try:
@@ -89,7 +81,7 @@ def _empty(config: SiTConfig, shapes: dict[str, torch.Size]) -> AbstractNetwork:
         shapes = shapes | {
             name: torch.Size([shapes[name][0] // 2, *shapes[name][1:]]) for name in FINAL
         }
-    check_weights(network, shapes, path)
+    files.check_weights(network, shapes, path)
     return network
 
 

@@ -6,17 +6,14 @@ from typing import Any
 from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.run.dir import RunDir
+from distill.training import loop, saving, timing, trackers
 from distill.training.callbacks import Callback
 from distill.training.log import Flops, TrainLog
-from distill.training.loop import Source
-from distill.training.saving import Checkpointer
-from distill.training.timing import Profiler
-from distill.training.trackers import TensorBoard, Wandb
 
 
 def build_callbacks(
     engine: Engine,
-    source: Source,
+    source: loop.Source,
     config: TrainConfig,
     run: RunDir,
     origin: dict[str, Any],
@@ -27,11 +24,11 @@ def build_callbacks(
     `origin` is what manifests say of the run; `flops` what a sample costs, if a formula knows.
     """
     log = TrainLog(engine, run, lambda: source.wait_s, flops)
-    callbacks: list[Callback] = [log, Checkpointer(engine, run, config, origin, log.event)]
+    callbacks: list[Callback] = [log, saving.Checkpointer(engine, run, config, origin, log.event)]
     if engine.rank == 0:
-        callbacks.append(TensorBoard(run.tensorboard))
+        callbacks.append(trackers.TensorBoard(run.tensorboard))
         if config.wandb:
-            callbacks.append(Wandb(config.wandb, run, asdict(config), log.event))
+            callbacks.append(trackers.Wandb(config.wandb, run, asdict(config), log.event))
     if config.profile:
-        callbacks.append(Profiler(run.profile, engine.rank))
+        callbacks.append(timing.Profiler(run.profile, engine.rank))
     return callbacks

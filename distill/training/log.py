@@ -17,8 +17,7 @@ from distill.engine.engine import Engine
 from distill.run.dir import RunDir
 from distill.run.events import Event, Fallback, Resume, Spike, Steps, append
 from distill.run.metrics import append_metrics, metrics_of
-from distill.training.callbacks import Callback, Step
-from distill.training.timing import PhaseClock
+from distill.training import callbacks, timing
 
 # Of a loss that stands out: steps it is compared with, at most and at least; how far it stands out.
 HISTORY, FEWEST, DEVIATIONS = 64, 16, 8.0
@@ -37,7 +36,7 @@ class Flops:
     peak_per_s: float
 
 
-class TrainLog(Callback):
+class TrainLog(callbacks.Callback):
     """Writes events.jsonl and metrics.jsonl, on rank 0.
 
     A window is the steps between two lines of metrics.jsonl. What a save takes belongs to none.
@@ -48,7 +47,7 @@ class TrainLog(Callback):
     ) -> None:
         """`wait_s()`: seconds spent waiting for data so far; `flops`: where a formula knows."""
         self._engine, self._run, self._wait_s, self._flops = engine, run, wait_s, flops
-        self._clock: PhaseClock | None = None  # until the first step begins
+        self._clock: timing.PhaseClock | None = None  # until the first step begins
         self._since, self._waited = 0.0, 0.0  # when the window began, and `wait_s()` then
         self._first = 0
         self._ids: list[Tensor] = []
@@ -73,13 +72,13 @@ class TrainLog(Callback):
 
     def enter(self, phase: str) -> None:
         if self._clock is None:
-            self._clock = PhaseClock(self._engine.device)
+            self._clock = timing.PhaseClock(self._engine.device)
             self._begin_window()
         elif self._clock.phase == "save":
             self._begin_window()
         self._clock.enter(phase)
 
-    def step(self, step: Step) -> None:
+    def step(self, step: callbacks.Step) -> None:
         self._last = {"lr": step.lr, "grad_norm": step.grad_norm}
         self._names = list(step.terms)
         self._ids.append(step.batch.ids.cpu())

@@ -3,8 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from distill.checkpoint.agree import raise_together
-from distill.checkpoint.manifest import SaveError, step_name
+from distill.checkpoint import agree, manifest
 from distill.checkpoint.saver import Saver
 from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine.engine import Engine
@@ -85,7 +84,7 @@ class Exporter(Callback):
                         f"was made from is no longer kept; put it back, or move {self._run.root} "
                         "away to train the teacher again"
                     )
-        raise_together(self._engine, failure, ConfigError)
+        agree.raise_together(self._engine, failure, ConfigError)
         self.saved(done)
 
     def wants_save(self, done: int) -> bool:
@@ -102,13 +101,13 @@ class Exporter(Callback):
         self._wait()
         failure = ""
         if self._engine.rank == 0 and not self._is_there(done):
-            checkpoint = self._run.checkpoints / step_name(done)
+            checkpoint = self._run.checkpoints / manifest.step_name(done)
             out, about = self._run.model(done), {"kind": "teacher", "step": done, **self._about}
             try:
                 export_checkpoint(checkpoint, out, self._network, self._image, about)
             except OSError as error:
                 failure = f"{out} could not be written: {error}"
-        raise_together(self._engine, failure, SaveError)
+        agree.raise_together(self._engine, failure, manifest.SaveError)
 
     def _is_there(self, step: int) -> bool:
         return (self._run.model(step) / DESCRIPTION).is_file()

@@ -14,9 +14,8 @@ from uuid import uuid4
 from torch.utils.tensorboard import SummaryWriter
 
 from distill.config import ConfigError, check
+from distill.run import events, files
 from distill.run.dir import RunDir
-from distill.run.events import WandbFailed
-from distill.run.files import write_atomic
 from distill.training.callbacks import Callback
 
 FLUSH_S = 10  # a kill loses so much of TensorBoard's copy
@@ -75,7 +74,7 @@ class Wandb(Callback):
         project: str,
         run: RunDir,
         settings: dict[str, Any],
-        say: Callable[[WandbFailed], None],
+        say: Callable[[events.WandbFailed], None],
     ) -> None:
         """`settings` is shown beside the run; `say` takes the event of the service's failure.
 
@@ -137,12 +136,12 @@ class Wandb(Callback):
 
     def _give_up(self, error: BaseException) -> None:
         self._run = None
-        self._say(WandbFailed(" ".join(str(error).split()) or repr(error)))
+        self._say(events.WandbFailed(" ".join(str(error).split()) or repr(error)))
 
 
 def _run_id(path: Path) -> str:
     """The id in the file, which is made at the first start."""
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, uuid4().hex.encode())
+        files.write_atomic(path, uuid4().hex.encode())
     return path.read_text()

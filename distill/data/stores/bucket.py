@@ -35,9 +35,7 @@ from distill.data.sidecar import (
     parse_sidecar,
     shard_name,
 )
-from distill.data.stores.cache import ShardCache
-from distill.data.stores.local import local_reasons
-from distill.data.stores.objects import Objects
+from distill.data.stores import cache, local, objects
 from distill.run.dir import RunDir
 from distill.run.files import STALE_S
 from distill.run.records import tree_of
@@ -53,8 +51,8 @@ class ObjectStore:
 
     def __init__(self, run: RunDir) -> None:
         """Raises ConfigError when the package for such a URL is missing."""
-        self._run, self._objects = run, Objects(run.location)
-        self._cache = ShardCache(run.cache)
+        self._run, self._objects = run, objects.Objects(run.location)
+        self._cache = cache.ShardCache(run.cache)
         self._tars: dict[int, str] = {}  # shard -> the tar that its sidecar was seen to name
 
     @property
@@ -232,7 +230,7 @@ class ObjectStore:
 
     def reasons(self) -> dict[str, bytes]:
         """Those in the store, and those of requests in the run's own folder."""
-        found = local_reasons(self._run)
+        found = local.local_reasons(self._run)
         for folder in self._objects.folders("quarantine"):
             path = f"quarantine/{folder}"
             for name in self._objects.sizes(path):

@@ -36,15 +36,8 @@ from distill.data.sidecar import (
     sidecar_path,
     tar_path,
 )
+from distill.run import files, records
 from distill.run.dir import RunDir
-from distill.run.files import (
-    clean_temporaries,
-    sha256_file,
-    sync_directory,
-    temporary_path,
-    write_json,
-)
-from distill.run.records import tree_of
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -121,7 +114,7 @@ class LocalStore:
         """Hashes the file piece by piece."""
         place, path = self.place(sidecar.shard), tar_path(self.run, sidecar.shard)
         check_size(place, sidecar, path.stat().st_size)
-        check_sha256(place, sidecar, sha256_file(path))
+        check_sha256(place, sidecar, files.sha256_file(path))
 
     # ---------------------------------------------------------------------------------------
     # Publish
@@ -130,7 +123,7 @@ class LocalStore:
     def room_for(self, shard: int) -> Iterator[Path]:
         """A temporary name next to the final one."""
         self.run.shards.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_path(tar_path(self.run, shard))
+        temporary = files.temporary_path(tar_path(self.run, shard))
         try:
             yield temporary
         finally:
@@ -147,10 +140,10 @@ class LocalStore:
             try:
                 _claim(written, tar)
             except FileExistsError:
-                if sha256_file(tar) != sidecar.sha256:
+                if files.sha256_file(tar) != sidecar.sha256:
                     written.replace(tar)
-            sync_directory(self.run.shards)  # the tar's name is durable before its sidecar is
-            temporary = temporary_path(record)
+            files.sync_directory(self.run.shards)  # the tar's name is durable before its sidecar is
+            temporary = files.temporary_path(record)
             try:
                 with temporary.open("wb") as file:
                     file.write(sidecar.to_bytes())
@@ -161,7 +154,7 @@ class LocalStore:
                 return self._read_sidecar(sidecar.shard)
             finally:
                 temporary.unlink(missing_ok=True)
-            sync_directory(self.run.shards)
+            files.sync_directory(self.run.shards)
         return sidecar
 
     def _read_sidecar(self, shard: int) -> Sidecar:
@@ -200,12 +193,14 @@ class LocalStore:
         """Reason first, sidecar second: whenever this is cut off, nothing bad is committed."""
         folder = self.run.quarantine / f"{shard_name(shard)}-{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
-        write_json(folder / f"{shard_name(shard)}.reason.json", tree_of(Reason(shard, reason)))
+        files.write_json(
+            folder / f"{shard_name(shard)}.reason.json", records.tree_of(Reason(shard, reason))
+        )
         for path in (sidecar_path(self.run, shard), tar_path(self.run, shard)):
             if path.exists():
                 path.rename(folder / path.name)
-                sync_directory(self.run.shards)
-        sync_directory(folder)
+                files.sync_directory(self.run.shards)
+        files.sync_directory(folder)
         return str(folder)
 
     def reasons(self) -> dict[str, bytes]:
@@ -219,7 +214,7 @@ class LocalStore:
 
     def clear(self) -> list[str]:
         """Removes temporary files whose producer is dead."""
-        return [path.name for path in clean_temporaries(self.run.shards)]
+        return [path.name for path in files.clean_temporaries(self.run.shards)]
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
