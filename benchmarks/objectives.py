@@ -136,10 +136,7 @@ def run_one(training: Training) -> dict[str, Any]:
     if not path.exists():
         problem = make_problem(training.problem, training.is_quick)
         settings = TrainConfig(
-            max_steps=training.steps,
-            batch_size=problem.batch_size,
-            lr=problem.lr,
-            warmup_steps=50,
+            max_steps=training.steps, batch_size=problem.batch_size, lr=problem.lr, warmup_steps=50
         )
         shared = training.problem, training.is_quick
         network, seconds = train_student(

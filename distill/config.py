@@ -84,11 +84,7 @@ class ImageSpec:
 
 # The ZeRO stages at which each can be had. Parameters leave the device at stage 3 alone, which does
 # without them between two uses; stage 0 shares nothing, and the masters are nobody's to move.
-OFFLOAD_STAGES = {
-    "none": (0, 1, 2, 3),
-    "optimizer": (1, 2, 3),
-    "optimizer_and_parameters": (3,),
-}
+OFFLOAD_STAGES = {"none": (0, 1, 2, 3), "optimizer": (1, 2, 3), "optimizer_and_parameters": (3,)}
 
 
 @dataclass

@@ -9,15 +9,7 @@ from argparse import ArgumentTypeError, Namespace
 from functools import partial
 from pathlib import Path
 
-from cluster.cli.arguments import (
-    JSON,
-    RUN,
-    Verb,
-    argument,
-    open_run,
-    read_settings,
-    setting_words,
-)
+from cluster.cli.arguments import JSON, RUN, Verb, argument, open_run, read_settings, setting_words
 
 SUPERVISED = {  # exit codes of cluster/supervisor/runner.py
     0: "done, or stopped as asked with everything saved",
@@ -297,10 +289,7 @@ _VERBS = (
                 "--format", choices=["student", "fastgen"], default="student", help="what to write"
             ),
             argument(
-                "--out",
-                type=Path,
-                metavar="FOLDER",
-                help="(default: RUN/student or RUN/fastgen)",
+                "--out", type=Path, metavar="FOLDER", help="(default: RUN/student or RUN/fastgen)"
             ),
             argument(
                 "--average",

@@ -16,9 +16,7 @@ from cluster.settings.schema import RunConfig
 from cluster.settings.teachers import RunTree, settled
 from distill.config import ConfigError, check
 from distill.networks.config import NETWORKS
-from distill.objectives.config import (
-    OBJECTIVES,
-)
+from distill.objectives.config import OBJECTIVES
 from distill.run import files, identity
 from distill.run.dir import RunDir
 

@@ -132,10 +132,7 @@ class Session:
         ray.init(
             num_cpus=max(1, math.ceil(cpus)),
             num_gpus=None if gpus > 0 else 0,
-            resources={
-                "teacher": float(teachers),
-                "trainer": float(trainer),
-            },
+            resources={"teacher": float(teachers), "trainer": float(trainer)},
             include_dashboard=False,
             object_store_memory=cluster.object_store_bytes,
             logging_level=logging.ERROR,

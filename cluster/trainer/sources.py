@@ -113,14 +113,7 @@ def build_source(
     order = stream_order(config)
     weights = [teacher.weight for teacher in config.teacher.values()]
     trajectories = TrajectoryStream(
-        job.run,
-        job.spec,
-        config.trajectory,
-        order,
-        rank,
-        world_size,
-        weights,
-        should_stop_waiting,
+        job.run, job.spec, config.trajectory, order, rank, world_size, weights, should_stop_waiting
     )
     cursor = Cursor(trajectories, order, job.run) if rank == 0 else None
     return Source(trajectories, beat, cursor)

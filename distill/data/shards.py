@@ -156,11 +156,7 @@ def _write_tar(path: Path, spec: ShardSpec, generated: GeneratedShard, states: N
 
 
 def read_shard(
-    run: RunDir,
-    spec: ShardSpec,
-    shard: int,
-    states: NDArray[Any],
-    labels: NDArray[np.int64],
+    run: RunDir, spec: ShardSpec, shard: int, states: NDArray[Any], labels: NDArray[np.int64]
 ) -> Sidecar:
     """The sidecar, after filling `states` [N, *spec.sample_shape] of `stored_dtype`, `labels` [N].
 

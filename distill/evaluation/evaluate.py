@@ -22,12 +22,7 @@ from distill.data.config import DataConfig
 from distill.data.images import load_images
 from distill.evaluation import metrics, sampling
 from distill.evaluation.config import EvalConfig
-from distill.evaluation.curves import (
-    grid_columns,
-    grid_rows,
-    teacher_curves,
-    truth,
-)
+from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.export.student import latest_student
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
@@ -122,10 +117,7 @@ def teacher_samplers(
 
 
 def teacher_rows(
-    evaluator: Evaluator,
-    samplers: TeacherSamplers,
-    teacher: TeacherConfig,
-    evaluation: EvalConfig,
+    evaluator: Evaluator, samplers: TeacherSamplers, teacher: TeacherConfig, evaluation: EvalConfig
 ) -> tuple[Row, ...]:
     """The teacher's curves (`distill.evaluation.curves`).
 

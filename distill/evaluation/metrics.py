@@ -155,21 +155,13 @@ def frechet(moments: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> flo
 
 
 def kernel_distance(
-    features: Float64[Tensor, "N F"],
-    other: Float64[Tensor, "M F"],
-    subsets: int,
-    subset_size: int,
+    features: Float64[Tensor, "N F"], other: Float64[Tensor, "M F"], subsets: int, subset_size: int
 ) -> dict[str, float]:
     """Mean ("kid") and spread ("kid_std") over random subsets of the unbiased MMD^2. 0 on average
     for equal sets."""
     size = min(subset_size, len(features), len(other))
     result = kid_features_to_metric(
-        features,
-        other,
-        kid_subsets=subsets,
-        kid_subset_size=size,
-        rng_seed=KID_SEED,
-        verbose=False,
+        features, other, kid_subsets=subsets, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
     )
     return {"kid": result[KEY_METRIC_KID_MEAN], "kid_std": result[KEY_METRIC_KID_STD]}
 

@@ -71,10 +71,7 @@ def _step(velocity: Velocity, x: Tensor, t: float, h: float, solver: str) -> Ten
 
 
 def solve_by_jumps(
-    u: MeanVelocity,
-    x: Float[Tensor, "B *S"],
-    times: Float[Tensor, "K1"],
-    label: Int[Tensor, "B"],
+    u: MeanVelocity, x: Float[Tensor, "B *S"], times: Float[Tensor, "K1"], label: Int[Tensor, "B"]
 ) -> Float[Tensor, "K1 B *S"]:
     """States at `times`, from `x` at the first, by one jump from each to the next."""
     states = [x]

@@ -91,11 +91,7 @@ class TraFlow:
         return terms
 
     def velocity_term(
-        self,
-        batch: TrajectoryBatch,
-        student: MeanVelocity,
-        jump: Call,
-        b: Int[Tensor, "B"],
+        self, batch: TrajectoryBatch, student: MeanVelocity, jump: Call, b: Int[Tensor, "B"]
     ) -> Term:
         """L_vel where `jump` lands: t = t_a, s = t_b.
 

@@ -113,9 +113,7 @@ def losses(run):
 def test_a_rank_that_stands_still_is_found_and_the_group_goes_on(chaos, measured):
     """One of two ranks is stopped in its tracks; the other one waits for it in a collective."""
     case = chaos(
-        "cluster.trainer.num_workers=2",
-        "cluster.trainer.step_timeout_s=90",
-        "train.max_steps=240",
+        "cluster.trainer.num_workers=2", "cluster.trainer.step_timeout_s=90", "train.max_steps=240"
     )
     case.start()
     case.until_step(20)

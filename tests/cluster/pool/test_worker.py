@@ -75,10 +75,7 @@ def work_in_little_memory(rank, world_size, folder):
     hopeless, _ = make_worker(Path(folder) / "hopeless", components=20_000)
     with little_memory(16_000_000):
         told = [worker.produce(shard) for shard in range(SHARDS)]
-    with (
-        little_memory(4_000_000),
-        pytest.raises(RuntimeError, match="can't allocate memory"),
-    ):
+    with little_memory(4_000_000), pytest.raises(RuntimeError, match="can't allocate memory"):
         hopeless.produce(0)
     return told
 

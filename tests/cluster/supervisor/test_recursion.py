@@ -133,10 +133,7 @@ def test_a_jumping_teacher_is_its_own_truth(earlier, tmp_path, data):
     assert (results.truth.solver, results.truth.nfe) == ("jumps", 8)
     distance = {row.nfe: row.distance_to_teacher for row in results.student}
     assert distance[8] < 1e-10 < distance[1]
-    assert [(row.solver, row.nfe) for row in results.teacher] == [
-        ("jumps", 1),
-        ("jumps", 4),
-    ]
+    assert [(row.solver, row.nfe) for row in results.teacher] == [("jumps", 1), ("jumps", 4)]
     assert results.teacher[0].distance_to_teacher == pytest.approx(distance[1], rel=1e-6)
 
 

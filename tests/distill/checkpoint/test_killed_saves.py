@@ -14,14 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from small_training import (
-    assert_same_state,
-    config_of,
-    fit,
-    read_state,
-    single_engine,
-    zero_engine,
-)
+from small_training import assert_same_state, config_of, fit, read_state, single_engine, zero_engine
 from thread_ranks import ThreadRank, results
 
 from distill.checkpoint import commit as checkpoint
@@ -197,10 +190,7 @@ def assert_same(root: Path, expected: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "dies"),
-    [
-        ("in the middle of a file", 1),
-        pytest.param("before the pointer", 0, marks=pytest.mark.slow),
-    ],
+    [("in the middle of a file", 1), pytest.param("before the pointer", 0, marks=pytest.mark.slow)],
 )
 def test_one_of_two_ranks_is_killed_and_both_go_on(tmp_path, undisturbed, name, dies):
     root = tmp_path / "run"

@@ -14,12 +14,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import BezierConfig, MeanFlowConfig, TraFlowConfig
 from distill.objectives.derivatives import eulerian_target, time_derivative
 from distill.objectives.distances import l2
-from distill.objectives.traflow import (
-    finite_change_term,
-    jvp_term,
-    last_change,
-    state_derivative,
-)
+from distill.objectives.traflow import finite_change_term, jvp_term, last_change, state_derivative
 from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, random_network
 
 IMAGE = ImageSpec(1, 4, 3)

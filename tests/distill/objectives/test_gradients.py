@@ -10,11 +10,7 @@ from torch import nn
 from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.objectives.build import build_objective
-from distill.objectives.config import (
-    BezierConfig,
-    ConsistencyConfig,
-    TraFlowConfig,
-)
+from distill.objectives.config import BezierConfig, ConsistencyConfig, TraFlowConfig
 from distill.testing import NETWORKS, GaussianFlow, flow_batch, random_network
 
 CLASSES, NO_CLASSES = ImageSpec(1, 4, 3), ImageSpec(1, 4, 0)

@@ -19,12 +19,7 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
-from distill.objectives.config import (
-    BezierConfig,
-    MeanFlowConfig,
-    ObjectiveConfig,
-    TraFlowConfig,
-)
+from distill.objectives.config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
 
 IMAGE = ImageSpec(channels=2, size=8, num_classes=3)
 NETWORKS = {

@@ -14,13 +14,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import TraFlowConfig
 from distill.objectives.traflow import ADAPTIVE_RANGE, balanced, draw_jump
 from distill.sample import few_step
-from distill.testing import (
-    NETWORKS,
-    GaussianFlow,
-    StraightFlow,
-    flow_batch,
-    random_network,
-)
+from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, random_network
 
 IMAGE = ImageSpec(1, 4, 3)
 MEAN = torch.full(IMAGE.shape, 0.5, dtype=torch.float64)

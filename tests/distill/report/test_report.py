@@ -145,9 +145,7 @@ def test_the_headline_names_the_evaluations_the_teacher_needs(finished_run, page
     (student,) = facts.results.student
     rows = [replace(row, distance_to_teacher=0.16 / row.nfe) for row in facts.results.teacher]
     results = replace(
-        facts.results,
-        student=(replace(student, distance_to_teacher=0.05),),
-        teacher=tuple(rows),
+        facts.results, student=(replace(student, distance_to_teacher=0.05),), teacher=tuple(rows)
     )
     assert headline(replace(facts, results=results)).endswith(
         "The teacher's Euler solver needs 4 for that."

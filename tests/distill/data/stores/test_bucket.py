@@ -384,11 +384,7 @@ def test_evicted_shards_keep_their_sidecars(run):
 
 @pytest.mark.parametrize(
     "location",
-    [
-        "s3://name:hunter2@bucket/run",
-        "s3://hunter2@bucket/run",
-        "s3://bucket/run?secret=hunter2",
-    ],
+    ["s3://name:hunter2@bucket/run", "s3://hunter2@bucket/run", "s3://bucket/run?secret=hunter2"],
 )
 def test_credentials_in_a_location_are_refused_and_not_repeated(location):
     with pytest.raises(ConfigError, match=r"trajectory\.location=s3://\.\.\. .* environment") as e:
