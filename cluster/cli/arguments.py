@@ -5,12 +5,13 @@ The parser of a verb is the only source of its help. Nothing heavy is imported a
 """
 
 import argparse
+import inspect
 import re
 import shlex
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -42,35 +43,35 @@ JSON = argument("--json", action="store_true", help="one JSON object instead of 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb of the command line; cluster/cli/verbs.py declares them.
+    """One verb of the command line, as `verb` registers it.
 
     Attributes:
-        summary: a few words for the list of verbs.
-        about: what it does, in paragraphs.
         work: does it, and returns an exit code. Heavy imports are inside it.
+        arguments: in the order of the help.
         takes_settings: it is about a configuration: `experiment=NAME ...` or `RUN key=value ...`.
         codes: exit codes that mean something else, or more, than in CODES.
     """
 
-    name: str
-    summary: str
-    about: str
-    work: Callable[[argparse.Namespace], int]
-    arguments: tuple[Argument, ...] = ()
-    examples: tuple[str, ...] = ()
-    takes_settings: bool = False
-    codes: Mapping[int, str] = field(default_factory=dict)
+    work: "Work"
+    arguments: tuple[Argument, ...]
+    takes_settings: bool
+    codes: Mapping[int, str]
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """A few words for the list of verbs; what it does, in paragraphs; its examples."""
+        summary, *about, examples = inspect.getdoc(self.work).split("\n\n")  # type: ignore[union-attr]
+        return summary, "\n\n".join(" ".join(part.split()) for part in about), examples
 
     def parser(self) -> "Parser":
         """The parser of its arguments."""
-        codes = {**CODES, **self.codes}
+        name, codes, (_, about, examples) = self.work.__name__, {**CODES, **self.codes}, self.words
+        meanings = "\n".join(f"  {code:3d}  {codes[code]}" for code in sorted(codes))
         parser = Parser(
-            prog=f"bowstring {self.name}",
-            usage=SETTINGS_USAGE.format(verb=self.name) if self.takes_settings else None,
-            description=self.about,
-            epilog="\n  ".join(["examples:", *self.examples])
-            + "\n\nexit codes:\n"
-            + "\n".join(f"  {code:3d}  {codes[code]}" for code in sorted(codes)),
+            prog=f"bowstring {name}",
+            usage=SETTINGS_USAGE.format(verb=name) if self.takes_settings else None,
+            description=about,
+            epilog=f"{examples}\n\nexit codes:\n{meanings}",
         )
         for one in self.arguments:
             parser.add_argument(*one.names, **one.options)
@@ -81,8 +82,26 @@ class Verb:
     def read(self, args: Sequence[str]) -> argparse.Namespace:
         """Its arguments, and the whole `command`."""
         options = self.parser().read(args)
-        options.command = shlex.join(["bowstring", self.name, *args])
+        options.command = shlex.join(["bowstring", self.work.__name__, *args])
         return options
+
+
+VERBS: dict[str, Verb] = {}  # in the order of the list that `bowstring --help` prints
+Work = Callable[[argparse.Namespace], int]
+
+
+def verb(
+    *arguments: Argument, takes_settings: bool = False, codes: Mapping[int, str] | None = None
+) -> Callable[[Work], Work]:
+    """Registers a function as the verb of its name. Its docstring is the help: a line for the list
+    of verbs, then paragraphs, and last `examples:` with a command a line.
+    """
+
+    def register(work: Work) -> Work:
+        VERBS[work.__name__] = Verb(work, arguments, takes_settings, codes or {})
+        return work
+
+    return register
 
 
 class Parser(argparse.ArgumentParser):

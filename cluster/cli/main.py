@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-from cluster.cli.arguments import USAGE_ERROR, Parser
-from cluster.cli.verbs import VERBS
+import cluster.cli.verbs  # noqa: F401  registers all of VERBS
+from cluster.cli.arguments import USAGE_ERROR, VERBS, Parser
 
 INTERRUPTED = 130
 
@@ -33,8 +33,8 @@ def general() -> Parser:
     verbs = parser.add_subparsers(
         title="verbs", metavar="VERB", parser_class=argparse.ArgumentParser
     )
-    for verb in VERBS.values():
-        verbs.add_parser(verb.name, help=verb.summary)
+    for name, verb in VERBS.items():
+        verbs.add_parser(name, help=verb.words[0])
     return parser
 
 

@@ -1,21 +1,23 @@
-"""Every verb of the command line: its words, its arguments and what it does. A new verb is a
-function and a row of VERBS here, and nothing elsewhere.
+"""Every verb of the command line. A new verb is a function here, and nothing elsewhere: its name is
+the verb's, and its docstring the help (`cluster.cli.arguments.verb`).
 
 The functions take the arguments as the parser read them and return an exit code. They import what
 is heavy themselves, so --help is instant.
 """
 
 from argparse import ArgumentTypeError, Namespace
-from functools import partial
 from pathlib import Path
 
-from cluster.cli.arguments import JSON, RUN, Verb, argument, open_run, read_settings, setting_words
+from cluster.cli.arguments import JSON, RUN, argument, open_run, read_settings, setting_words, verb
 
 SUPERVISED = {  # exit codes of cluster/supervisor/runner.py
     0: "done, or stopped as asked with everything saved",
     75: "stopped as asked, but the last steps were not saved; the same command goes on",
     130: "interrupted by Ctrl-C; the same command goes on",
 }
+
+# -----------------------------------------------------------------------------------------------
+# Stages
 
 
 def pipeline(stage: str, options: Namespace) -> int:
@@ -39,13 +41,92 @@ def pipeline(stage: str, options: Namespace) -> int:
     return 0
 
 
+@verb(
+    argument(
+        "--no-evaluation",
+        action="store_true",
+        help="leaves evaluation and report to `bowstring evaluate`",
+    ),
+    takes_settings=True,
+    codes=SUPERVISED,
+)
 def run(options: Namespace) -> int:
-    """All of a run."""
+    """the main job: teacher -> trajectories -> train -> evaluate -> report; resumes
+
+    Does all of a run: trains the teacher unless there is one, samples its trajectories into
+    shards while the student already trains on them, evaluates, and writes results.json and
+    report.html. The same command again goes on where the last one stopped, also after a
+    kill; finished work is recognised.
+
+    examples:
+      bowstring run experiment=digits
+      bowstring run experiment=digits objective=bezier train.max_steps=100
+      bowstring run --multirun experiment=digits seed=0,1,2
+      bowstring run runs/digits
+    """
     return pipeline("distil" if options.no_evaluation else "run", options)
 
 
+@verb(takes_settings=True, codes=SUPERVISED)
+def pretrain(options: Namespace) -> int:
+    """one stage alone: the rectified-flow teacher
+
+    Trains the rectified-flow teacher of a run on real images, into RUN/teacher/models.
+
+    examples:
+      bowstring pretrain experiment=digits
+      bowstring pretrain runs/digits pretrain.train.log_every=50
+    """
+    return pipeline("pretrain", options)
+
+
+@verb(takes_settings=True, codes=SUPERVISED)
+def generate(options: Namespace) -> int:
+    """one stage alone: trajectory shards
+
+    Samples teacher trajectories into RUN/shards, all that the training steps will read. The
+    teacher must be there.
+
+    examples:
+      bowstring generate experiment=digits
+      bowstring generate runs/digits cluster.teachers.num_workers=4
+    """
+    return pipeline("generate", options)
+
+
+@verb(takes_settings=True, codes=SUPERVISED)
+def train(options: Namespace) -> int:
+    """one stage alone: the student
+
+    Trains the student on the shards in RUN/shards; waits for those that are still being made.
+
+    examples:
+      bowstring train experiment=digits
+      bowstring train runs/digits train.max_steps=1600
+    """
+    return pipeline("train", options)
+
+
+@verb(
+    RUN,
+    argument(
+        "settings",
+        nargs="*",
+        metavar="key=value",
+        help="what differs from the settings that the run was started with",
+    ),
+    codes=SUPERVISED,
+)
 def evaluate(options: Namespace) -> int:
-    """Evaluates a run and prints where the report is."""
+    """one stage alone: results.json and report.html
+
+    Evaluates the last verified checkpoint against its teacher; writes RUN/results.json and
+    RUN/report.html.
+
+    examples:
+      bowstring evaluate runs/digits
+      bowstring evaluate runs/digits eval.num_samples=10000 eval.nfe=[1,2,4]
+    """
     run = open_run(options.run)
     from cluster.settings.file import load_config
     from cluster.supervisor.runner import evaluate as evaluate_run
@@ -53,15 +134,8 @@ def evaluate(options: Namespace) -> int:
     return evaluate_run(load_config(run, options.settings))
 
 
-def sample(options: Namespace) -> int:
-    """Draws pictures."""
-    run = open_run(options.run)
-    from distill.sample import sample_run
-
-    path = sample_run(run, options.nfe, options.seed, options.labels, options.num, options.out)
-    picture = path.with_suffix(".png")
-    print(path, *([picture] if picture.exists() else []), sep="\n")
-    return 0
+# -----------------------------------------------------------------------------------------------
+# A student
 
 
 def labels(text: str) -> list[int]:
@@ -72,8 +146,62 @@ def labels(text: str) -> list[int]:
         raise ArgumentTypeError(f"'{text}' is not a list like 0,1,2") from None
 
 
+@verb(
+    RUN,
+    argument("--nfe", type=int, default=1, metavar="N", help="network evaluations per picture"),
+    argument("--seed", type=int, default=0, metavar="S", help="the same seed, the same noise"),
+    argument(
+        "--labels",
+        type=labels,
+        metavar="L,L,...",
+        help='classes, repeated in turn; -1 is "none" (default: drawn from the seed)',
+    ),
+    argument("--num", type=int, default=64, metavar="N", help="pictures"),
+    argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/samples)"),
+)
+def sample(options: Namespace) -> int:
+    """pictures from a trained student
+
+    Draws pictures from the last verified checkpoint: a PNG grid and an npz with the arrays.
+
+    examples:
+      bowstring sample runs/digits
+      bowstring sample runs/digits --nfe 2 --labels 0,1,2,3 --num 16
+    """
+    run = open_run(options.run)
+    from distill.sample import sample_run
+
+    path = sample_run(run, options.nfe, options.seed, options.labels, options.num, options.out)
+    picture = path.with_suffix(".png")
+    print(path, *([picture] if picture.exists() else []), sep="\n")
+    return 0
+
+
+@verb(
+    RUN,
+    argument("--format", choices=["student", "fastgen"], default="student", help="what to write"),
+    argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/student or RUN/fastgen)"),
+    argument(
+        "--average",
+        choices=["evaluation"],
+        default="evaluation",
+        help="which average of the weights",
+    ),
+)
 def export(options: Namespace) -> int:
-    """Writes the student, or its trajectories for FastGen, as files."""
+    """a student as safetensors + json, or trajectories for FastGen
+
+    Writes the student of the last verified checkpoint as model.safetensors + model.json;
+    `distill.sample.load_student(FOLDER)` opens it.
+
+    With --format fastgen: writes the best teacher's trajectories in all committed shards as
+    WebDataset shards with FastGen's keys, latent.pth noise.pth path.pth. The same command
+    again goes on where the last one stopped.
+
+    examples:
+      bowstring export runs/digits --out student
+      bowstring export runs/digits --format fastgen
+    """
     run = open_run(options.run)
     if options.format == "fastgen":
         from distill.export.fastgen import export_fastgen as write
@@ -83,8 +211,28 @@ def export(options: Namespace) -> int:
     return 0
 
 
+# -----------------------------------------------------------------------------------------------
+# A live run
+
+
+@verb(
+    argument(
+        "--dry-run", action="store_true", help="prints the scripts; submits and writes nothing"
+    ),
+    takes_settings=True,
+)
 def submit(options: Namespace) -> int:
-    """Submits the Slurm jobs of a run, or prints them."""
+    """the Slurm jobs of a run
+
+    Submits the Slurm jobs of a run, with a site's settings from cluster.slurm: the trainer,
+    a job array of teachers, and the evaluation after it. The same command again does
+    nothing while the trainer's job waits or runs; otherwise it submits what the run still
+    needs. Scripts, logs and job ids are in RUN/slurm. slurm/README.md tells the rest.
+
+    examples:
+      bowstring submit experiment=digits cluster=slurm cluster.slurm.train.partition=gpu
+      bowstring submit --config-dir ~/sites experiment=digits cluster=mysite --dry-run
+    """
     configs = read_settings(setting_words(options))
     from cluster.slurm.submit import submit as submit_run
 
@@ -93,8 +241,21 @@ def submit(options: Namespace) -> int:
     return 0
 
 
+@verb(RUN, argument("workers", type=int, metavar="N", help="teacher workers"))
 def scale(options: Namespace) -> int:
-    """Sets the number of teacher workers of a live run."""
+    """the number of teacher workers of a live run
+
+    Sets the number of teacher workers of a live run, from any shell that sees its folder.
+    The run follows within seconds. Workers that are too many finish their shard first; 0
+    pauses the production. The next start takes cluster.teachers.num_workers again.
+
+    Of a run on Slurm it also sets how many tasks of the teachers' job array run; that stays
+    until the next `submit`.
+
+    examples:
+      bowstring scale runs/digits 4
+      bowstring scale runs/digits 0
+    """
     run = open_run(options.run)
     from cluster.slurm.jobs import read_ids
     from cluster.state.lock import is_live
@@ -117,16 +278,45 @@ def scale(options: Namespace) -> int:
     return 0
 
 
+@verb(RUN)
 def stop(options: Namespace) -> int:
-    """Saves a live run and ends it."""
+    """saves a live run and ends it, its Slurm jobs too
+
+    Ends a live run at its next step; the trainer saves first. The command that started it
+    goes on from there. Of a run on Slurm it ends all jobs, from any machine that has
+    Slurm's commands; of another one the process that was started on this machine.
+
+    examples:
+      bowstring stop runs/digits
+    """
     from cluster.slurm.submit import stop as stop_run
 
     print(*stop_run(open_run(options.run)), sep="\n")
     return 0
 
 
+@verb(
+    RUN,
+    JSON,
+    argument(
+        "--watch",
+        type=float,
+        nargs="?",
+        const=2.0,
+        metavar="SECONDS",
+        help="again every SECONDS, 2 unless said, until Ctrl-C (default: once)",
+    ),
+)
 def status(options: Namespace) -> int:
-    """Shows a run's progress."""
+    """progress, speed, backlog, leases, checkpoints
+
+    Shows progress, speed, backlog, leases, disk use, quarantines and the last whole
+    checkpoint, from the run's files only.
+
+    examples:
+      bowstring status runs/digits
+      bowstring status runs/digits --watch
+    """
     run = open_run(options.run)
     from cluster.inspect.view import show
 
@@ -134,8 +324,16 @@ def status(options: Namespace) -> int:
     return 0
 
 
+@verb(RUN, JSON, codes={0: "nothing is wrong", 1: "something is lost, doubled or corrupt"})
 def verify(options: Namespace) -> int:
-    """Audits a run; 1 when anything is wrong."""
+    """proves from files that nothing is lost, doubled or corrupt
+
+    Audits shards, ledger, checkpoints and consumption from files.
+
+    examples:
+      bowstring verify runs/digits
+      bowstring verify runs/digits --json
+    """
     run = open_run(options.run)
     from cluster.inspect.verify import audit
     from cluster.inspect.view import show_audit
@@ -143,8 +341,31 @@ def verify(options: Namespace) -> int:
     return show_audit(audit(run), as_json=options.json)
 
 
+# -----------------------------------------------------------------------------------------------
+# Before a run
+
+
+@verb(
+    JSON,
+    argument(
+        "--flops",
+        type=float,
+        metavar="F",
+        help="assumed FLOP/s of one device (default: cluster.device_flops)",
+    ),
+    takes_settings=True,
+)
 def estimate(options: Namespace) -> int:
-    """Prints what a configuration will cost."""
+    """pairs, bytes, device-hours and cost, before anything runs
+
+    Says what a run will cost, before it starts: pairs, shards, bytes, network evaluations,
+    parameters, FLOP, device-hours, cost. Counts and bytes are exact; FLOP are a formula;
+    hours follow from an assumed speed per device.
+
+    examples:
+      bowstring estimate experiment=fashion
+      bowstring estimate experiment=fashion --flops 1e14 cluster.device_cost_per_hour=3
+    """
     configs = read_settings(setting_words(options))
     from cluster.plan.estimate import show
 
@@ -153,269 +374,24 @@ def estimate(options: Namespace) -> int:
     return 0
 
 
+@verb(
+    JSON,
+    argument(
+        "--dir", type=Path, default=Path("runs"), metavar="FOLDER", help="where runs will live"
+    ),
+    codes={0: "a run works here", 1: "a run would not work here"},
+)
 def doctor(options: Namespace) -> int:
-    """Checks this machine; 1 when a run could not work here."""
+    """what is installed here and what works
+
+    Says what is installed, which accelerator and collective backends work, cores, memory,
+    shared memory, free ports, and whether a file system can rename, link, lock and sync as
+    a run needs.
+
+    examples:
+      bowstring doctor
+      bowstring doctor --dir /scratch/runs --json
+    """
     from cluster.inspect.doctor import show
 
     return show(options.dir, as_json=options.json)
-
-
-# -----------------------------------------------------------------------------------------------
-# In the order of the list that `bowstring --help` prints
-
-_VERBS = (
-    Verb(
-        "run",
-        "the main job: teacher -> trajectories -> train -> evaluate -> report; resumes",
-        "Does all of a run: trains the teacher unless there is one, samples its trajectories into "
-        "shards while the student already trains on them, evaluates, and writes results.json and "
-        "report.html. The same command again goes on where the last one stopped, also after a "
-        "kill; finished work is recognised.",
-        run,
-        (
-            argument(
-                "--no-evaluation",
-                action="store_true",
-                help="leaves evaluation and report to `bowstring evaluate`",
-            ),
-        ),
-        (
-            "bowstring run experiment=digits",
-            "bowstring run experiment=digits objective=bezier train.max_steps=100",
-            "bowstring run --multirun experiment=digits seed=0,1,2",
-            "bowstring run runs/digits",
-        ),
-        takes_settings=True,
-        codes=SUPERVISED,
-    ),
-    Verb(
-        "pretrain",
-        "one stage alone: the rectified-flow teacher",
-        "Trains the rectified-flow teacher of a run on real images, into RUN/teacher/models.",
-        partial(pipeline, "pretrain"),
-        examples=(
-            "bowstring pretrain experiment=digits",
-            "bowstring pretrain runs/digits pretrain.train.log_every=50",
-        ),
-        takes_settings=True,
-        codes=SUPERVISED,
-    ),
-    Verb(
-        "generate",
-        "one stage alone: trajectory shards",
-        "Samples teacher trajectories into RUN/shards, all that the training steps will read. The "
-        "teacher must be there.",
-        partial(pipeline, "generate"),
-        examples=(
-            "bowstring generate experiment=digits",
-            "bowstring generate runs/digits cluster.teachers.num_workers=4",
-        ),
-        takes_settings=True,
-        codes=SUPERVISED,
-    ),
-    Verb(
-        "train",
-        "one stage alone: the student",
-        "Trains the student on the shards in RUN/shards; waits for those that are still being "
-        "made.",
-        partial(pipeline, "train"),
-        examples=(
-            "bowstring train experiment=digits",
-            "bowstring train runs/digits train.max_steps=1600",
-        ),
-        takes_settings=True,
-        codes=SUPERVISED,
-    ),
-    Verb(
-        "evaluate",
-        "one stage alone: results.json and report.html",
-        "Evaluates the last verified checkpoint against its teacher; writes RUN/results.json and "
-        "RUN/report.html.",
-        evaluate,
-        (
-            RUN,
-            argument(
-                "settings",
-                nargs="*",
-                metavar="key=value",
-                help="what differs from the settings that the run was started with",
-            ),
-        ),
-        (
-            "bowstring evaluate runs/digits",
-            "bowstring evaluate runs/digits eval.num_samples=10000 eval.nfe=[1,2,4]",
-        ),
-        codes=SUPERVISED,
-    ),
-    Verb(
-        "sample",
-        "pictures from a trained student",
-        "Draws pictures from the last verified checkpoint: a PNG grid and an npz with the arrays.",
-        sample,
-        (
-            RUN,
-            argument(
-                "--nfe", type=int, default=1, metavar="N", help="network evaluations per picture"
-            ),
-            argument(
-                "--seed", type=int, default=0, metavar="S", help="the same seed, the same noise"
-            ),
-            argument(
-                "--labels",
-                type=labels,
-                metavar="L,L,...",
-                help='classes, repeated in turn; -1 is "none" (default: drawn from the seed)',
-            ),
-            argument("--num", type=int, default=64, metavar="N", help="pictures"),
-            argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/samples)"),
-        ),
-        (
-            "bowstring sample runs/digits",
-            "bowstring sample runs/digits --nfe 2 --labels 0,1,2,3 --num 16",
-        ),
-    ),
-    Verb(
-        "export",
-        "a student as safetensors + json, or trajectories for FastGen",
-        "Writes the student of the last verified checkpoint as model.safetensors + model.json; "
-        "`distill.sample.load_student(FOLDER)` opens it.\n\n"
-        "With --format fastgen: writes the best teacher's trajectories in all committed shards as "
-        "WebDataset shards with FastGen's keys, latent.pth noise.pth path.pth. The same command "
-        "again goes on where the last one stopped.",
-        export,
-        (
-            RUN,
-            argument(
-                "--format", choices=["student", "fastgen"], default="student", help="what to write"
-            ),
-            argument(
-                "--out", type=Path, metavar="FOLDER", help="(default: RUN/student or RUN/fastgen)"
-            ),
-            argument(
-                "--average",
-                choices=["evaluation"],
-                default="evaluation",
-                help="which average of the weights",
-            ),
-        ),
-        (
-            "bowstring export runs/digits --out student",
-            "bowstring export runs/digits --format fastgen",
-        ),
-    ),
-    Verb(
-        "submit",
-        "the Slurm jobs of a run",
-        "Submits the Slurm jobs of a run, with a site's settings from cluster.slurm: the trainer, "
-        "a job array of teachers, and the evaluation after it. The same command again does "
-        "nothing while the trainer's job waits or runs; otherwise it submits what the run still "
-        "needs. Scripts, logs and job ids are in RUN/slurm. slurm/README.md tells the rest.",
-        submit,
-        (
-            argument(
-                "--dry-run",
-                action="store_true",
-                help="prints the scripts; submits and writes nothing",
-            ),
-        ),
-        (
-            "bowstring submit experiment=digits cluster=slurm cluster.slurm.train.partition=gpu",
-            "bowstring submit --config-dir ~/sites experiment=digits cluster=mysite --dry-run",
-        ),
-        takes_settings=True,
-    ),
-    Verb(
-        "scale",
-        "the number of teacher workers of a live run",
-        "Sets the number of teacher workers of a live run, from any shell that sees its folder. "
-        "The run follows within seconds. Workers that are too many finish their shard first; 0 "
-        "pauses the production. The next start takes cluster.teachers.num_workers again.\n\n"
-        "Of a run on Slurm it also sets how many tasks of the teachers' job array run; that stays "
-        "until the next `submit`.",
-        scale,
-        (RUN, argument("workers", type=int, metavar="N", help="teacher workers")),
-        ("bowstring scale runs/digits 4", "bowstring scale runs/digits 0"),
-    ),
-    Verb(
-        "stop",
-        "saves a live run and ends it, its Slurm jobs too",
-        "Ends a live run at its next step; the trainer saves first. The command that started it "
-        "goes on from there. Of a run on Slurm it ends all jobs, from any machine that has "
-        "Slurm's commands; of another one the process that was started on this machine.",
-        stop,
-        (RUN,),
-        ("bowstring stop runs/digits",),
-    ),
-    Verb(
-        "status",
-        "progress, speed, backlog, leases, checkpoints",
-        "Shows progress, speed, backlog, leases, disk use, quarantines and the last whole "
-        "checkpoint, from the run's files only.",
-        status,
-        (
-            RUN,
-            JSON,
-            argument(
-                "--watch",
-                type=float,
-                nargs="?",
-                const=2.0,
-                metavar="SECONDS",
-                help="again every SECONDS, 2 unless said, until Ctrl-C (default: once)",
-            ),
-        ),
-        ("bowstring status runs/digits", "bowstring status runs/digits --watch"),
-    ),
-    Verb(
-        "verify",
-        "proves from files that nothing is lost, doubled or corrupt",
-        "Audits shards, ledger, checkpoints and consumption from files.",
-        verify,
-        (RUN, JSON),
-        ("bowstring verify runs/digits", "bowstring verify runs/digits --json"),
-        codes={0: "nothing is wrong", 1: "something is lost, doubled or corrupt"},
-    ),
-    Verb(
-        "estimate",
-        "pairs, bytes, device-hours and cost, before anything runs",
-        "Says what a run will cost, before it starts: pairs, shards, bytes, network evaluations, "
-        "parameters, FLOP, device-hours, cost. Counts and bytes are exact; FLOP are a formula; "
-        "hours follow from an assumed speed per device.",
-        estimate,
-        (
-            JSON,
-            argument(
-                "--flops",
-                type=float,
-                metavar="F",
-                help="assumed FLOP/s of one device (default: cluster.device_flops)",
-            ),
-        ),
-        (
-            "bowstring estimate experiment=fashion",
-            "bowstring estimate experiment=fashion --flops 1e14 cluster.device_cost_per_hour=3",
-        ),
-        takes_settings=True,
-    ),
-    Verb(
-        "doctor",
-        "what is installed here and what works",
-        "Says what is installed, which accelerator and collective backends work, cores, memory, "
-        "shared memory, free ports, and whether a file system can rename, link, lock and sync as "
-        "a run needs.",
-        doctor,
-        (
-            JSON,
-            argument(
-                "--dir",
-                type=Path,
-                default=Path("runs"),
-                metavar="FOLDER",
-                help="where runs will live",
-            ),
-        ),
-        ("bowstring doctor", "bowstring doctor --dir /scratch/runs --json"),
-        codes={0: "a run works here", 1: "a run would not work here"},
-    ),
-)
-VERBS = {verb.name: verb for verb in _VERBS}

@@ -9,7 +9,7 @@ import pytest
 
 from cluster.cli import main as cli
 from cluster.cli.arguments import USAGE_ERROR, open_run, read_settings, setting_words
-from cluster.cli.verbs import VERBS
+from cluster.cli.main import VERBS
 from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from cluster.settings.schema import RunConfig
