@@ -31,7 +31,7 @@ from cluster.pool.messages import (
 )
 from cluster.state.evicted import read_evicted
 from distill.data.layout import state_bytes, state_offset, tar_bytes
-from distill.data.sidecar import ShardSpec, Sidecar, TeacherSpec, sidecar_path, tar_path
+from distill.data.sidecar import ShardSpec, Sidecar, TeacherSpec
 from distill.data.stores.store import committed
 from distill.run.dir import RunDir
 
@@ -148,8 +148,8 @@ def write_sidecars(run: RunDir, count: int) -> None:
     run.shards.mkdir(parents=True)
     for shard in range(count):
         if shard % 1000 != 999:
-            sidecar_path(run, shard).write_bytes(replace(one, shard=shard).to_bytes())
-            with tar_path(run, shard).open("wb") as file:
+            run.sidecar(shard).write_bytes(replace(one, shard=shard).to_bytes())
+            with run.tar(shard).open("wb") as file:
                 file.truncate(size)
 
 

@@ -25,10 +25,10 @@ from cluster.plan.stream import order_of
 from cluster.state.evicted import first_shard_read, recorded
 from distill.checkpoint.manifest import KEPT, committed_steps, verify
 from distill.data.order import Order
-from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar, shard_name
+from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
 from distill.run import events, identity
-from distill.run.dir import RunDir
+from distill.run.dir import RunDir, shard_name
 from distill.run.history import read_history
 
 

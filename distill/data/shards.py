@@ -18,7 +18,7 @@ from torch import Tensor
 from webdataset.writer import TarWriter
 
 from distill.data import layout
-from distill.data.sidecar import CorruptShard, ShardSpec, Sidecar, check_spec
+from distill.data.sidecar import CorruptShard, ShardSpec, Sidecar
 from distill.data.stores.store import ShardStore, open_store, read_sidecar
 from distill.flow.trajectory import GeneratedShard
 from distill.run.dir import RunDir
@@ -169,7 +169,7 @@ def read_shard(
     """
     store, sidecar = open_store(run), read_sidecar(run, shard)
     place = store.place(shard)
-    check_spec(place, sidecar, spec)
+    sidecar.check_spec(place, spec)
     view = memoryview(store.read_tar(sidecar))
     for index, offset in enumerate(sidecar.offsets):
         states[index] = _decode(place, sidecar, index, view[offset : offset + sidecar.member_bytes])

@@ -12,12 +12,11 @@ import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from distill.config import ConfigError, ImageSpec
 from distill.data.config import TrajectoryConfig
-from distill.run.dir import RunDir
+from distill.run.dir import shard_name
 from distill.run.records import now
 from distill.teachers.config import TeacherConfig
 
@@ -214,6 +213,40 @@ class Sidecar:
             raise ValueError(f"{found.tar_name!r} is no name of a tar")
         return found
 
+    @staticmethod
+    def parse(place: str, shard: int, data: bytes) -> "Sidecar":
+        """The sidecar of a shard from its bytes. `place` names it in messages, here and below.
+
+        Raises:
+            CorruptShard: it is not what was written, or of another shard.
+        """
+        try:
+            found = Sidecar.from_bytes(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptShard(f"sidecar of {place}: {error}") from error
+        if found.shard != shard:
+            raise MisplacedShard(f"{place}: its sidecar is of shard {found.shard}", found)
+        return found
+
+    def check_size(self, place: str, num_bytes: int) -> None:
+        """Raises CorruptShard unless `num_bytes` is the size the tar was committed with."""
+        if num_bytes != self.num_bytes:
+            raise CorruptShard(f"{place}: {num_bytes} bytes instead of {self.num_bytes}")
+
+    def check_sha256(self, place: str, sha256: str) -> None:
+        """Raises CorruptShard unless `sha256` is that of the tar that was committed."""
+        if sha256 != self.sha256:
+            raise CorruptShard(f"{place}: sha256 differs from the sidecar")
+
+    def check_spec(self, place: str, spec: ShardSpec) -> None:
+        """Raises ForeignShard unless the shard was made for `spec`."""
+        if self.spec != spec:
+            raise ForeignShard(
+                f"{place} was made for another run "
+                f"({spec.difference(self.spec)}); it is left as it is and not trained on. Move "
+                "foreign shards out of the folder, or take another run.name"
+            )
+
 
 def _tree_hash(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -243,59 +276,3 @@ class Listing:
     committed: dict[int, int]
     orphans: tuple[str, ...]
     without_tar: tuple[int, ...]
-
-
-# -----------------------------------------------------------------------------------------------
-# Names and checks
-
-
-def shard_name(shard: int) -> str:
-    """What the names of a shard's files begin with."""
-    return f"{shard:08d}"
-
-
-def tar_path(run: RunDir, shard: int) -> Path:
-    """The tar of a shard in a local folder."""
-    return run.shards / f"{shard_name(shard)}.tar"
-
-
-def sidecar_path(run: RunDir, shard: int) -> Path:
-    """The sidecar of a shard in a local folder."""
-    return run.shards / f"{shard_name(shard)}.json"
-
-
-def parse_sidecar(place: str, shard: int, data: bytes) -> Sidecar:
-    """The sidecar of shard `shard` from its bytes. `place` names it in messages, here and below.
-
-    Raises:
-        CorruptShard: it is not what was written, or of another shard.
-    """
-    try:
-        sidecar = Sidecar.from_bytes(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptShard(f"sidecar of {place}: {error}") from error
-    if sidecar.shard != shard:
-        raise MisplacedShard(f"{place}: its sidecar is of shard {sidecar.shard}", sidecar)
-    return sidecar
-
-
-def check_size(place: str, sidecar: Sidecar, num_bytes: int) -> None:
-    """Raises CorruptShard unless `num_bytes` is the size the tar was committed with."""
-    if num_bytes != sidecar.num_bytes:
-        raise CorruptShard(f"{place}: {num_bytes} bytes instead of {sidecar.num_bytes}")
-
-
-def check_sha256(place: str, sidecar: Sidecar, sha256: str) -> None:
-    """Raises CorruptShard unless `sha256` is that of the tar that was committed."""
-    if sha256 != sidecar.sha256:
-        raise CorruptShard(f"{place}: sha256 differs from the sidecar")
-
-
-def check_spec(place: str, sidecar: Sidecar, spec: ShardSpec) -> None:
-    """Raises ForeignShard unless a shard was made for `spec`."""
-    if sidecar.spec != spec:
-        raise ForeignShard(
-            f"{place} was made for another run "
-            f"({spec.difference(sidecar.spec)}); it is left as it is and not trained on. Move "
-            "foreign shards out of the folder, or take another run.name"
-        )

@@ -8,6 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
+def shard_name(shard: int) -> str:
+    """What the names of a shard's files begin with."""
+    return f"{shard:08d}"
+
+
 @dataclass(frozen=True)
 class RunDir:
     """Paths of a run below `root` (docs/formats.md).
@@ -35,6 +40,14 @@ class RunDir:
     def shards(self) -> Path:
         """Committed trajectory shards and their sidecars, where they lie in a folder."""
         return Path(self.location) if self.location else self.root / "shards"
+
+    def tar(self, shard: int) -> Path:
+        """The tar of a shard in a local folder."""
+        return self.shards / f"{shard_name(shard)}.tar"
+
+    def sidecar(self, shard: int) -> Path:
+        """The sidecar of a shard in a local folder."""
+        return self.shards / f"{shard_name(shard)}.json"
 
     @property
     def cache(self) -> Path:

@@ -17,7 +17,6 @@ from cluster.inspect.verify import audit
 from cluster.plan.stream import stream_plan
 from cluster.state.cursor import read_cursor
 from distill.checkpoint.manifest import latest_verified
-from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import committed
 from distill.run.metrics import last_step
 
@@ -83,7 +82,7 @@ def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(c
     case.kill_all()
     killed = time.time()
     for shard, (damage, _) in enumerate(DAMAGES.values(), first):
-        damage(tar_path(case.run, shard), sidecar_path(case.run, shard))
+        damage(case.run.tar(shard), case.run.sidecar(shard))
 
     case.start()
     case.finish()

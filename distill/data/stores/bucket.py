@@ -22,21 +22,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from distill.data.sidecar import (
-    SHARD_NAME,
-    TAR_NAME,
-    CorruptShard,
-    Listing,
-    Reason,
-    Sidecar,
-    check_sha256,
-    check_size,
-    check_spec,
-    parse_sidecar,
-    shard_name,
-)
+from distill.data.sidecar import SHARD_NAME, TAR_NAME, CorruptShard, Listing, Reason, Sidecar
 from distill.data.stores import cache, local, objects
-from distill.run.dir import RunDir
+from distill.run.dir import RunDir, shard_name
 from distill.run.files import STALE_S
 from distill.run.records import tree_of
 
@@ -136,19 +124,19 @@ class ObjectStore:
             content = self._cache.read(sidecar)  # another process may have had the lock before us
             if content is None:
                 content = self._objects.read(sidecar.tar_name)
-                check_size(place, sidecar, len(content))
-                check_sha256(place, sidecar, hashlib.sha256(content).hexdigest())
+                sidecar.check_size(place, len(content))
+                sidecar.check_sha256(place, hashlib.sha256(content).hexdigest())
                 self._cache.add(sidecar, content)
         return content
 
     def verify(self, sidecar: Sidecar) -> None:
         """Downloads the tar piece by piece and keeps nothing of it."""
         place, digest = self.place(sidecar.shard), hashlib.sha256()
-        check_size(place, sidecar, self._objects.size(sidecar.tar_name))
+        sidecar.check_size(place, self._objects.size(sidecar.tar_name))
         for start in range(0, sidecar.num_bytes, PIECE_BYTES):
             end = min(start + PIECE_BYTES, sidecar.num_bytes)
             digest.update(self._objects.read(sidecar.tar_name, start, end))
-        check_sha256(place, sidecar, digest.hexdigest())
+        sidecar.check_sha256(place, digest.hexdigest())
 
     # ---------------------------------------------------------------------------------------
     # Publish
@@ -186,9 +174,9 @@ class ObjectStore:
         except FileNotFoundError:
             return None
         try:
-            standing = parse_sidecar(place, shard, content)
-            check_spec(place, standing, sidecar.spec)
-            check_size(place, standing, self._objects.size(standing.tar_name))
+            standing = Sidecar.parse(place, shard, content)
+            standing.check_spec(place, sidecar.spec)
+            standing.check_size(place, self._objects.size(standing.tar_name))
         except FileNotFoundError:
             self._set_aside(shard, content, "its tar is missing")
             return None
@@ -263,6 +251,6 @@ def sidecar_name(shard: int) -> str:
 def tar_named(shard: int, sidecar: bytes) -> str:
     """The tar that a sidecar names; "" when the sidecar is damaged."""
     try:
-        return parse_sidecar("", shard, sidecar).tar_name
+        return Sidecar.parse("", shard, sidecar).tar_name
     except CorruptShard:
         return ""

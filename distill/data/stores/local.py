@@ -22,22 +22,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from distill.data.sidecar import (
-    SHARD_NAME,
-    CorruptShard,
-    Listing,
-    Reason,
-    Sidecar,
-    check_sha256,
-    check_size,
-    check_spec,
-    parse_sidecar,
-    shard_name,
-    sidecar_path,
-    tar_path,
-)
+from distill.data.sidecar import SHARD_NAME, CorruptShard, Listing, Reason, Sidecar
 from distill.run import files, records
-from distill.run.dir import RunDir
+from distill.run.dir import RunDir, shard_name
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -59,7 +46,7 @@ class LocalStore:
 
     def place(self, shard: int) -> str:
         """The path of the tar."""
-        return str(tar_path(self.run, shard))
+        return str(self.run.tar(shard))
 
     # ---------------------------------------------------------------------------------------
     # Read
@@ -87,15 +74,15 @@ class LocalStore:
 
     def has(self, shard: int) -> bool:
         """Whether a shard is committed."""
-        return sidecar_path(self.run, shard).exists() and tar_path(self.run, shard).exists()
+        return self.run.sidecar(shard).exists() and self.run.tar(shard).exists()
 
     def mark(self, shard: int) -> str:
         """The sidecar's inode."""
-        return str(sidecar_path(self.run, shard).stat().st_ino)
+        return str(self.run.sidecar(shard).stat().st_ino)
 
     def sidecar(self, shard: int) -> bytes:
         """The content of a sidecar."""
-        return sidecar_path(self.run, shard).read_bytes()
+        return self.run.sidecar(shard).read_bytes()
 
     def sidecars(self) -> Iterator[bytes]:
         """The content of every sidecar, by number."""
@@ -105,16 +92,16 @@ class LocalStore:
     def read_tar(self, sidecar: Sidecar) -> bytes:
         """The tar, read in one go."""
         place = self.place(sidecar.shard)
-        content = tar_path(self.run, sidecar.shard).read_bytes()
-        check_size(place, sidecar, len(content))
-        check_sha256(place, sidecar, hashlib.sha256(content).hexdigest())
+        content = self.run.tar(sidecar.shard).read_bytes()
+        sidecar.check_size(place, len(content))
+        sidecar.check_sha256(place, hashlib.sha256(content).hexdigest())
         return content
 
     def verify(self, sidecar: Sidecar) -> None:
         """Hashes the file piece by piece."""
-        place, path = self.place(sidecar.shard), tar_path(self.run, sidecar.shard)
-        check_size(place, sidecar, path.stat().st_size)
-        check_sha256(place, sidecar, files.sha256_file(path))
+        place, path = self.place(sidecar.shard), self.run.tar(sidecar.shard)
+        sidecar.check_size(place, path.stat().st_size)
+        sidecar.check_sha256(place, files.sha256_file(path))
 
     # ---------------------------------------------------------------------------------------
     # Publish
@@ -123,7 +110,7 @@ class LocalStore:
     def room_for(self, shard: int) -> Iterator[Path]:
         """A temporary name next to the final one."""
         self.run.shards.mkdir(parents=True, exist_ok=True)
-        temporary = files.temporary_path(tar_path(self.run, shard))
+        temporary = files.temporary_path(self.run.tar(shard))
         try:
             yield temporary
         finally:
@@ -136,7 +123,7 @@ class LocalStore:
             standing = self._standing(sidecar)
             if standing is not None:
                 return standing
-            tar, record = tar_path(self.run, sidecar.shard), sidecar_path(self.run, sidecar.shard)
+            tar, record = self.run.tar(sidecar.shard), self.run.sidecar(sidecar.shard)
             try:
                 _claim(written, tar)
             except FileExistsError:
@@ -158,17 +145,17 @@ class LocalStore:
         return sidecar
 
     def _read_sidecar(self, shard: int) -> Sidecar:
-        return parse_sidecar(self.place(shard), shard, self.sidecar(shard))
+        return Sidecar.parse(self.place(shard), shard, self.sidecar(shard))
 
     def _standing(self, sidecar: Sidecar) -> Sidecar | None:
         """The committed sidecar in this shard's place. One that cannot be right is set aside."""
         shard, place = sidecar.shard, self.place(sidecar.shard)
         try:
             standing = self._read_sidecar(shard)
-            check_spec(place, standing, sidecar.spec)
-            check_size(place, standing, tar_path(self.run, shard).stat().st_size)
+            standing.check_spec(place, sidecar.spec)
+            standing.check_size(place, self.run.tar(shard).stat().st_size)
         except FileNotFoundError:
-            if sidecar_path(self.run, shard).exists():
+            if self.run.sidecar(shard).exists():
                 self._set_aside(shard, "its tar is missing")
             return None
         except CorruptShard as error:
@@ -196,7 +183,7 @@ class LocalStore:
         files.write_json(
             folder / f"{shard_name(shard)}.reason.json", records.tree_of(Reason(shard, reason))
         )
-        for path in (sidecar_path(self.run, shard), tar_path(self.run, shard)):
+        for path in (self.run.sidecar(shard), self.run.tar(shard)):
             if path.exists():
                 path.rename(folder / path.name)
                 files.sync_directory(self.run.shards)
@@ -210,7 +197,7 @@ class LocalStore:
     def delete_tars(self, shards: Iterable[int]) -> None:
         """Deletes one tar after the other."""
         for shard in shards:
-            tar_path(self.run, shard).unlink(missing_ok=True)
+            self.run.tar(shard).unlink(missing_ok=True)
 
     def clear(self) -> list[str]:
         """Removes temporary files whose producer is dead."""

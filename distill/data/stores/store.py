@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-from distill.data.sidecar import Listing, Sidecar, parse_sidecar
+from distill.data.sidecar import Listing, Sidecar
 from distill.data.stores.local import LocalStore
 from distill.run.dir import RunDir
 
@@ -119,7 +119,7 @@ def read_sidecar(run: RunDir, shard: int) -> Sidecar:
         CorruptShard: it is not what was written.
     """
     store = open_store(run)
-    return parse_sidecar(store.place(shard), shard, store.sidecar(shard))
+    return Sidecar.parse(store.place(shard), shard, store.sidecar(shard))
 
 
 def verify_shard(run: RunDir, shard: int) -> Sidecar:

@@ -14,7 +14,6 @@ from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from cluster.settings.schema import RunConfig
 from distill.config import ConfigError
-from distill.data.sidecar import tar_path
 from distill.run.dir import RunDir
 from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
 
@@ -195,7 +194,7 @@ def test_trajectories_are_exported_for_fastgen(in_empty_folder):
     done = bowstring("export", "runs/tiny", "--format", "fastgen")
     assert (done.returncode, done.stdout) == (0, "runs/tiny/fastgen\n"), done.stderr
     assert (run.root / "fastgen/00000000.tar").exists()
-    os.truncate(tar_path(run, 0), 1000)
+    os.truncate(run.tar(0), 1000)
     bad = bowstring("export", "runs/tiny", "--format=fastgen", "--out", "other")
     assert bad.returncode == 1 and len(bad.stderr.splitlines()) == 1
     assert bad.stderr.startswith("error: runs/tiny/shards/00000000.tar: 1000 bytes instead of")

@@ -25,7 +25,7 @@ from cluster.inspect.view import render, show_audit
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from cluster.state.evicted import evict
-from distill.data.sidecar import Reason, tar_path
+from distill.data.sidecar import Reason
 from distill.report.cost import goodput
 from distill.run.dir import RunDir
 from distill.run.events import (
@@ -254,7 +254,7 @@ def test_evicted_shards_count_and_are_told(run):
     evict(run, (0, 1), step=4)
     found = status(run)["shards"]
     assert (found["committed"], found["evicted"]) == (3, 2)
-    assert found["bytes"] == tar_path(run, 2).stat().st_size
+    assert found["bytes"] == run.tar(2).stat().st_size
     assert "2 of them deleted for room" in shown(status(run))
 
 

@@ -15,7 +15,6 @@ from cluster.state.evicted import evict
 from distill.checkpoint.manifest import KEPT
 from distill.config import ConfigError
 from distill.data.order import Order
-from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import open_store
 from distill.run.dir import RunDir
 from distill.run.events import Commit, MakeAgain, Quarantine, Resume, Save, Steps, append
@@ -73,7 +72,7 @@ def test_a_run_that_has_not_begun(tmp_path):
 
 def test_missing_shard(run):
     """Five steps need three blocks, that is shards 0-5."""
-    for path in (tar_path(run, 4), sidecar_path(run, 4)):
+    for path in (run.tar(4), run.sidecar(4)):
         path.unlink()
     found = audit(run)
     assert not found["ok"] and found["missing"] == [{"shard": 4, "first_id": 16, "last_id": 19}]
@@ -108,7 +107,7 @@ def test_an_evicted_shard_is_proven_by_its_sidecar_and_the_events(run):
     """Checkpoint 2 is the oldest; it stands at the second block, shards 2 and 3."""
     digest = audit(run)["consumed_sha256"]
     evict(run, (0, 1), step=2)
-    assert not tar_path(run, 0).exists() and sidecar_path(run, 0).exists()
+    assert not run.tar(0).exists() and run.sidecar(0).exists()
     found = audit(run)
     assert found["ok"], found
     assert (found["shards"], found["samples"], found["evicted"]) == (6, 24, 2)
@@ -124,7 +123,7 @@ def test_a_shard_that_a_checkpoint_reads_must_not_be_evicted(run):
 
 def test_an_eviction_without_event_or_sidecar_is_a_loss(run):
     evict(run, (0, 1), step=2)
-    sidecar_path(run, 1).unlink()
+    run.sidecar(1).unlink()
     found = audit(run)
     assert not found["ok"] and [entry["shard"] for entry in found["missing"]] == [1]
     run.events.write_text("".join(line for line in run.events.open() if '"evict"' not in line))
@@ -134,14 +133,14 @@ def test_an_eviction_without_event_or_sidecar_is_a_loss(run):
 
 def test_a_sidecar_of_an_evicted_shard_is_checked(run):
     evict(run, (0, 1), step=2)
-    text = sidecar_path(run, 1).read_text()
-    sidecar_path(run, 1).write_text(text.replace('"nfe": 4', '"nfe": 5'))
+    text = run.sidecar(1).read_text()
+    run.sidecar(1).write_text(text.replace('"nfe": 4', '"nfe": 5'))
     assert [entry["shard"] for entry in audit(run)["corrupt"]] == [1]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "sidecar", "no tar"])
 def test_corrupt_shard(run, damage):
-    path = sidecar_path(run, 2) if damage == "sidecar" else tar_path(run, 2)
+    path = run.sidecar(2) if damage == "sidecar" else run.tar(2)
     content = bytearray(path.read_bytes())
     content[300] ^= 1
     if damage == "no tar":
@@ -154,7 +153,7 @@ def test_corrupt_shard(run, damage):
 
 
 def test_copied_shard_is_a_duplicate(run):
-    for path in (tar_path, sidecar_path):
+    for path in (RunDir.tar, RunDir.sidecar):
         shutil.copy(path(run, 2), path(run, 8))
     found = audit(run)
     assert not found["ok"]
@@ -163,7 +162,7 @@ def test_copied_shard_is_a_duplicate(run):
 
 @pytest.mark.parametrize("other", [{"grid": 4}, {"seed": 4}])
 def test_shard_of_another_run(run, other):
-    for path in (tar_path(run, 3), sidecar_path(run, 3)):
+    for path in (run.tar(3), run.sidecar(3)):
         path.unlink()
     write_tiny_shards(run, tiny_spec(**other), [3])
     found = audit(run)

@@ -10,7 +10,7 @@ from cluster.plan.estimate import estimate, teacher_forwards
 from cluster.plan.stream import stream_plan
 from cluster.settings.hydra import compose
 from distill.data.shards import write_shard
-from distill.data.sidecar import shard_spec, sidecar_path
+from distill.data.sidecar import shard_spec
 from distill.evaluation.evaluate import evaluate
 from distill.flow.trajectory import GeneratedShard
 from distill.networks.dit import DiT
@@ -111,7 +111,7 @@ def test_shard_bytes_are_those_of_a_real_shard(overrides, tmp_path):
     )
     run = RunDir(tmp_path)
     written = write_shard(run, spec, 0, generated, seconds=0.0, producer="test")
-    plan, sidecar = stream_plan(config), sidecar_path(run, 0).stat().st_size
+    plan, sidecar = stream_plan(config), run.sidecar(0).stat().st_size
     assert plan.shard_bytes == written.num_bytes
     assert plan.sample_bytes == pytest.approx((written.num_bytes + sidecar) / num, rel=0.01)
 

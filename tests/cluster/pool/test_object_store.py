@@ -21,7 +21,6 @@ from cluster.state.identity import identity_of
 from distill.config import ConfigError
 from distill.data.generate import generate_shard
 from distill.data.shards import write_shard
-from distill.data.sidecar import tar_path
 from distill.data.stores import bucket as object_store
 from distill.data.stores.objects import Objects
 from distill.data.stores.store import committed, open_store, read_sidecar
@@ -151,7 +150,7 @@ def test_shards_of_a_killed_run_in_s3_are_those_of_a_local_one(
     twin = local_twin(config, spec, tmp_path / "twin")
     for shard in range(planned):
         tar = Objects(run.location).read(read_sidecar(run, shard).tar_name)
-        assert tar == tar_path(twin, shard).read_bytes()
+        assert tar == twin.tar(shard).read_bytes()
     order, trajectory = stream_order(config), config.trajectory
     streams = [
         TrajectoryStream(place, spec, trajectory, order, 0, 1, [1.0], lambda: False)

@@ -25,7 +25,7 @@ from cluster.state.cursor import Position
 from cluster.state.done import view_of
 from cluster.state.workers import read_target, write_target
 from distill.config import ConfigError
-from distill.data.sidecar import shard_spec, sidecar_path
+from distill.data.sidecar import shard_spec
 from distill.run.dir import RunDir
 from distill.run.files import read_lines, write_json
 from distill.run.history import read_history
@@ -315,7 +315,7 @@ def test_a_shard_that_a_listing_lacks_is_looked_for_by_name(ray, tmp_path, monke
     monkeypatch.setattr(pool_module, "committed", lambda run: {})
     pool._scan()
     assert list(pool.coordinator.committed) == [0]
-    sidecar_path(pool.run, 0).unlink()
+    pool.run.sidecar(0).unlink()
     pool._scan()
     assert list(pool.coordinator.committed) == []
 

@@ -19,7 +19,6 @@ from cluster.state.evicted import (
 from cluster.state.room import check_room, room_for_training
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
-from distill.data.sidecar import sidecar_path, tar_path
 from distill.data.stores.store import committed
 from distill.run.dir import RunDir
 from distill.run.files import read_lines
@@ -46,14 +45,14 @@ def test_evicted_shards_lose_their_bytes_and_keep_their_sidecars(run):
     evict(run, (2,), step=8)
     found = committed(run)
     assert sorted(found) == [3, 4, 5] and read_evicted(run, found) == {0, 1, 2}
-    assert [sidecar_path(run, n).exists() for n in range(3)] == [True] * 3
+    assert [run.sidecar(n).exists() for n in range(3)] == [True] * 3
     assert [e["shards"] for e in read_lines(run.events) if e["kind"] == "evict"] == [[0, 1], [2]]
 
 
 def test_a_kill_between_record_and_deletion_leaves_a_shard_that_is_there(run):
-    content = tar_path(run, 0).read_bytes()
+    content = run.tar(0).read_bytes()
     evict(run, (0, 1), step=4)
-    tar_path(run, 0).write_bytes(content)
+    run.tar(0).write_bytes(content)
     assert read_evicted(run, committed(run)) == {1}
 
 
@@ -109,7 +108,7 @@ def test_evicted_shards_count_as_made(run, tmp_path):
     assert stream_plan(config).shards == 6 and view_of(config).has_all_shards
     evict(run, (0, 1), step=12)
     assert view_of(config).has_all_shards
-    tar_path(run, 2).unlink()
+    run.tar(2).unlink()
     assert not view_of(config).has_all_shards
 
 

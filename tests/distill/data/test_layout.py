@@ -10,7 +10,6 @@ import webdataset
 
 from distill.data.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
 from distill.data.shards import write_shard
-from distill.data.sidecar import sidecar_path, tar_path
 from distill.run.dir import RunDir
 from distill.testing import tiny_shard, tiny_spec
 
@@ -33,8 +32,8 @@ def test_sizes_are_known_before_anything_is_written(run, dtype, store_noise, ima
             times=times,
         )
         sidecar = write_shard(run, spec, count, tiny_shard(spec, count), 1.5, "host-1234")
-        size = tar_path(run, count).stat().st_size
-        whole = size + sidecar_path(run, count).stat().st_size
+        size = run.tar(count).stat().st_size
+        whole = size + run.sidecar(count).stat().st_size
         assert tar_bytes(spec) == size == sidecar.num_bytes
         assert sidecar.member_bytes == state_bytes(spec)
         assert tar_bytes(spec) + sidecar_bytes(spec, count) == pytest.approx(whole, rel=0.01)
@@ -53,7 +52,7 @@ def test_the_bytes_are_those_of_webdatasets_own_writer(run, dtype):
         meta = {"id": int(index), "label": int(label), "dtype": dtype}
         writer.write({"__key__": f"{index:012d}", "meta.json": meta, "states.npy": array})
     writer.close()
-    assert tar_path(run, 123456).read_bytes() == plain.getvalue()
+    assert run.tar(123456).read_bytes() == plain.getvalue()
 
 
 def test_header_is_numpys():

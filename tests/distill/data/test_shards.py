@@ -19,7 +19,7 @@ import webdataset
 from distill.data import sidecar as ledger
 from distill.data.layout import stored_dtype
 from distill.data.shards import as_tensor, read_shard, write_shard
-from distill.data.sidecar import CorruptShard, ForeignShard, Sidecar, sidecar_path, tar_path
+from distill.data.sidecar import CorruptShard, ForeignShard, Sidecar
 from distill.data.stores.store import committed, open_store, read_sidecar, verify_shard
 from distill.run.dir import RunDir
 from distill.run.files import clean_temporaries, temporary_path
@@ -59,14 +59,14 @@ def test_round_trip_is_bit_exact(run, dtype, store_noise):
     assert torch.equal(as_tensor(spec, states), expected) and np.array_equal(labels, made.labels)
     assert verify_shard(run, 5) == read_sidecar(run, 5) == sidecar
     assert names(run) == ["00000005.json", "00000005.tar"]
-    assert committed(run) == {5: tar_path(run, 5).stat().st_size}
+    assert committed(run) == {5: run.tar(5).stat().st_size}
 
 
 def test_opens_with_plain_webdataset(run):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [2])
     made = tiny_shard(spec, 2)
-    pipeline = webdataset.WebDataset(str(tar_path(run, 2)), shardshuffle=False).decode()
+    pipeline = webdataset.WebDataset(str(run.tar(2)), shardshuffle=False).decode()
     samples = list(pipeline)
     assert [sample["__key__"] for sample in samples] == [f"{i:012d}" for i in made.ids]
     for index, sample in enumerate(samples):
@@ -92,7 +92,7 @@ def test_the_five_lines_of_the_documentation_read_a_shard(run, dtype):
     body = reader.rstrip() + "\n" + "".join(f"    {line}\n" for line in bits.splitlines())
     body += "    found.append((states, label))\n"
     found = []
-    path = str(tar_path(run, 0))
+    path = str(run.tar(0))
     exec(body.replace("runs/digits/shards/00000000.tar", path), {"found": found})
     made = tiny_shard(spec, 0)
     expected = made.states.to(getattr(torch, dtype)).float().numpy()
@@ -111,12 +111,12 @@ def test_bfloat16_holds_what_float16_cannot(run):
 def test_sidecar_says_what_the_format_promises(run):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [1])
-    tree = json.loads(sidecar_path(run, 1).read_text())
+    tree = json.loads(run.sidecar(1).read_text())
     assert (tree["count"], tree["first_id"], tree["last_id"]) == (4, 4, 7)
     assert tree["spec"]["times"] == [0.0, 0.5, 1.0] and tree["spec"]["dtype"] == "float16"
     assert tree["spec"]["teachers"][1]["fingerprint"] == 64 * "1"
     assert (tree["nfe"], tree["seconds"], tree["producer"]) == (4, 1.5, "test")
-    with tarfile.open(tar_path(run, 1)) as tar:
+    with tarfile.open(run.tar(1)) as tar:
         offsets = [m.offset_data for m in tar.getmembers() if m.name.endswith("states.npy")]
     assert tree["offsets"] == offsets
 
@@ -125,7 +125,7 @@ def test_two_producers_write_the_same_bytes(run, tmp_path):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [3])
     write_tiny_shards(RunDir(tmp_path / "other"), spec, [3])
-    assert tar_path(run, 3).read_bytes() == tar_path(RunDir(tmp_path / "other"), 3).read_bytes()
+    assert run.tar(3).read_bytes() == RunDir(tmp_path / "other").tar(3).read_bytes()
 
 
 # -----------------------------------------------------------------------------------------------
@@ -135,11 +135,11 @@ def test_two_producers_write_the_same_bytes(run, tmp_path):
 def test_second_to_finish_drops_its_own(run):
     spec = tiny_spec()
     first = write_shard(run, spec, 0, tiny_shard(spec, 0), 1.0, "first")
-    before = tar_path(run, 0).read_bytes()
+    before = run.tar(0).read_bytes()
     other = tiny_shard(spec, 0)
     other.states[0, 0, 1] += 1  # as rounding on other hardware would
     assert write_shard(run, spec, 0, other, 2.0, "second") == first
-    assert tar_path(run, 0).read_bytes() == before
+    assert run.tar(0).read_bytes() == before
     assert names(run) == ["00000000.json", "00000000.tar"]
 
 
@@ -147,15 +147,15 @@ def test_second_to_finish_drops_its_own(run):
 def test_orphan_tar_is_kept_if_equal_and_replaced_if_not(run, damage):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [0])
-    sidecar_path(run, 0).unlink()
-    whole = tar_path(run, 0).read_bytes()
+    run.sidecar(0).unlink()
+    whole = run.tar(0).read_bytes()
     content = {"same": whole, "cut": whole[:700], "other": bytes(len(whole))}[damage]
-    tar_path(run, 0).write_bytes(content)
-    inode = tar_path(run, 0).stat().st_ino
+    run.tar(0).write_bytes(content)
+    inode = run.tar(0).stat().st_ino
     assert committed(run) == {}
     write_tiny_shards(run, spec, [0])
     verify_shard(run, 0)
-    assert (tar_path(run, 0).stat().st_ino == inode) == (damage == "same")
+    assert (run.tar(0).stat().st_ino == inode) == (damage == "same")
 
 
 def test_works_without_hard_links(run, monkeypatch):
@@ -166,7 +166,7 @@ def test_works_without_hard_links(run, monkeypatch):
     spec = tiny_spec()
     first = write_shard(run, spec, 0, tiny_shard(spec, 0), 1.0, "first")
     assert write_shard(run, spec, 0, tiny_shard(spec, 0), 2.0, "second") == first
-    sidecar_path(run, 0).unlink()
+    run.sidecar(0).unlink()
     write_tiny_shards(run, spec, [0])
     verify_shard(run, 0)
     assert names(run) == ["00000000.json", "00000000.tar"]
@@ -177,11 +177,11 @@ def test_a_commit_that_cannot_be_right_does_not_block_its_place(run, damage):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [0])
     if damage == "tar missing":
-        tar_path(run, 0).unlink()
+        run.tar(0).unlink()
     elif damage == "tar short":
-        os.truncate(tar_path(run, 0), 1000)
+        os.truncate(run.tar(0), 1000)
     else:
-        os.truncate(sidecar_path(run, 0), 100)
+        os.truncate(run.sidecar(0), 100)
     write_tiny_shards(run, spec, [0])
     verify_shard(run, 0)
     assert len(list(run.quarantine.glob("*/00000000.json"))) == 1
@@ -189,14 +189,14 @@ def test_a_commit_that_cannot_be_right_does_not_block_its_place(run, damage):
 
 def test_shard_of_another_run_is_refused_and_left(run):
     write_tiny_shards(run, tiny_spec(grid=2), [0])
-    before = tar_path(run, 0).read_bytes()
+    before = run.tar(0).read_bytes()
     other = tiny_spec(grid=4)
     sentence = r"times: \[0.0, 0.5, 1.0\] instead of \[0.0, 0.25, 0.5, 0.75, 1.0\]"
     with pytest.raises(ForeignShard, match=sentence):
         read(run, other, 0)
     with pytest.raises(ForeignShard, match=sentence):
         write_tiny_shards(run, other, [0])
-    assert tar_path(run, 0).read_bytes() == before and not run.quarantine.exists()
+    assert run.tar(0).read_bytes() == before and not run.quarantine.exists()
 
 
 # Dies by SIGKILL at its n-th write, flush or link, for n = 1, 2, .. until it commits.
@@ -253,7 +253,7 @@ def test_kill_9_anywhere_in_a_write_is_invisible(tmp_path):
 
 def test_temporaries_of_live_producers_stay(run):
     write_tiny_shards(run, tiny_spec(), [0])
-    ours = temporary_path(tar_path(run, 1))
+    ours = temporary_path(run.tar(1))
     elsewhere = run.shards / ".00000001.tar.tmp-some-host-1-0123abcd"
     forgotten = run.shards / ".00000002.tar.tmp-some-host-1-0123abcd"
     for path in (ours, elsewhere, forgotten):
@@ -269,13 +269,13 @@ def test_temporaries_of_live_producers_stay(run):
 
 def cut_points(run) -> dict[str, int]:
     """Lengths at which a cut tar still looks like a tar to some readers."""
-    with tarfile.open(tar_path(run, 0)) as tar:
+    with tarfile.open(run.tar(0)) as tar:
         members = tar.getmembers()
     return {
         "member border": members[2].offset,
         "header": members[3].offset + 100,
         "data": members[3].offset_data + 50,
-        "end": tar_path(run, 0).stat().st_size - 1,
+        "end": run.tar(0).stat().st_size - 1,
         "empty": 0,
     }
 
@@ -284,7 +284,7 @@ def cut_points(run) -> dict[str, int]:
 def test_truncation_is_found(run, where):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [0])
-    os.truncate(tar_path(run, 0), cut_points(run)[where])
+    os.truncate(run.tar(0), cut_points(run)[where])
     with pytest.raises(CorruptShard, match="bytes instead of"):
         verify_shard(run, 0)
     with pytest.raises(CorruptShard, match="bytes instead of"):
@@ -294,7 +294,7 @@ def test_truncation_is_found(run, where):
 def test_any_flipped_byte_is_found(run):
     spec = tiny_spec()
     write_tiny_shards(run, spec, [0])
-    for path, step in ((tar_path(run, 0), 997), (sidecar_path(run, 0), 37)):
+    for path, step in ((run.tar(0), 997), (run.sidecar(0), 37)):
         whole = path.read_bytes()
         for place in range(0, len(whole), step):
             flipped = bytearray(whole)
@@ -324,7 +324,7 @@ def test_quarantine_moves_and_tells_the_reason(run):
 
 def test_sidecar_of_another_shard_is_corrupt(run):
     write_tiny_shards(run, tiny_spec(), [0])
-    for path in (tar_path, sidecar_path):
+    for path in (RunDir.tar, RunDir.sidecar):
         path(run, 4).write_bytes(path(run, 0).read_bytes())
     with pytest.raises(ledger.MisplacedShard, match="shard 0"):
         verify_shard(run, 4)
@@ -333,7 +333,7 @@ def test_sidecar_of_another_shard_is_corrupt(run):
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b"\xff\xfe", b'{"format": 1}'])
 def test_nonsense_is_not_a_sidecar(run, content):
     write_tiny_shards(run, tiny_spec(), [0])
-    sidecar_path(run, 0).write_bytes(content)
+    run.sidecar(0).write_bytes(content)
     with pytest.raises(CorruptShard):
         read_sidecar(run, 0)
 

@@ -12,7 +12,7 @@ from distill.config import ConfigError, ImageSpec
 from distill.data import stream as stream_module
 from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
-from distill.data.sidecar import ForeignShard, ShardSpec, shard_spec, tar_path
+from distill.data.sidecar import ForeignShard, ShardSpec, shard_spec
 from distill.data.stores.store import committed
 from distill.data.stream import StreamError, TrajectoryStream
 from distill.flow.noise import sample_noise
@@ -141,7 +141,7 @@ def test_the_next_block_is_loaded_while_this_one_is_read(run):
     stream.read(0)
     stream._loading[1].join(10)
     for shard in range(6):
-        tar_path(run, shard).unlink()
+        run.tar(shard).unlink()
     waited = stream.wait_s
     for step in range(4):
         stream.read(step)
@@ -227,9 +227,9 @@ def test_a_stop_ends_a_wait_and_no_batch_that_is_there(run):
 def test_a_bad_shard_is_set_aside_made_again_and_then_read(run, damage):
     spec = tiny_spec()
     write_tiny_shards(run, spec, range(3))
-    content = bytearray(tar_path(run, 1).read_bytes())
+    content = bytearray(run.tar(1).read_bytes())
     content[2000] ^= 1
-    tar_path(run, 1).write_bytes(content if damage == "flip" else content[:3072])
+    run.tar(1).write_bytes(content if damage == "flip" else content[:3072])
     expected = open_stream(RunDir(run.root.parent / "good"), spec)
     write_tiny_shards(RunDir(run.root.parent / "good"), spec, range(3))
 

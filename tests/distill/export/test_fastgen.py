@@ -14,7 +14,7 @@ import torch
 import webdataset
 
 from distill.config import ConfigError
-from distill.data.sidecar import CorruptShard, tar_path
+from distill.data.sidecar import CorruptShard
 from distill.export.fastgen import export_fastgen
 from distill.flow.noise import sample_noise
 from distill.run.dir import RunDir
@@ -126,9 +126,9 @@ def test_twice_gives_the_same_bytes(run):
 
 def test_a_bad_shard_is_named_and_not_exported(run):
     write_tiny_shards(run, tiny_spec(), [0])
-    content = bytearray(tar_path(run, 0).read_bytes())
+    content = bytearray(run.tar(0).read_bytes())
     content[2000] ^= 1
-    tar_path(run, 0).write_bytes(content)
+    run.tar(0).write_bytes(content)
     with pytest.raises(CorruptShard, match=r"00000000.tar: sha256 differs"):
         export_fastgen(run, run.root / "out")
     assert [path.name for path in (run.root / "out").iterdir()] == ["index.json"]

@@ -20,7 +20,7 @@ from distill.data.config import TrajectoryConfig
 from distill.data.layout import stored_dtype
 from distill.data.order import Order
 from distill.data.shards import read_shard, write_shard
-from distill.data.sidecar import CorruptShard, ForeignShard, MisplacedShard, tar_path
+from distill.data.sidecar import CorruptShard, ForeignShard, MisplacedShard
 from distill.data.stores import bucket as object_store
 from distill.data.stores import cache as shard_cache
 from distill.data.stores.objects import Objects
@@ -92,7 +92,7 @@ def test_the_tar_is_that_of_a_local_folder(run, local, dtype, tmp_path):
     sidecar = write_shard(run, spec, 5, made, 1.5, "test")
     write_shard(local, spec, 5, made, 1.5, "test")
     content = objects(run).read(sidecar.tar)
-    assert content == tar_path(local, 5).read_bytes()
+    assert content == local.tar(5).read_bytes()
     assert verify_shard(run, 5) == read_sidecar(run, 5) == sidecar
     assert json.loads(objects(run).read("00000005.json"))["tar"] == sidecar.tar
     assert committed(run) == committed(local) and is_committed(run, 5) and not is_committed(run, 4)
@@ -174,7 +174,7 @@ def test_of_producers_that_finish_together_one_stands_and_is_whole(run):
         made.states[0, 0, 1] += number
         alone = RunDir(run.root / str(number))
         sidecar = write_shard(alone, spec, 0, made, 1.0, f"producer {number}")
-        stands.append(store.publish(sidecar, tar_path(alone, 0)))
+        stands.append(store.publish(sidecar, alone.tar(0)))
 
     threads = [threading.Thread(target=produce, args=(number,)) for number in range(count)]
     for thread in threads:
