@@ -23,23 +23,7 @@ from torch.nn import functional as F
 from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer import partition
 from distill.config import ConfigError, TrainConfig
-from distill.engine.ema import Average
-from distill.engine.engine import (
-    EVALUATION,
-    EXP_AVG,
-    EXP_AVG_SQ,
-    MASTER,
-    TARGET,
-    Fragment,
-    FragmentReader,
-    Peers,
-    average_kind,
-    empty_adam_state,
-    frozen_copy,
-    is_gradient_finite,
-    last_layer_gradients,
-    new_optimizer,
-)
+from distill.engine import ema, engine
 from distill.networks.compiled import compiled
 from distill.networks.layers import AbstractNetwork
 
@@ -122,12 +106,14 @@ class DeepSpeedEngine:
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
         self._peers, self.device = partition.GroupPeers(device), device
         self.rank, self.world_size = self._peers.rank, self._peers.world_size
-        self.background: Peers = partition.background_peers() if config.save_async else self._peers
+        self.background: engine.Peers = (
+            partition.background_peers() if config.save_async else self._peers
+        )
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
         # The frozen copy is taken before DeepSpeed hangs hooks on the module.
-        copy = frozen_copy(network).to(self._dtype)
+        copy = engine.frozen_copy(network).to(self._dtype)
         self._network = network
         self._call = compiled(network) if config.compile else network
         self._params = {n: p for n, p in network.named_parameters() if p.requires_grad}
@@ -136,29 +122,31 @@ class DeepSpeedEngine:
         self._engine, self._zero = self._initialize()
         self._partition, self._copies = self._lay_out(copy)
         masters = self._partition.masters
-        self._adam_state = [empty_adam_state(master) for master in masters]
+        self._adam_state = [engine.empty_adam_state(master) for master in masters]
         for master, state in zip(masters, self._adam_state, strict=True):
             self._zero.optimizer.state[master] = state
         for piece in self._partition.pieces:  # DeepSpeed made them from rounded weights
             whole = weights[piece.name].flatten()
             piece.of(masters).copy_(whole.narrow(0, piece.start, piece.length))
         self._averages = {
-            TARGET: Average(config.ema_target, masters),
-            EVALUATION: Average(config.ema_evaluation, masters),
+            engine.TARGET: ema.Average(config.ema_target, masters),
+            engine.EVALUATION: ema.Average(config.ema_evaluation, masters),
         }
         # All that a checkpoint holds, by kind of fragment.
-        self._state = {MASTER: masters}
-        self._state |= {key: [s[key] for s in self._adam_state] for key in (EXP_AVG, EXP_AVG_SQ)}
-        self._state |= {average_kind(k): a.values for k, a in self._averages.items()}
+        self._state = {engine.MASTER: masters}
+        self._state |= {
+            key: [s[key] for s in self._adam_state] for key in (engine.EXP_AVG, engine.EXP_AVG_SQ)
+        }
+        self._state |= {engine.average_kind(k): a.values for k, a in self._averages.items()}
         self.overflowed = False
 
     def _initialize(self) -> tuple[Any, Any]:
         """DeepSpeed's engine and optimizer."""
         if self._config.precision == "fp16" and not deepspeed.get_accelerator().is_fp16_supported():
             raise ConfigError("train.precision=fp16 does not work on this device; set bf16 or fp32")
-        optimizer = new_optimizer(self._network, self._config)
+        optimizer = engine.new_optimizer(self._network, self._config)
         numel = sum(param.numel() for param in self._params.values())
-        engine, zero, _, _ = deepspeed.initialize(
+        wrapped, zero, _, _ = deepspeed.initialize(
             model=_LossModule(self._network),
             optimizer=optimizer,
             config=deepspeed_config(self._config, self.world_size, numel),
@@ -166,13 +154,17 @@ class DeepSpeedEngine:
         )
         deepspeed.utils.groups.mpu = None  # it would hold for the next engine too
         zero.loss_scaler.raise_error_at_min_scale = False  # the loop finds out what is wrong
-        return engine, zero
+        return wrapped, zero
 
     def _lay_out(
         self, copy: AbstractNetwork
     ) -> tuple[partition.Partition, dict[str, partition.FrozenCopy]]:
         """Where the state lies, and a network for every kind of it that may be called."""
-        kinds = (MASTER, average_kind(TARGET), average_kind(EVALUATION))
+        kinds = (
+            engine.MASTER,
+            engine.average_kind(engine.TARGET),
+            engine.average_kind(engine.EVALUATION),
+        )
         if self._stage == 3:
             parts = partition.ParameterPartition(self._zero, self._params, self.device)
             return parts, {kind: partition.PassingCopy(deepcopy(copy), parts) for kind in kinds}
@@ -194,14 +186,14 @@ class DeepSpeedEngine:
         if self._stage == 3 and not torch.is_grad_enabled():
             # What DeepSpeed puts into a layer has no forward mode, and nothing here needs it.
             with _plain_linear():
-                return self._frozen(MASTER, x, t, s, label)
+                return self._frozen(engine.MASTER, x, t, s, label)
         return self._call(x.to(self._dtype), t, s, label).float()
 
     def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._frozen(average_kind(TARGET), x, t, s, label)
+        return self._frozen(engine.average_kind(engine.TARGET), x, t, s, label)
 
     def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._frozen(average_kind(EVALUATION), x, t, s, label)
+        return self._frozen(engine.average_kind(engine.EVALUATION), x, t, s, label)
 
     def _frozen(self, kind: str, x: Tensor, *rest: Tensor) -> Tensor:
         """u with the weights of `kind`. Collective: every rank calls it at the same places."""
@@ -224,13 +216,13 @@ class DeepSpeedEngine:
 
     def gradient_norms(self, losses: list[Tensor]) -> Tensor:
         with self._extra_pass():
-            grads = last_layer_gradients(self._network, losses)
+            grads = engine.last_layer_gradients(self._network, losses)
         dist.all_reduce(grads)
         return (grads / self.world_size).norm(dim=1)
 
     def has_finite_gradient(self, loss: Tensor) -> bool:
         with self._extra_pass():
-            return is_gradient_finite(loss, self._params.values())
+            return engine.is_gradient_finite(loss, self._params.values())
 
     def step(self, step: int, lr: float) -> float:
         for group in self._zero.param_groups:
@@ -246,14 +238,14 @@ class DeepSpeedEngine:
             self._forget_copies()
         return norm
 
-    def fragments(self) -> Iterator[Fragment]:
+    def fragments(self) -> Iterator[engine.Fragment]:
         for piece in self._partition.pieces:
             if self._stage == 0:  # all ranks hold everything; each answers for its share
                 piece = piece.share(self.rank, self.world_size)
             for kind, vectors in self._state.items():
-                yield Fragment(kind, piece.name, piece.start, piece.of(vectors))
+                yield engine.Fragment(kind, piece.name, piece.start, piece.of(vectors))
 
-    def load(self, read: FragmentReader, step: int) -> None:
+    def load(self, read: engine.FragmentReader, step: int) -> None:
         for piece in self._partition.pieces:
             for kind, vectors in self._state.items():
                 piece.of(vectors).copy_(read(kind, piece.name, piece.start, piece.length))

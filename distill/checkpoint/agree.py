@@ -9,15 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distill.checkpoint.manifest import (
-    MANIFEST,
-    CheckpointError,
-    check_none_kept,
-    committed_steps,
-    refuse,
-    step_name,
-    verify,
-)
+from distill.checkpoint import manifest
 from distill.engine.engine import Peers
 
 TEXT_BYTES = 1024  # of what one rank tells the others
@@ -51,12 +43,12 @@ def verify_together(folder: Path, ranks: Peers) -> list[str]:
     system, not from the memory of the node that wrote them.
     """
     world_size = ranks.world_size
-    problems = verify(folder, (ranks.rank + world_size // 2) % world_size, world_size)
+    problems = manifest.verify(folder, (ranks.rank + world_size // 2) % world_size, world_size)
     try:
-        manifest = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
+        content = hashlib.sha256((folder / manifest.MANIFEST).read_bytes()).hexdigest()
     except OSError:
-        manifest = "none"
-    said = gather_texts(ranks, "\n".join([manifest, *problems]))
+        content = "none"
+    said = gather_texts(ranks, "\n".join([content, *problems]))
     told = [text.splitlines() for text in said]
     found = [problem for _, *theirs in told for problem in theirs]
     if not found and len({seen for seen, *_ in told}) > 1:  # a file system that lags behind
@@ -72,22 +64,22 @@ def agreed_latest(checkpoints: Path, ranks: Peers) -> int:
     Raises:
         CheckpointError: on every rank: checkpoints exist and none verifies.
     """
-    there = list(committed_steps(checkpoints)) if ranks.rank == 0 else []
+    there = list(manifest.committed_steps(checkpoints)) if ranks.rank == 0 else []
     problems: list[str] = []
     while step := _from_first(ranks, there.pop() if there else 0):
-        found = verify_together(checkpoints / step_name(step), ranks)
+        found = verify_together(checkpoints / manifest.step_name(step), ranks)
         if not found:
             return step
         problems += found
     if problems:
-        refuse(problems)
+        manifest.refuse(problems)
     failure = ""
     if ranks.rank == 0:
         try:
-            check_none_kept(checkpoints)
-        except CheckpointError as error:
+            manifest.check_none_kept(checkpoints)
+        except manifest.CheckpointError as error:
             failure = str(error)
-    raise_together(ranks, failure, CheckpointError)
+    raise_together(ranks, failure, manifest.CheckpointError)
     return 0
 
 

@@ -23,20 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from distill.checkpoint.agree import agreed_latest, raise_together, verify_together
-from distill.checkpoint.manifest import (
-    FORMAT,
-    KEPT,
-    LATEST,
-    MANIFEST,
-    CheckpointError,
-    File,
-    Manifest,
-    SaveError,
-    committed_steps,
-    read_manifest,
-    step_name,
-)
+from distill.checkpoint import agree, manifest
 from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
 from distill.run.files import sync_directory, write_atomic, write_json
 from distill.run.records import tree_of
@@ -59,7 +46,7 @@ class Snapshot:
         tensors: the pieces, by key.
     """
 
-    about: Manifest
+    about: manifest.Manifest
     tensors: dict[str, Tensor]
 
     @property
@@ -73,8 +60,8 @@ def take_snapshot(step: int, engine: Engine, origin: dict[str, Any]) -> Snapshot
 
     `origin` goes into the manifest: the seed and the hash of the run's settings.
     """
-    about = Manifest(
-        format=FORMAT,
+    about = manifest.Manifest(
+        format=manifest.FORMAT,
         step=step,
         world_size=engine.world_size,
         rng="counter-based",
@@ -101,7 +88,7 @@ def commit(
         SaveError: on every rank, when any rank failed, with its reason. Nothing half-written stays.
     """
     nonce = int(ranks.gather(torch.tensor(uuid.uuid4().int % 2**62))[0])
-    final = checkpoints / step_name(snapshot.step)
+    final = checkpoints / manifest.step_name(snapshot.step)
     staging = final.with_name(f"{final.name}.tmp-{nonce:016x}")
     digest, size, failure = b"\0" * 32, 0, ""
     try:
@@ -117,23 +104,25 @@ def commit(
     sizes = ranks.gather(torch.tensor(size))
     # The run may have fallen back behind this step and come here again.
     is_there = ranks.any(ranks.rank == 0 and final.exists())
-    is_whole = is_there and not verify_together(final, ranks)
+    is_whole = is_there and not agree.verify_together(final, ranks)
     if ranks.rank == 0:
         files = {
-            _rank_file(rank): File(int(sizes[rank]), bytes(digests[rank]).hex())
+            _rank_file(rank): manifest.File(int(sizes[rank]), bytes(digests[rank]).hex())
             for rank in range(ranks.world_size)
         }
         try:
             if is_whole:
                 shutil.rmtree(staging)
             else:
-                write_json(staging / MANIFEST, tree_of(replace(snapshot.about, files=files)))
+                write_json(
+                    staging / manifest.MANIFEST, tree_of(replace(snapshot.about, files=files))
+                )
                 _publish(staging, final)
         except OSError as error:
             failure = f"rank 0 could not commit {final}: {error}"
     _end_together(ranks, failure, staging)
 
-    problems = [] if is_whole else verify_together(final, ranks)
+    problems = [] if is_whole else agree.verify_together(final, ranks)
     if ranks.rank == 0 and problems:
         logger.warning("no older checkpoint goes, since the new one is bad: %s", problems)
     elif ranks.rank == 0:
@@ -153,8 +142,8 @@ def _publish(staging: Path, final: Path) -> None:
     sync_directory(staging)
     staging.rename(final)
     sync_directory(final.parent)
-    with _only_warning(f"{final.parent / LATEST} names an older checkpoint now"):
-        write_atomic(final.parent / LATEST, f"{final.name}\n".encode())
+    with _only_warning(f"{final.parent / manifest.LATEST} names an older checkpoint now"):
+        write_atomic(final.parent / manifest.LATEST, f"{final.name}\n".encode())
 
 
 def _retain(checkpoints: Path, verified: int, keep_last: int, keep_every: int) -> None:
@@ -163,7 +152,9 @@ def _retain(checkpoints: Path, verified: int, keep_last: int, keep_every: int) -
     Newer ones did not verify at the start, so they do not count, and stay until training comes to
     their step. Multiples of `keep_every` move to the folder KEPT, the others are deleted.
     """
-    there = [(step, f) for step, f in committed_steps(checkpoints).items() if step <= verified]
+    there = [
+        (step, f) for step, f in manifest.committed_steps(checkpoints).items() if step <= verified
+    ]
     for step, folder in there[::-1][keep_last:]:
         with _only_warning(f"{folder} could not be taken away"):
             if keep_every and step % keep_every == 0:
@@ -172,12 +163,12 @@ def _retain(checkpoints: Path, verified: int, keep_last: int, keep_every: int) -
                 _delete(folder, checkpoints)
     for folder in checkpoints.glob("step_*.tmp-*"):
         shutil.rmtree(folder, ignore_errors=True)
-    for pointer in checkpoints.glob(f".{LATEST}.tmp-*"):
+    for pointer in checkpoints.glob(f".{manifest.LATEST}.tmp-*"):
         pointer.unlink(missing_ok=True)
 
 
 def _keep(folder: Path, checkpoints: Path) -> None:
-    kept = checkpoints / KEPT / folder.name
+    kept = checkpoints / manifest.KEPT / folder.name
     kept.parent.mkdir(exist_ok=True)
     if kept.exists():  # from before the run fell back behind this step
         _delete(kept, checkpoints)
@@ -203,8 +194,8 @@ def _only_warning(what: str) -> Iterator[None]:
 def _end_together(ranks: Peers, failure: str, staging: Path) -> None:
     """Raises SaveError on all ranks when `failure` is not empty on any; nothing staged stays."""
     try:
-        raise_together(ranks, failure, SaveError)
-    except SaveError:
+        agree.raise_together(ranks, failure, manifest.SaveError)
+    except manifest.SaveError:
         if ranks.rank == 0:
             shutil.rmtree(staging, ignore_errors=True)
         raise
@@ -223,7 +214,7 @@ def load_latest(checkpoints: Path, engine: Engine) -> int:
         CheckpointError: on every rank: checkpoints exist and none verifies, or it is of another
             network.
     """
-    step = agreed_latest(checkpoints, engine)
+    step = agree.agreed_latest(checkpoints, engine)
     load_verified(checkpoints, step, engine)
     return step
 
@@ -236,16 +227,16 @@ def load_verified(checkpoints: Path, step: int, engine: Engine) -> None:
     """
     if step == 0:
         return
-    folder = checkpoints / step_name(step)
-    if engine.describe()["parameters"] != read_manifest(folder).parameters:
-        raise CheckpointError(f"{folder}: its parameters are not those of this network")
+    folder = checkpoints / manifest.step_name(step)
+    if engine.describe()["parameters"] != manifest.read_manifest(folder).parameters:
+        raise manifest.CheckpointError(f"{folder}: its parameters are not those of this network")
     engine.load(fragment_reader(folder), step)
 
 
 def fragment_reader(folder: Path) -> FragmentReader:
     """A reader of any range of any tensor of a verified checkpoint, whatever wrote it."""
     pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
-    for name in read_manifest(folder).files:
+    for name in manifest.read_manifest(folder).files:
         file = safe_open(folder / name, framework="pt")
         for key in file.keys():  # noqa: SIM118 - not a mapping
             kind, parameter, start = key.split(SEPARATOR)
@@ -262,7 +253,7 @@ def fragment_reader(folder: Path) -> FragmentReader:
                 out[low - start : high - start] = part
                 filled += high - low
         if filled != length:
-            raise CheckpointError(
+            raise manifest.CheckpointError(
                 f"{folder}: {kind} of {name} has {filled} of the {length} values asked for"
             )
         return out
@@ -273,7 +264,7 @@ def fragment_reader(folder: Path) -> FragmentReader:
 def read_average(folder: Path, name: str) -> dict[str, Tensor]:
     """Trained parameters of a weight average ("target" or "evaluation"), float32, by name."""
     read = fragment_reader(folder)
-    shapes = read_manifest(folder).parameters
+    shapes = manifest.read_manifest(folder).parameters
     kind = average_kind(name)
     return {
         parameter: read(kind, parameter, 0, torch.Size(shape).numel()).reshape(shape)

@@ -20,9 +20,8 @@ from torch import Tensor
 from distill.config import ImageSpec, check
 from distill.data.config import DataConfig
 from distill.data.images import load_images
-from distill.evaluation import metrics, sampling
+from distill.evaluation import curves, metrics, sampling
 from distill.evaluation.config import EvalConfig
-from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
 from distill.export.student import latest_student
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
@@ -124,8 +123,8 @@ def teacher_rows(
     Where one is the fine solution itself, its samples are taken, not drawn again.
     """
     rows = []
-    for solver, nfe in teacher_curves(teacher, evaluation):
-        is_drawn = (solver, nfe) == truth(teacher, evaluation)
+    for solver, nfe in curves.teacher_curves(teacher, evaluation):
+        is_drawn = (solver, nfe) == curves.truth(teacher, evaluation)
         sampler = None if is_drawn else samplers(solver, nfe)
         rows.append(evaluator.row(sampler, f"teacher, {solver}, {nfe} NFE", nfe, solver))
     return tuple(rows)
@@ -141,7 +140,7 @@ def picture_grid(
 ) -> None:
     """Writes samples/grid.npz and a PNG: a row per sampler, the same noise and label down a
     column."""
-    num = grid_columns(len(evaluator.samples.noise), image)
+    num = curves.grid_columns(len(evaluator.samples.noise), image)
     labels = evaluator.samples.labels[:num]
     if image.num_classes > 0:  # every class once, in order
         labels = torch.arange(num)
@@ -149,7 +148,7 @@ def picture_grid(
         f"{who},{how},{nfe}": samplers(how, nfe)
         if who == "teacher"
         else sampling.student_sampler(u, nfe)
-        for who, how, nfe in grid_rows(teacher)
+        for who, how, nfe in curves.grid_rows(teacher)
     }
     chosen = sampling.Samples(evaluator.samples.noise[:num], labels)
     images = torch.stack(
@@ -196,13 +195,13 @@ def evaluate(
         evaluator = Evaluator(data, evaluation, place, progress)
         samplers = teacher_samplers(teacher, config, evaluator.interrupt)
         u = evaluator.interrupt.watch(student.network)
-        solver, nfe = truth(config, evaluation)
+        solver, nfe = curves.truth(config, evaluation)
         evaluator.set_reference(samplers(solver, nfe))
         student_rows = tuple(
             evaluator.row(sampling.student_sampler(u, n), f"student, {n} NFE", n)
             for n in evaluation.nfe
         )
-        curves = teacher_rows(evaluator, samplers, config, evaluation)
+        solvers = teacher_rows(evaluator, samplers, config, evaluation)
         if student.image.is_picture:
             picture_grid(run, evaluator, student.image, u, samplers, config)
     features = evaluator.features
@@ -213,7 +212,7 @@ def evaluate(
         step=student.meta.get("step"),
         settings=asdict(evaluation),
         model_sha256=fingerprint(folder / WEIGHTS),
-        teacher=curves,
+        teacher=solvers,
         student=student_rows,
         n=evaluation.num_samples,
         seed=evaluation.seed,
