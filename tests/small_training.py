@@ -142,7 +142,7 @@ def moved_network():
 def read_state(root: Path, step: int) -> dict[str, torch.Tensor]:
     folder = RunDir(root).checkpoints / f"step_{step:08d}"
     read = checkpoint.fragment_reader(folder)
-    shapes = checkpoint.read_manifest(folder).parameters
+    shapes = checkpoint.manifest.read_manifest(folder).parameters
     kinds = ("master", "exp_avg", "exp_avg_sq", "ema/target", "ema/evaluation")
     return {
         f"{kind} {name}": read(kind, name, 0, torch.Size(shape).numel())
@@ -152,7 +152,7 @@ def read_state(root: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 def manifest(root: Path, step: int) -> Manifest:
-    return checkpoint.read_manifest(RunDir(root).checkpoints / f"step_{step:08d}")
+    return checkpoint.manifest.read_manifest(RunDir(root).checkpoints / f"step_{step:08d}")
 
 
 def windows(root: Path) -> list[tuple[int, int, str]]:

@@ -80,7 +80,7 @@ def test_every_file_is_read_once_and_by_a_rank_of_another_node(tmp_path, monkeyp
         here.rank = ranks.rank
         return verify_together(folder, ranks)
 
-    monkeypatch.setattr(agree, "verify", record)
+    monkeypatch.setattr(agree.manifest, "verify", record)
     assert results(8, work) == [[]] * 8
     reader_of = {int(file[5:10]): rank for rank, files in read.items() for file in files}
     assert sorted(reader_of) == list(range(8)) and sum(map(len, read.values())) == 8

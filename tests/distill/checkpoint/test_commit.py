@@ -57,7 +57,6 @@ def shares(monkeypatch):
         found.append((part, parts))
         return verify(folder, part, parts)
 
-    monkeypatch.setattr("distill.checkpoint.agree.verify", record)
     monkeypatch.setattr("distill.checkpoint.manifest.verify", record)
     return found
 
@@ -166,7 +165,7 @@ def test_what_fails_after_the_rename_is_a_warning_and_done_by_the_next_save(
         elif call == "pointer":
             patch.setattr(checkpoint, "write_atomic", fail_at(LATEST, real))
         else:
-            patch.setattr(checkpoint, "committed_steps", refuse)
+            patch.setattr(checkpoint.manifest, "committed_steps", refuse)
         assert save(tmp_path, 6, **keep) == [None] * 4
     assert "Device or resource busy" in caplog.text and "tries again" in caplog.text
     assert latest_verified(tmp_path)[0] == 6
