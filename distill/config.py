@@ -4,10 +4,11 @@ Hydra composes YAML into these classes; nothing past the command line sees an un
 value is a `ConfigError` that names the key, the value and the way out.
 """
 
-from dataclasses import Field, dataclass, field
+from collections.abc import Collection
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
 
-FREE = "free"
+FREE, SINCE = "free", "since"
 
 
 class ConfigError(ValueError):
@@ -39,20 +40,55 @@ def free(default: Any, of: str = "") -> Any:
     """A field that a resume may change, of a settings dataclass; any other field belongs to what
     the run is, and another value is another run (`cluster.state.identity`).
 
-    A run that is older than a setting counts as having its default. So a new one that belongs to
-    the run begins with the default under which nothing changes.
-
     `default` may be a function that makes it. With `of` it is free in that section alone, such as
     "train", where a class serves two.
     """
+    return _field(default, {FREE: of})
+
+
+def since(version: str, default: Any, before: Any) -> Any:
+    """A field of a settings dataclass that came with `version`. A new run begins with `default`; a
+    run that is older than the setting counts as having `before`, under which nothing changes.
+    (Of another field it counts as having the default.)
+
+    Both may be functions that make them.
+    """
+    return _field(default, {SINCE: Since(version, before)})
+
+
+@dataclass(frozen=True)
+class Since:
+    """When a setting came, and what was so before."""
+
+    version: str
+    before: Any
+
+
+def _field(default: Any, metadata: dict[str, Any]) -> Any:
     if callable(default):
-        return field(default_factory=default, metadata={FREE: of})
-    return field(default=default, metadata={FREE: of})
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def is_free(setting: Field[Any], section: str) -> bool:
     """Whether a field was made by `free`, for the section of a run's settings that it stands in."""
     return setting.metadata.get(FREE) in ("", section)
+
+
+def before(setting: Field[Any]) -> Any:
+    """What a run that is older than a setting counts as having; MISSING if it must have it."""
+    if SINCE in setting.metadata:
+        value = setting.metadata[SINCE].before
+        return value() if callable(value) else value
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
+
+
+def lacking(kind: Any, there: Collection[Any]) -> dict[str, Any]:
+    """What a run that has the settings `there` of the dataclass `kind` counts as having of the
+    others that `since` marks.
+    """
+    late = [one for one in fields(kind) if SINCE in one.metadata and one.name not in there]
+    return {one.name: before(one) for one in late}
 
 
 # -----------------------------------------------------------------------------------------------

@@ -13,12 +13,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from cluster.settings.schema import RunConfig
-from cluster.settings.teachers import RunTree, settled
-from distill.config import ConfigError, check
+from cluster.settings.teachers import AnyTeacher, RunTree, settled
+from distill.config import ConfigError, check, lacking
 from distill.networks.config import NETWORKS
 from distill.objectives.config import OBJECTIVES
 from distill.run import files, identity
 from distill.run.dir import RunDir
+from distill.teachers.config import TEACHERS, TeacherConfig
 
 GROUPS = ("experiment", "data", "student", "teacher", "objective", "train", "eval", "cluster")
 
@@ -203,6 +204,20 @@ def read_tree(path: Path) -> DictConfig:
     return tree
 
 
+def as_before(tree: DictConfig, stored: DictConfig) -> None:
+    """Gives the settings that `stored` is older than the values under which nothing changes. `tree`
+    is `stored` merged into its schema.
+    """
+    kind = OmegaConf.get_type(tree)
+    if kind is AnyTeacher:
+        kind = TEACHERS.get(tree.kind, TeacherConfig)
+    if dataclasses.is_dataclass(kind):
+        tree.update(lacking(kind, stored))
+    for key, part in tree.items_ex(resolve=False):
+        if isinstance(part, DictConfig) and not OmegaConf.is_missing(tree, key) and part:
+            as_before(part, stored.get(key) or OmegaConf.create({}))
+
+
 def move_to(tree: DictConfig, folder: str) -> None:
     """Points a stored configuration at `folder`: run.dir, and every path inside the old run.dir."""
     old = str(tree.run.dir)
@@ -270,6 +285,7 @@ def _load(run: RunDir, overrides: list[str]) -> RunConfig:
     try:
         tree = OmegaConf.merge(schema_for(stored, run.config), stored)
         assert isinstance(tree, DictConfig)
+        as_before(tree, stored)
         name = OmegaConf.select(changes, "run.name")
         folder = run.root if name is None else run.root.parent / str(name)
         move_to(tree, str(OmegaConf.select(changes, "run.dir") or folder))

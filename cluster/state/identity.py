@@ -4,12 +4,13 @@ with a diff.
 Not part of it are the settings that `distill.config.free` marks: where and how fast things run,
 what is printed or kept, the evaluation, and `train.max_steps`, so a run can be trained further.
 
-Settings come and go between versions. One that a run lacks counts as its default, under which
-nothing changes; one that is no more is named with what to do (`cluster.settings.file.REMOVED`).
+Settings come and go between versions. One that a run lacks counts as its default, or what
+`distill.config.since` says, so that nothing changes; one that is no more is named with what to do
+(`cluster.settings.file.REMOVED`).
 """
 
 import platform
-from dataclasses import MISSING, Field, fields, is_dataclass, replace
+from dataclasses import MISSING, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -18,7 +19,7 @@ from omegaconf import OmegaConf
 from cluster.plan.stream import stream_of
 from cluster.settings.file import removed
 from cluster.settings.schema import RunConfig, is_own
-from distill.config import ConfigError, is_free
+from distill.config import ConfigError, before, is_free
 from distill.run.dir import RunDir
 from distill.run.identity import (
     FORMAT,
@@ -85,7 +86,7 @@ def _bound(settings: Any, values: dict[Any, Any], section: str) -> dict[str, Any
 
 
 def completed(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> dict[str, Any]:
-    """`stored` with the default of every setting in `asked` that was not there when it was written.
+    """`stored` with a value for every setting in `asked` that was not there when it was written.
 
     `asked` is of the dataclass `settings`. A part of another kind has other settings: it gets none.
     """
@@ -104,17 +105,13 @@ def completed(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> d
                 else each
                 for key, each in (old or {}).items()
             }
-        elif one.name not in stored and (default := _default(one)) is not MISSING:
-            found[one.name] = default
+        elif one.name not in stored and (was := before(one)) is not MISSING:
+            found[one.name] = was
     return found
 
 
 def _is_same_kind(stored: dict[str, Any], asked: dict[str, Any]) -> bool:
     return all(stored.get(key) == asked.get(key) for key in ("name", "kind"))
-
-
-def _default(one: Field[Any]) -> Any:
-    return one.default if one.default_factory is MISSING else one.default_factory()
 
 
 # -----------------------------------------------------------------------------------------------
@@ -146,7 +143,7 @@ def difference(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> 
         elif key not in new:
             lines.append(f"{key}: the run has {old[key]}, {removed(key) or 'asked for none'}")
         elif old[key] != new[key]:
-            was = "" if key in written else ", the default, since it is older than this setting"
+            was = "" if key in written else ", since it is older than this setting"
             lines.append(f"{key}: the run has {old[key]}{was}, asked for {new[key]}")
     return lines
 
@@ -164,8 +161,8 @@ def check_identity(config: RunConfig, run: RunDir) -> RunRecord | None:
         raise ConfigError(
             f"{run.root} was started with other settings{newer(record.versions)}:\n  "
             + "\n  ".join(lines)
-            + "\nResume it with its own settings, or start a new run with --force-new NAME, "
-            "a name that is not taken"
+            + f"\nResume it with its own settings (bowstring run {run.root}), or start a new run "
+            "with --force-new NAME, a name that is not taken"
         )
     return record
 

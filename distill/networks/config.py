@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from distill.config import check, check_positive
+from distill.config import check, check_positive, lacking
 
 
 @dataclass
@@ -80,4 +80,5 @@ def network_config(settings: dict[str, Any]) -> NetworkConfig:
     Raises:
         ConfigError: a value that cannot work; KeyError or TypeError: an unknown name or key.
     """
-    return NETWORKS[settings["name"]](**settings)
+    kind = NETWORKS[settings["name"]]
+    return kind(**{**lacking(kind, settings), **settings})

@@ -1,17 +1,23 @@
 """config.yaml holds a run's settings exactly, follows a moved run, refuses what cannot change."""
 
 import json
+from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from cluster.settings import file
-from cluster.settings.file import Removed, load_config, save_config
+from cluster.settings.file import Removed, load_config, save_config, to_tree
 from cluster.settings.hydra import compose
-from distill.config import ConfigError
+from distill.config import SINCE, ConfigError, Since, TrainConfig
+from distill.data.config import TrajectoryConfig
+from distill.networks.config import UNetConfig
+from distill.objectives.config import TraFlowConfig
 from distill.run.dir import RunDir
 from distill.run.files import write_json
+from distill.teachers.config import NativeConfig
 from distill.testing import write_tiny_record
 
 
@@ -76,6 +82,36 @@ def test_a_broken_file_is_named(saved):
 
 # -----------------------------------------------------------------------------------------------
 # Runs of other versions
+
+
+@pytest.mark.parametrize(
+    ("key", "kind", "before"),
+    [
+        ("trajectory.store_noise", TrajectoryConfig, False),
+        ("pretrain.train.betas", TrainConfig, [0.1, 0.2]),
+        ("teacher.late.weight", NativeConfig, 3.0),
+        ("student.blocks_per_level", UNetConfig, 5),
+        ("objective.weights", TraFlowConfig, "adaptive"),
+    ],
+)
+def test_a_run_older_than_a_setting_has_what_was_so_before_it(
+    key, kind, before, saved, monkeypatch
+):
+    run, config = saved
+    stored = OmegaConf.load(run.config)
+    assert OmegaConf.select(to_tree(config), key) != before
+    section, _, name = key.rpartition(".")
+    del OmegaConf.select(stored, section)[name]
+    run.config.write_text(OmegaConf.to_yaml(stored))
+    assert load_config(run) == config  # a setting without a word of it has its default
+    (one,) = (one for one in fields(kind) if one.name == name)
+    monkeypatch.setattr(one, "metadata", {SINCE: Since("0.3", before)})
+    assert OmegaConf.select(to_tree(load_config(run)), key) == before
+    given = OmegaConf.select(to_tree(config), key)
+    said = f"{key}={str(given).lower() if isinstance(given, bool) else given}"
+    assert load_config(run, [said]) == config
+    save_config(run, config)
+    assert load_config(run) == config
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """run.json: the same run resumes, another is refused with a diff, nothing is overwritten."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,8 @@ import pytest
 from cluster.settings import file
 from cluster.settings.file import Removed
 from cluster.settings.hydra import compose
-from cluster.state.identity import check_or_write, identity_of, record_teachers
-from distill.config import ConfigError
+from cluster.state.identity import check_or_write, difference, identity_of, record_teachers
+from distill.config import ConfigError, since
 from distill.run.dir import RunDir
 from distill.run.files import write_json
 from distill.run.identity import hash_of, record_of
@@ -75,6 +76,7 @@ def test_other_data_or_weights_are_refused_with_a_diff(override, line):
     with pytest.raises(ConfigError, match="started with other settings") as caught:
         check_or_write(other, run)
     assert line in str(caught.value)
+    assert "(bowstring run runs/tiny)" in str(caught.value)
     assert "--force-new NAME" in str(caught.value)
     assert run.identity.read_bytes() == before
 
@@ -188,9 +190,26 @@ def test_a_setting_that_an_older_run_lacks_counts_as_its_default(key, default, o
     asked, _ = tiny(f"{key}={other}")
     with pytest.raises(ConfigError, match="started with other settings") as caught:
         check_or_write(asked, run)
-    line = f"{key}: the run has {default}, the default, since it is older than this setting, "
+    line = f"{key}: the run has {default}, since it is older than this setting, "
     assert line + f"asked for {other}" in str(caught.value)
     assert run.identity.read_bytes() == before
+
+
+def test_a_setting_may_say_what_was_so_before_it():
+    @dataclass
+    class Settings:
+        old: int = 1
+        spread: int = since("0.3", 8, before=1)
+        times: list[int] = since("0.3", list, before=lambda: [3, 4])
+
+    new = Settings()
+    assert (new.spread, new.times) == (8, [])
+    assert difference({"old": 1}, {"old": 1, "spread": 1, "times": [3, 4]}, new) == []
+    assert difference({"old": 1}, asdict(new), new) == [
+        "spread: the run has 1, since it is older than this setting, asked for 8",
+        "times: the run has [3, 4], since it is older than this setting, asked for []",
+    ]
+    assert difference({"old": 1, "spread": 8, "times": []}, asdict(new), new) == []
 
 
 def test_a_group_that_an_older_run_lacks_counts_as_its_defaults():
@@ -198,7 +217,7 @@ def test_a_group_that_an_older_run_lacks_counts_as_its_defaults():
     check_or_write(config, run)
     rewritten(run, lambda identity: identity.pop("pretrain"))
     with pytest.raises(
-        ConfigError, match=r"pretrain\.train\.batch_size: the run has 256, the defa"
+        ConfigError, match=r"pretrain\.train\.batch_size: the run has 256, since it"
     ):
         check_or_write(config, run)
 

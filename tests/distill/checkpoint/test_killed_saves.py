@@ -95,7 +95,7 @@ STAGES = {
         lambda path, data: path.name == LATEST and data == b"step_00000004\n",
     ),
     "before it is verified": Stage(
-        4, 4, checkpoint, "verify_together", lambda folder, _: folder.name == "step_00000004"
+        4, 4, checkpoint.agree, "verify_together", lambda folder, _: folder.name == "step_00000004"
     ),
     "before retention": Stage(
         4, 4, checkpoint, "_retain", lambda folder, *_: (folder / "step_00000004").exists()
