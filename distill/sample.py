@@ -26,7 +26,7 @@ from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.times import sampler_times
 from distill.networks.files import load_model
 from distill.report.pictures import tile, write_npz, write_png
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 
 @torch.no_grad()

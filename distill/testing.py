@@ -24,8 +24,8 @@ from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
 from distill.networks.layers import AbstractNetwork
-from distill.run.dir import RunDir
-from distill.run.identity import FORMAT, RunRecord, StreamRecord, hash_of, write_record
+from distill.run import files
+from distill.run import identity as run_json
 from distill.teachers.analytic import MixtureTeacher
 
 # -----------------------------------------------------------------------------------------------
@@ -295,21 +295,35 @@ def tiny_shard(spec: ShardSpec, shard: int) -> GeneratedShard:
     return GeneratedShard(states, labels, ids, len(ids), 2 * len(ids), len(ids))
 
 
-def write_tiny_shards(run: RunDir, spec: ShardSpec, shards: Iterable[int]) -> None:
+def write_tiny_shards(run: files.RunDir, spec: ShardSpec, shards: Iterable[int]) -> None:
     """Commits `tiny_shard`s to a run."""
     for shard in shards:
         write_shard(run, spec, shard, tiny_shard(spec, shard), 1.5, "test")
 
 
-TINY_STREAM = StreamRecord(seed=0, samples_per_shard=16, block_shards=2, passes=2, batch_size=16)
+TINY_STREAM = run_json.StreamRecord(
+    seed=0, samples_per_shard=16, block_shards=2, passes=2, batch_size=16
+)
 
 
 def write_tiny_record(
-    run: RunDir, identity: dict[str, Any], stream: StreamRecord = TINY_STREAM, **teachers: str
-) -> RunRecord:
+    run: files.RunDir,
+    identity: dict[str, Any],
+    stream: run_json.StreamRecord = TINY_STREAM,
+    **teachers: str,
+) -> run_json.RunRecord:
     """run.json of a run with the given settings, and with fingerprints of its teachers by name."""
     versions = {"torch": "2"}
-    parts = (FORMAT, hash_of(identity), stream.seed, identity, stream, (), teachers, versions)
-    record = RunRecord(*parts)
-    write_record(run, record)
+    parts = (
+        run_json.FORMAT,
+        run_json.hash_of(identity),
+        stream.seed,
+        identity,
+        stream,
+        (),
+        teachers,
+        versions,
+    )
+    record = run_json.RunRecord(*parts)
+    run_json.write_record(run, record)
     return record

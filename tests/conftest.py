@@ -19,10 +19,9 @@ from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.files import save_model
-from distill.run.dir import RunDir
 from distill.run.events import Commit, Lease, Pool, WorkerJoin, append
-from distill.run.files import write_json
-from distill.run.metrics import Metrics, append_metrics
+from distill.run.files import RunDir, write_json
+from distill.run.measured import Metrics, append_metrics
 from distill.teachers.config import NativeConfig, TeacherConfig
 from distill.testing import write_tiny_record
 

@@ -22,9 +22,8 @@ from cluster.inspect.verify import audit, planned_sha256
 from cluster.plan.stream import stream_order
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import Job, read_ids, read_jobs
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
-from distill.run.metrics import last_step
+from distill.run.files import RunDir, read_lines
+from distill.run.measured import last_step
 
 MINI = Path(__file__).resolve().parents[2] / "tests" / "slurm" / "minislurm.sh"
 BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]

@@ -33,7 +33,7 @@ from cluster.state.evicted import read_evicted
 from distill.data.layout import state_bytes, state_offset, tar_bytes
 from distill.data.sidecar import ShardSpec, Sidecar, TeacherSpec
 from distill.data.stores.store import committed
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 LEASE_TIMEOUT_S = 120.0
 BLOCK = 8

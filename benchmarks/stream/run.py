@@ -27,9 +27,9 @@ from cluster.supervisor import runner, stages
 from distill.config import ImageSpec
 from distill.networks.build import build_network
 from distill.networks.files import save_model
-from distill.run.dir import RunDir
-from distill.run.history import History, read_history
-from distill.run.metrics import read_metrics
+from distill.run.events import History, read_history
+from distill.run.files import RunDir
+from distill.run.measured import read_metrics
 
 DEADLINE_S = 900.0
 

@@ -24,7 +24,7 @@ from distill.data.layout import stored_dtype, tar_bytes
 from distill.data.shards import read_shard, write_shard
 from distill.data.sidecar import ShardSpec, TeacherSpec
 from distill.flow.trajectory import GeneratedShard
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 
 @dataclass(frozen=True)

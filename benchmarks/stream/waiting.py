@@ -33,8 +33,7 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective
 from distill.objectives.config import EndpointConfig
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.training.build import build_callbacks
 from distill.training.loop import train
 

@@ -20,9 +20,8 @@ from distill.config import TrainConfig
 from distill.engine.engine import MASTER
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.run.dir import RunDir
 from distill.run.events import Save
-from distill.run.files import write_atomic
+from distill.run.files import RunDir, write_atomic
 from distill.testing import run_ranks
 from distill.training.memory import keep_freed_memory
 

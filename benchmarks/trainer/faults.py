@@ -24,9 +24,8 @@ from benchmarks.sections import markdown
 from benchmarks.stream.run import DEADLINE_S, Run, mixture
 from cluster.supervisor.session import is_alive
 from distill.report.cost import goodput
-from distill.run.events import read_events
-from distill.run.history import read_history
-from distill.run.metrics import last_step, read_metrics
+from distill.run.events import read_events, read_history
+from distill.run.measured import last_step, read_metrics
 
 RECOVERIES, PERIOD_S = 10, 60.0
 # A start that takes longer than the period is killed too, and that is no reason to give up here.

@@ -22,7 +22,7 @@ from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import run_ranks
 from distill.training.build import build_callbacks
 from distill.training.loop import train

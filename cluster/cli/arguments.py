@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from cluster.settings.schema import RunConfig
-    from distill.run.dir import RunDir
+    from distill.run.files import RunDir
 
 USAGE_ERROR = 2
 MAX_WIDTH = 100  # of help, in characters, on a wider terminal too
@@ -295,7 +295,7 @@ def read_settings(words: list[str]) -> "list[RunConfig]":
 def open_run(folder: str) -> "RunDir":
     """The run in an existing folder. Raises ConfigError with a sentence when there is none."""
     from distill.config import ConfigError
-    from distill.run.dir import RunDir
+    from distill.run.files import RunDir
 
     root = Path(folder.rstrip("/") or "/")
     if not root.is_dir():

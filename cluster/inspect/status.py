@@ -17,10 +17,7 @@ from distill.config import ConfigError
 from distill.data.sidecar import Reason
 from distill.data.stores.store import committed, open_store
 from distill.report.cost import goodput
-from distill.run import identity, records
-from distill.run.dir import RunDir
-from distill.run.history import History, read_history
-from distill.run.metrics import Metrics, read_metrics
+from distill.run import events, files, identity, measured, records
 
 FULL_CHECK_BYTES = (
     200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
@@ -28,10 +25,12 @@ FULL_CHECK_BYTES = (
 SPEED_WINDOW_S = 60.0  # pairs/s is over the commits of the last minute of production
 
 
-def training(run: RunDir, history: History, max_steps: int, live: bool) -> dict[str, Any]:
+def training(
+    run: files.RunDir, history: events.History, max_steps: int, live: bool
+) -> dict[str, Any]:
     """Step, loss and speed of the training in a run directory, from its metrics."""
-    metrics = list(read_metrics(run))
-    last = metrics[-1] if metrics else Metrics(0)
+    metrics = list(measured.read_metrics(run))
+    last = metrics[-1] if metrics else measured.Metrics(0)
     goes_on = live and last.step < max_steps
     return {
         "step": last.step,
@@ -52,7 +51,7 @@ def training(run: RunDir, history: History, max_steps: int, live: bool) -> dict[
     }
 
 
-def open_leases(history: History, now: float) -> list[dict[str, Any]]:
+def open_leases(history: events.History, now: float) -> list[dict[str, Any]]:
     """Leases without an end: no commit, failure, expiry, nor a worker that left."""
     return [
         {"shard": shard, "worker": lease.worker, "age_s": round(now - lease.time, 1)}
@@ -60,7 +59,9 @@ def open_leases(history: History, now: float) -> list[dict[str, Any]]:
     ]
 
 
-def pairs_per_s(history: History, samples_per_shard: int, now: float | None = None) -> float | None:
+def pairs_per_s(
+    history: events.History, samples_per_shard: int, now: float | None = None
+) -> float | None:
     """Speed of production over the last minute, or as far back as the last shard took.
 
     Up to `now`; by default up to the last commit, when no shard is being made.
@@ -76,7 +77,7 @@ def pairs_per_s(history: History, samples_per_shard: int, now: float | None = No
     return round(num * samples_per_shard / (end - start), 2) if end > start else None
 
 
-def average_pairs_per_s(history: History, samples_per_shard: int) -> float | None:
+def average_pairs_per_s(history: events.History, samples_per_shard: int) -> float | None:
     """Speed of production while a teacher worker was at work, up to the last commit."""
     if not history.spans:
         return None
@@ -110,7 +111,7 @@ def training_left_s(found: dict[str, Any]) -> float | None:
 
 
 def shards(
-    run: RunDir, config: RunConfig, step: int, history: History, live: bool
+    run: files.RunDir, config: RunConfig, step: int, history: events.History, live: bool
 ) -> dict[str, Any]:
     """Committed and planned shards, backlog, leases, quarantines and bytes on disk."""
     plan, trajectory = stream_plan(config), config.trajectory
@@ -137,7 +138,7 @@ def shards(
     }
 
 
-def quarantined(run: RunDir) -> list[dict[str, Any]]:
+def quarantined(run: files.RunDir) -> list[dict[str, Any]]:
     """Shards that were set aside, each with its reason."""
     found = []
     for folder, content in open_store(run).reasons().items():
@@ -150,19 +151,19 @@ def quarantined(run: RunDir) -> list[dict[str, Any]]:
     return found
 
 
-def last_verified(run: RunDir) -> dict[str, Any] | None:
+def last_verified(run: files.RunDir) -> dict[str, Any] | None:
     """The newest checkpoint that is whole, how it was checked, and the steps of newer ones that are
     not.
     """
     bad = []
     for step, folder in reversed(committed_steps(run.checkpoints).items()):
         try:
-            files = read_manifest(folder).files
-            sizes_fit = all((folder / n).stat().st_size == f.bytes for n, f in files.items())
+            named = read_manifest(folder).files
+            sizes_fit = all((folder / n).stat().st_size == f.bytes for n, f in named.items())
         except (CheckpointError, ConfigError, OSError):
             bad.append(step)
             continue
-        small = sizes_fit and sum(file.bytes for file in files.values()) <= FULL_CHECK_BYTES
+        small = sizes_fit and sum(file.bytes for file in named.values()) <= FULL_CHECK_BYTES
         if not sizes_fit or (small and verify(folder)):
             bad.append(step)
             continue
@@ -170,7 +171,7 @@ def last_verified(run: RunDir) -> dict[str, Any] | None:
     return {"step": None, "checked": None, "newer_bad": bad} if bad else None
 
 
-def waiting_for(run: RunDir, at_work: History) -> str | None:
+def waiting_for(run: files.RunDir, at_work: events.History) -> str | None:
     """What the trainer waits for now: nodes, or data in its own words; None when it does not.
 
     `at_work` is the history of the training at work.
@@ -180,12 +181,12 @@ def waiting_for(run: RunDir, at_work: History) -> str | None:
     return cursor.read_cursor(run).waiting_for or None
 
 
-def restarts(history: History) -> dict[str, int]:
+def restarts(history: events.History) -> dict[str, int]:
     """How often the trainer group started again, and how many teacher workers were lost."""
     return {"trainer": max(0, len(history.starts) - 1), "teacher_workers": history.lost}
 
 
-def slurm_jobs(run: RunDir) -> dict[str, Any] | None:
+def slurm_jobs(run: files.RunDir) -> dict[str, Any] | None:
     """The run's Slurm jobs, or why they cannot be told; None when it was never submitted."""
     try:
         return {"jobs": [asdict(job) for job in read_jobs(run)]} if read_ids(run) else None
@@ -193,7 +194,7 @@ def slurm_jobs(run: RunDir) -> dict[str, Any] | None:
         return {"jobs": [], "unknown": str(error)}
 
 
-def stage_of(run: RunDir, config: RunConfig, found: dict[str, Any]) -> str:
+def stage_of(run: files.RunDir, config: RunConfig, found: dict[str, Any]) -> str:
     """pretrain, generate, train, evaluate or finished: the first that is not done."""
     step = found["train"]["step"]
     if step >= config.train.max_steps:
@@ -207,7 +208,7 @@ def stage_of(run: RunDir, config: RunConfig, found: dict[str, Any]) -> str:
     return "generate"
 
 
-def status(run: RunDir) -> dict[str, Any]:
+def status(run: files.RunDir) -> dict[str, Any]:
     """Everything `bowstring status` says, ready for JSON.
 
     Raises:
@@ -215,7 +216,7 @@ def status(run: RunDir) -> dict[str, Any]:
     """
     identity.read_record(run)  # a newer version's files are not known here
     config = load_config(run)
-    history = read_history(run)
+    history = events.read_history(run)
     live = lock.is_live(run)
     found: dict[str, Any] = {
         "run": config.run.name,
@@ -225,7 +226,7 @@ def status(run: RunDir) -> dict[str, Any]:
         "pretrain": None,
         "train": training(run, history, config.train.max_steps, live),
     }
-    pretraining = read_history(run.teacher)
+    pretraining = events.read_history(run.teacher)
     if own_teachers(config):
         steps = config.pretrain.train.max_steps
         found["pretrain"] = training(run.teacher, pretraining, steps, live)

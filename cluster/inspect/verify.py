@@ -27,12 +27,10 @@ from distill.checkpoint.manifest import KEPT, committed_steps, verify
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
-from distill.run import events, identity
-from distill.run.dir import RunDir, shard_name
-from distill.run.history import read_history
+from distill.run import events, files, identity
 
 
-def audit(run: RunDir) -> dict[str, Any]:
+def audit(run: files.RunDir) -> dict[str, Any]:
     """The proof as plain values, ready for JSON.
 
     ok: nothing is missing, duplicate, corrupt, consumed otherwise than planned, or torn.
@@ -57,11 +55,11 @@ def audit(run: RunDir) -> dict[str, Any]:
     """
     record = identity.record_of(run)
     stream, order = record.stream, order_of(record.stream)
-    made_before = read_history(run).made
+    made_before = events.read_history(run).made
     shards, checkpoints = _audit_shards(run), _audit_checkpoints(run)
     # After the shards: a live run may have deleted some or set some aside meanwhile.
     said: list[str] = []
-    history = read_history(run, said.append)
+    history = events.read_history(run, said.append)
     oldest = min(checkpoints["verified"], default=0)
     first_read = first_shard_read(order, stream.block_shards, oldest)
     _audit_evicted(run, shards, history.evicted, first_read)
@@ -115,12 +113,12 @@ class _Shards:
     orphans: list[str] = field(default_factory=list)  # a tar that is not committed
 
 
-def _audit_shards(run: RunDir) -> _Shards:
+def _audit_shards(run: files.RunDir) -> _Shards:
     """Checks every byte. Several threads, since hashing releases the interpreter."""
     found, listing = _Shards(), open_store(run).listing()
     whole = listing.committed
     found.orphans.extend(listing.orphans)
-    found.lost = {n: f"{shard_name(n)}.json has no tar" for n in listing.without_tar}
+    found.lost = {n: f"{files.shard_name(n)}.json has no tar" for n in listing.without_tar}
 
     def check(shard: int) -> Sidecar | CorruptShard | OSError:
         try:
@@ -146,7 +144,7 @@ def _audit_shards(run: RunDir) -> _Shards:
     return found
 
 
-def _audit_evicted(run: RunDir, found: _Shards, told: set[int], first_read: int) -> None:
+def _audit_evicted(run: files.RunDir, found: _Shards, told: set[int], first_read: int) -> None:
     """Tells the shards that were deleted for room from those that are lost.
 
     No checkpoint reads a shard below `first_read`. `told` are those that the events tell of. Record
@@ -207,7 +205,7 @@ def _duplicates(shards: _Shards) -> list[dict[str, Any]]:
     return found
 
 
-def _quarantined(run: RunDir) -> list[str]:
+def _quarantined(run: files.RunDir) -> list[str]:
     return list(open_store(run).reasons())
 
 
@@ -215,7 +213,7 @@ def _quarantined(run: RunDir) -> list[str]:
 # Checkpoints
 
 
-def _audit_checkpoints(run: RunDir) -> dict[str, Any]:
+def _audit_checkpoints(run: files.RunDir) -> dict[str, Any]:
     found: dict[str, Any] = {"verified": [], "kept": [], "bad": []}
     for name, parent in (("verified", run.checkpoints), ("kept", run.checkpoints / KEPT)):
         for step, folder in committed_steps(parent).items():

@@ -13,7 +13,7 @@ from rich.table import Table
 from cluster.inspect.status import status
 from cluster.state.identity import flatten
 from distill.config import ConfigError
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 
 def _number(value: float | None, unit: str = "") -> str:

@@ -25,8 +25,6 @@ from distill.config import ConfigError, check
 from distill.data.sidecar import Reason, ShardSpec
 from distill.data.stores.store import committed, is_committed
 from distill.run import events, files, records
-from distill.run.dir import RunDir
-from distill.run.events import END_OF_PRODUCTION, SCALED_DOWN, EventLog
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
@@ -58,7 +56,7 @@ class TeacherPool:
         self.coordinator = Coordinator(limits, view.shards, view.evicted, cursor=self._cursor())
         self._oldest = evicted.OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
-        self._scans, self._log, self._now_s = Pace(), EventLog(self.run), time.monotonic()
+        self._scans, self._log, self._now_s = Pace(), events.EventLog(self.run), time.monotonic()
         self._wanted: dict[Device, int] = {}
         self.target = self._most = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
@@ -114,9 +112,9 @@ class TeacherPool:
             ray.kill(member.actor)
             if member.name:
                 # What it frees would go to the others, and they end too: no action is carried out.
-                left = messages.Left(member.name, END_OF_PRODUCTION)
+                left = messages.Left(member.name, events.END_OF_PRODUCTION)
                 self.coordinator.handle(left, self._now_s)
-                self._log.add(events.WorkerLeave(member.name, END_OF_PRODUCTION))
+                self._log.add(events.WorkerLeave(member.name, events.END_OF_PRODUCTION))
         self._log.flush()
 
     # ---------------------------------------------------------------------------------------
@@ -127,7 +125,7 @@ class TeacherPool:
         missing = choose_leaving(self.members, self._wanted)
         for member in [m for m in self.members if m.leaves and m.shard is None]:
             ray.kill(member.actor)
-            self._part(member, SCALED_DOWN)
+            self._part(member, events.SCALED_DOWN)
         for device in missing:
             options = actor_options(self.config.cluster.teachers, device)
             actor_class = ray.remote(TeacherWorker).options(**options)
@@ -337,7 +335,7 @@ def check_fingerprints(spec: ShardSpec, worker: str, fingerprints: dict[str, Any
         )
 
 
-def set_request_aside(run: RunDir, shard: int, reason: str, traceback: str) -> str:
+def set_request_aside(run: files.RunDir, shard: int, reason: str, traceback: str) -> str:
     """What to tell the user of a shard that cannot be made; `quarantine/` gets a file with it."""
     path = run.quarantine / f"{shard:08d}-{uuid.uuid4().hex[:8]}" / f"{shard:08d}.reason.json"
     why = Reason(shard, f"could not be made: {reason}", traceback=traceback)

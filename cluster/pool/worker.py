@@ -15,7 +15,7 @@ from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
 from distill.data import generate, shards
 from distill.data.sidecar import ShardSpec
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.teachers.base import FrozenTeacher
 from distill.teachers.build import build_teacher
 from distill.training.memory import keep_freed_memory

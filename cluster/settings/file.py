@@ -18,7 +18,6 @@ from distill.config import ConfigError, check, lacking
 from distill.networks.config import NETWORKS
 from distill.objectives.config import OBJECTIVES
 from distill.run import files, identity
-from distill.run.dir import RunDir
 from distill.teachers.config import TEACHERS, TeacherConfig
 
 GROUPS = ("experiment", "data", "student", "teacher", "objective", "train", "eval", "cluster")
@@ -68,7 +67,7 @@ def run_name(experiment: str, objective: str) -> str:
 
 def model_folder(run_dir: str, step: int) -> str:
     """Folder of the model that the pre-training inside `run_dir` exports at `step`."""
-    return str(RunDir(Path(run_dir)).teacher.model(int(step)))
+    return str(files.RunDir(Path(run_dir)).teacher.model(int(step)))
 
 
 def part_of(whole: int, divisor: int) -> int:
@@ -172,7 +171,7 @@ def to_tree(config: Any) -> DictConfig:
 # config.yaml
 
 
-def save_config(run: RunDir, config: RunConfig) -> None:
+def save_config(run: files.RunDir, config: RunConfig) -> None:
     """Writes config.yaml of a run, atomically."""
     files.write_atomic(run.config, OmegaConf.to_yaml(to_tree(config)).encode())
 
@@ -233,7 +232,7 @@ def _moved(path: str, old: str, new: str) -> str:
     return new + path[len(old) :] if path.startswith(old + "/") else path
 
 
-def shard_location(run: RunDir) -> str:
+def shard_location(run: files.RunDir) -> str:
     """`trajectory.location` of a run as it was last started; "" before its first start."""
     if not run.config.exists():
         return ""
@@ -261,7 +260,7 @@ def dotted(overrides: list[str]) -> DictConfig:
         raise ConfigError(f"cannot read {' '.join(overrides)}: {error}") from error
 
 
-def load_config(run: RunDir, overrides: list[str] | None = None) -> RunConfig:
+def load_config(run: files.RunDir, overrides: list[str] | None = None) -> RunConfig:
     """The configuration of an existing run, with key=value overrides merged on top and checked.
 
     A run folder that was moved or renamed is followed: run.dir is where it was found. With
@@ -279,7 +278,7 @@ def load_config(run: RunDir, overrides: list[str] | None = None) -> RunConfig:
         raise ConfigError(f"{error}{identity.newer(record.versions) if record else ''}") from error
 
 
-def _load(run: RunDir, overrides: list[str]) -> RunConfig:
+def _load(run: files.RunDir, overrides: list[str]) -> RunConfig:
     stored = read_tree(run.config)
     changes = dotted(overrides)
     try:

@@ -12,7 +12,7 @@ from distill.data.config import DataConfig, TrajectoryConfig
 from distill.evaluation.config import EvalConfig
 from distill.networks.config import NetworkConfig
 from distill.objectives.config import ObjectiveConfig
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.teachers.config import TeacherConfig
 
 

@@ -11,7 +11,7 @@ import subprocess
 from dataclasses import dataclass
 
 from distill.config import ConfigError
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 COLUMNS = {
     "JobArrayID": 60,

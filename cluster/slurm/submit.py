@@ -15,8 +15,7 @@ from cluster.slurm.scripts import KINDS, render, slurm_of
 from cluster.state import done, identity, lock
 from cluster.state.workers import write_target
 from distill.config import ConfigError, check
-from distill.run import files, history
-from distill.run.dir import RunDir
+from distill.run import events, files
 
 # -----------------------------------------------------------------------------------------------
 # Submit
@@ -29,7 +28,7 @@ def submit(config: RunConfig, dry_run: bool) -> None:
         ConfigError: the settings cannot work, or the run is there with others.
         SlurmError: Slurm refused; nothing of it is left in the queue.
     """
-    run = RunDir(config.files.root.absolute(), config.trajectory.location)
+    run = files.RunDir(config.files.root.absolute(), config.trajectory.location)
     view = done.view_of(config, identity.check_identity(config, run))
     scripts = render(config, run.root)
     if dry_run:
@@ -70,7 +69,7 @@ def _show_plan(config: RunConfig) -> None:
     )
 
 
-def _write(config: RunConfig, run: RunDir, scripts: dict[str, str]) -> None:
+def _write(config: RunConfig, run: files.RunDir, scripts: dict[str, str]) -> None:
     """The scripts and the settings. Slurm asks for neither before everything is there."""
     try:
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
@@ -86,7 +85,7 @@ def _write(config: RunConfig, run: RunDir, scripts: dict[str, str]) -> None:
     save_config(run, config)
 
 
-def _submit_all(run: RunDir, kinds: list[str]) -> None:
+def _submit_all(run: files.RunDir, kinds: list[str]) -> None:
     for kind in kinds:  # partition, limits, account: refused before anything runs
         _sbatch(run, kind, "--test-only")
     ids: dict[str, str] = {}
@@ -110,7 +109,7 @@ def _after(kind: str, ids: dict[str, str]) -> list[str]:
     return [f"--dependency=afterok:{ids['train']}", "--kill-on-invalid-dep=yes"]
 
 
-def _sbatch(run: RunDir, kind: str, *options: str) -> str:
+def _sbatch(run: files.RunDir, kind: str, *options: str) -> str:
     return ask("sbatch", *options, str(run.slurm / f"{kind}.sbatch"), str(run.root))
 
 
@@ -118,7 +117,7 @@ def _sbatch(run: RunDir, kind: str, *options: str) -> str:
 # Scale and stop
 
 
-def scale(config: RunConfig, run: RunDir, workers: int) -> None:
+def scale(config: RunConfig, run: files.RunDir, workers: int) -> None:
     """Sets how many tasks of the array run, and what the pool of a live run wants.
 
     Raises:
@@ -135,7 +134,7 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
     )
     there = [job for job in read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
-    if lock.is_live(run) and history.read_history(run).target is not None:
+    if lock.is_live(run) and events.read_history(run).target is not None:
         write_target(run, workers)  # otherwise the pool that starts takes what fits on the nodes
     array = there[0].array
     running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
@@ -150,7 +149,7 @@ def scale(config: RunConfig, run: RunDir, workers: int) -> None:
             ask("scontrol", "requeuehold", f"{array}_{task}")
 
 
-def stop(run: RunDir) -> list[str]:
+def stop(run: files.RunDir) -> list[str]:
     """Ends the jobs of a run, or the one here; the trainer saves first. What was done, in words."""
     there = [job for job in read_jobs(run) if job.is_there]
     if not there:

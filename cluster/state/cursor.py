@@ -8,7 +8,6 @@ Losing the file costs nothing but time: shards that exist are not made again.
 from dataclasses import dataclass
 
 from distill.run import files, records
-from distill.run.dir import RunDir
 
 
 @dataclass(frozen=True)
@@ -19,12 +18,12 @@ class Position:
     waiting_for: str  # why no batch came yet; "" when the trainer does not wait
 
 
-def write_cursor(run: RunDir, block: int, waiting_for: str) -> None:
+def write_cursor(run: files.RunDir, block: int, waiting_for: str) -> None:
     """Writes the block being read, and what the trainer waits for; "" when it does not wait."""
     files.write_json(run.cursor, records.tree_of(Position(block, waiting_for)))
 
 
-def read_cursor(run: RunDir) -> Position:
+def read_cursor(run: files.RunDir) -> Position:
     """Where the trainer reads; the first block before it has started, or where the file is torn."""
     try:
         return records.read_record(Position, run.cursor)

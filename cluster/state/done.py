@@ -16,9 +16,7 @@ from cluster.state.identity import check_identity
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError
 from distill.data.stores.store import committed
-from distill.run.dir import RunDir
-from distill.run.identity import RunRecord
-from distill.run.results import read_results
+from distill.run import files, identity, measured
 from distill.teachers.config import TeacherConfig
 
 
@@ -44,7 +42,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute()) if path else path
 
 
-def steps_done(run: RunDir) -> int:
+def steps_done(run: files.RunDir) -> int:
     """Step of the newest verified checkpoint.
 
     Raises:
@@ -66,8 +64,8 @@ class RunView:
     """
 
     config: RunConfig
-    run: RunDir
-    record: RunRecord | None
+    run: files.RunDir
+    record: identity.RunRecord | None
 
     def again(self) -> "RunView":
         """The files as they are now. run.json is as it was."""
@@ -123,7 +121,7 @@ class RunView:
     def has_results(self) -> bool:
         """Whether results.json is of the last checkpoint and of the evaluation asked for."""
         try:
-            results = read_results(self.run)
+            results = measured.read_results(self.run)
         except ConfigError:  # of another version
             return False
         asked = dataclasses.asdict(self.config.eval)
@@ -135,7 +133,7 @@ class RunView:
         return self.run.report.exists() and self.has_results and self.is_distilled
 
 
-def view_of(config: RunConfig, record: RunRecord | None = None) -> RunView:
+def view_of(config: RunConfig, record: identity.RunRecord | None = None) -> RunView:
     """A view of a run whose run.json was read before, or is not asked for."""
     config = with_absolute_paths(config)
     return RunView(config, config.files, record)

@@ -20,7 +20,6 @@ from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.stores.store import open_store
 from distill.run import events, files, records
-from distill.run.dir import RunDir
 
 # -----------------------------------------------------------------------------------------------
 # The record
@@ -33,7 +32,7 @@ class Evicted:
     shards: tuple[tuple[int, ...], ...]
 
 
-def recorded(run: RunDir) -> set[int]:
+def recorded(run: files.RunDir) -> set[int]:
     """The shards that evicted.json names.
 
     Raises:
@@ -51,19 +50,19 @@ def recorded(run: RunDir) -> set[int]:
         ) from error
 
 
-def read_evicted(run: RunDir, found: Collection[int]) -> set[int]:
+def read_evicted(run: files.RunDir, found: Collection[int]) -> set[int]:
     """The shards that were made and deleted for room. `found` are the committed ones."""
     return recorded(run).difference(found)
 
 
-def evict(run: RunDir, shards: tuple[int, ...], step: int) -> None:
+def evict(run: files.RunDir, shards: tuple[int, ...], step: int) -> None:
     """Deletes the tars of `shards`, which lie behind the checkpoint of `step`."""
     events.append(run, events.Evict(shards, step))
     _record(run, recorded(run) | set(shards))
     open_store(run).delete_tars(shards)
 
 
-def forget_evicted(run: RunDir, first_shard: int) -> bool:
+def forget_evicted(run: files.RunDir, first_shard: int) -> bool:
     """Has the evicted shards from `first_shard` on made again: the checkpoint behind them is gone,
     so training reads them once more. Whether there are any.
     """
@@ -74,7 +73,7 @@ def forget_evicted(run: RunDir, first_shard: int) -> bool:
     return bool(again)
 
 
-def _record(run: RunDir, shards: set[int]) -> None:
+def _record(run: files.RunDir, shards: set[int]) -> None:
     files.write_json(run.evicted, records.tree_of(Evicted(ranges_of(shards))))
 
 
@@ -98,7 +97,7 @@ def oldest_verified(checkpoints: Path) -> int:
 class OldestCheckpoint:
     """`oldest_verified`, looked for in a thread: hashing a large checkpoint takes a while."""
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: files.RunDir) -> None:
         self.step = 0
         self._run = run
         self._looking = threading.Thread()

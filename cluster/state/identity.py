@@ -20,16 +20,8 @@ from cluster.plan.stream import stream_of
 from cluster.settings.file import removed
 from cluster.settings.schema import RunConfig, is_own
 from distill.config import ConfigError, before, is_free
-from distill.run.dir import RunDir
-from distill.run.identity import (
-    FORMAT,
-    RunRecord,
-    ScheduleRecord,
-    hash_of,
-    newer,
-    read_record,
-    write_record,
-)
+from distill.run import files
+from distill.run import identity as run_json
 
 PACKAGES = (
     "bowstring",
@@ -148,18 +140,18 @@ def difference(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> 
     return lines
 
 
-def check_identity(config: RunConfig, run: RunDir) -> RunRecord | None:
+def check_identity(config: RunConfig, run: files.RunDir) -> run_json.RunRecord | None:
     """run.json, or None for a new run. Writes nothing.
 
     Raises:
         ConfigError: the configuration is another run's (with a diff), or run.json is corrupt or
             of a newer version.
     """
-    record = read_record(run)
+    record = run_json.read_record(run)
     lines = difference(record.identity, identity_of(config), config) if record else []
     if record and lines:
         raise ConfigError(
-            f"{run.root} was started with other settings{newer(record.versions)}:\n  "
+            f"{run.root} was started with other settings{run_json.newer(record.versions)}:\n  "
             + "\n  ".join(lines)
             + f"\nResume it with its own settings (bowstring run {run.root}), or start a new run "
             "with --force-new NAME, a name that is not taken"
@@ -184,22 +176,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new_record(config: RunConfig) -> RunRecord:
+def new_record(config: RunConfig) -> run_json.RunRecord:
     """The content of a new run.json."""
     identity = identity_of(config)
-    return RunRecord(
-        format=FORMAT,
-        hash=hash_of(identity),
+    return run_json.RunRecord(
+        format=run_json.FORMAT,
+        hash=run_json.hash_of(identity),
         seed=config.seed,
         identity=identity,
         stream=stream_of(config),
-        schedule=(ScheduleRecord(config.train.max_steps, config.train.decay),),
+        schedule=(run_json.ScheduleRecord(config.train.max_steps, config.train.decay),),
         teachers={},
         versions=versions(),
     )
 
 
-def check_or_write(config: RunConfig, run: RunDir) -> tuple[RunRecord, list[str]]:
+def check_or_write(config: RunConfig, run: files.RunDir) -> tuple[run_json.RunRecord, list[str]]:
     """run.json, after it was written for a new run or compared with an old one, and notes for the
     user.
 
@@ -210,21 +202,21 @@ def check_or_write(config: RunConfig, run: RunDir) -> tuple[RunRecord, list[str]
     if record is not None:
         return _with_schedule(config, run, record)
     record = new_record(config)
-    write_record(run, record)
+    run_json.write_record(run, record)
     return record, []
 
 
 def _with_schedule(
-    config: RunConfig, run: RunDir, record: RunRecord
-) -> tuple[RunRecord, list[str]]:
+    config: RunConfig, run: files.RunDir, record: run_json.RunRecord
+) -> tuple[run_json.RunRecord, list[str]]:
     """Writes a changed train.max_steps into run.json, and says what it means."""
     last = record.schedule[-1].max_steps if record.schedule else None
     steps = config.train.max_steps
     if last == steps:
         return record, []
-    entry = ScheduleRecord(steps, config.train.decay)
+    entry = run_json.ScheduleRecord(steps, config.train.decay)
     record = replace(record, schedule=(*record.schedule, entry))
-    write_record(run, record)
+    run_json.write_record(run, record)
     note = f"train.max_steps changed from {last} to {steps}"
     if config.train.decay == "cosine":
         note += (
@@ -234,7 +226,9 @@ def _with_schedule(
     return record, [note]
 
 
-def record_teachers(run: RunDir, record: RunRecord, fingerprints: dict[str, str]) -> None:
+def record_teachers(
+    run: files.RunDir, record: run_json.RunRecord, fingerprints: dict[str, str]
+) -> None:
     """Writes the fingerprints of the teachers' weights into run.json, which holds `record`, or
     compares them with those there.
 
@@ -250,4 +244,4 @@ def record_teachers(run: RunDir, record: RunRecord, fingerprints: dict[str, str]
                 "start a new run with --force-new NAME"
             )
     if not fingerprints.keys() <= known.keys():
-        write_record(run, replace(record, teachers=known | fingerprints))
+        run_json.write_record(run, replace(record, teachers=known | fingerprints))

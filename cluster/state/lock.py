@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 from distill.config import ConfigError, check
-from distill.run.dir import RunDir
-from distill.run.files import lock_file
+from distill.run.files import RunDir, lock_file
 
 PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
 

@@ -15,8 +15,7 @@ from typing import Any
 from cluster.plan.placement import Device, _fitting
 from cluster.settings.schema import ClusterConfig
 from distill.config import ConfigError, check
-from distill.run import files, history, records
-from distill.run.dir import RunDir
+from distill.run import events, files, records
 
 # -----------------------------------------------------------------------------------------------
 # The wish
@@ -29,13 +28,13 @@ class Target:
     workers: int
 
 
-def write_target(run: RunDir, workers: int) -> None:
+def write_target(run: files.RunDir, workers: int) -> None:
     """Asks the pool of a live run for `workers` workers.
 
     Raises:
         ConfigError: the pool cannot have that many.
     """
-    pool = history.read_history(run)
+    pool = events.read_history(run)
     check(
         pool.target is not None, f"{run.root} has no teacher workers yet; it makes no shards so far"
     )
@@ -49,7 +48,7 @@ def write_target(run: RunDir, workers: int) -> None:
     files.write_json(run.target, records.tree_of(Target(workers)))
 
 
-def read_target(run: RunDir) -> int | None:
+def read_target(run: files.RunDir) -> int | None:
     """The number asked for; None when nobody has asked since the pool started.
 
     Raises:
@@ -68,7 +67,7 @@ def read_target(run: RunDir) -> int | None:
 
 
 def wanted_workers(
-    cluster: ClusterConfig, run: RunDir, nodes: list[dict[str, Any]]
+    cluster: ClusterConfig, run: files.RunDir, nodes: list[dict[str, Any]]
 ) -> dict[Device, int]:
     """Teacher workers that there shall be now, by device; `nodes` is what Ray says of those of a
     cluster. GPUs are filled first. Workers for which there is no place yet wait for the first kind.

@@ -19,7 +19,7 @@ from cluster.trainer.job import TrainJob
 from cluster.trainer.watchdog import stacks_bytes
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
-from distill.run import events, files, metrics
+from distill.run import events, files, measured
 
 POLL_PERIOD_S = 0.1
 FROZEN = "health check has been hanging"  # Ray Train's words
@@ -115,7 +115,7 @@ class TrainerGroup:
         if why and (final := final_error(self.job)) is not None:
             raise final
         saved = max(committed_steps(self.job.run.checkpoints), default=0)
-        return why if saved < metrics.last_step(self.job.run.metrics) else ""
+        return why if saved < measured.last_step(self.job.run.metrics) else ""
 
     # -- Its size
 
@@ -163,7 +163,7 @@ class TrainerGroup:
             return
         nodes = self._session.nodes()
         size = group_size(self.job.config.cluster, self.job.train, nodes)
-        if size > self._size and metrics.last_step(self.job.run.metrics) != self._seen:
+        if size > self._size and measured.last_step(self.job.run.metrics) != self._seen:
             if silent_nodes(nodes):
                 return
             self._session.bars.say(f"nodes for {size} trainer ranks are there: saves, and goes on")
@@ -178,7 +178,7 @@ class TrainerGroup:
         self._starts += 1
         self._grow_s = time.monotonic() + GROW_AFTER_S
         self._stacks_bytes = stacks_bytes(self.job.run.hangs)
-        self._size, self._seen, self.note = size, metrics.last_step(self.job.run.metrics), ""
+        self._size, self._seen, self.note = size, measured.last_step(self.job.run.metrics), ""
         name = f"{self.job.stage}-{self._starts}"
         self.job.stop.unlink(missing_ok=True)  # a rank of the group before may have left it
         events.append(self.job.run, events.Group(size))

@@ -28,7 +28,7 @@ from cluster.supervisor.stages import Work
 from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
-from distill.run import events, metrics
+from distill.run import events, measured
 
 logger = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ def _work(session: Session, work: Work) -> None:
     if session.stop_signal:
         raise Stopped
     group = TrainerGroup(session, job) if job else None
-    before = metrics.last_step(job.run.metrics) if job else 0
+    before = measured.last_step(job.run.metrics) if job else 0
     try:
         with session.bars:
             produced = trained = False
@@ -181,7 +181,7 @@ def _show(
     if group is not None:
         job = group.job
         title = "teacher, steps" if job.stage == "pretrain" else "student, steps"
-        done, note = metrics.last_step(job.run.metrics), ""
+        done, note = measured.last_step(job.run.metrics), ""
         if done == before < job.train.max_steps:
             note = "starting"
         if job.stage == "train":

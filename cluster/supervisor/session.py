@@ -27,7 +27,7 @@ from cluster.settings.schema import RunConfig
 from cluster.state.lock import held
 from cluster.supervisor.progress import StageBars
 from distill.config import check
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 JOIN_PERIOD_S = 0.5
 LONGEST_TEMP = 40  # characters; Ray's socket paths below it must stay under 107

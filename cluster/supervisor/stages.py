@@ -17,7 +17,7 @@ from distill.evaluation.inception import check_inception
 from distill.export.student import latest_student
 from distill.networks.files import DESCRIPTION
 from distill.report.sections import write_report
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.teachers.base import check_guidance
 from distill.teachers.build import describe
 from distill.teachers.config import TeacherConfig

@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.settings.schema import RunConfig
 from distill.config import TrainConfig
 from distill.data.sidecar import ShardSpec
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 
 @dataclass(frozen=True)

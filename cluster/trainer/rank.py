@@ -20,7 +20,6 @@ from distill.networks.files import with_weights_of
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.run import events, files
-from distill.run.dir import RunDir
 from distill.teachers.build import start_of
 from distill.training import log, loop, memory, saving
 from distill.training.build import build_callbacks
@@ -108,7 +107,7 @@ def initial_network(job: TrainJob) -> tuple[layers.AbstractNetwork, str]:
 
 
 @contextmanager
-def _only_trainer(run: RunDir, engine: Engine) -> Iterator[None]:
+def _only_trainer(run: files.RunDir, engine: Engine) -> Iterator[None]:
     """Holds the lock that keeps ranks of a killed supervisor from writing next to ours.
 
     Raises:

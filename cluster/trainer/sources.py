@@ -17,7 +17,7 @@ from distill.data.order import Order
 from distill.data.stream import TrajectoryStream
 from distill.engine.engine import Peers
 from distill.flow.trajectory import TrajectoryBatch
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 PERIOD_S = 1.0  # a change of the waiting reason is written this often at most
 

@@ -25,8 +25,7 @@ from torch import Tensor
 
 from distill.checkpoint import agree, manifest
 from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
-from distill.run.files import sync_directory, write_atomic, write_json
-from distill.run.records import tree_of
+from distill.run import files, records
 
 logger = logging.getLogger(__name__)
 
@@ -94,7 +93,7 @@ def commit(
     try:
         staging.mkdir(parents=True, exist_ok=True)
         data = to_bytes(snapshot.tensors)
-        write_atomic(staging / _rank_file(ranks.rank), data)
+        files.write_atomic(staging / _rank_file(ranks.rank), data)
         digest, size = hashlib.sha256(data).digest(), len(data)
     except OSError as error:
         failure = f"rank {ranks.rank} could not write {staging}: {error}"
@@ -106,7 +105,7 @@ def commit(
     is_there = ranks.any(ranks.rank == 0 and final.exists())
     is_whole = is_there and not agree.verify_together(final, ranks)
     if ranks.rank == 0:
-        files = {
+        entries = {
             _rank_file(rank): manifest.File(int(sizes[rank]), bytes(digests[rank]).hex())
             for rank in range(ranks.world_size)
         }
@@ -114,8 +113,9 @@ def commit(
             if is_whole:
                 shutil.rmtree(staging)
             else:
-                write_json(
-                    staging / manifest.MANIFEST, tree_of(replace(snapshot.about, files=files))
+                files.write_json(
+                    staging / manifest.MANIFEST,
+                    records.tree_of(replace(snapshot.about, files=entries)),
                 )
                 _publish(staging, final)
         except OSError as error:
@@ -139,11 +139,11 @@ def _publish(staging: Path, final: Path) -> None:
     """Renames the staged folder into place and moves the pointer."""
     if final.exists():  # it does not verify
         final.rename(final.with_name(f"{final.name}.bad-{uuid.uuid4().hex[:8]}"))
-    sync_directory(staging)
+    files.sync_directory(staging)
     staging.rename(final)
-    sync_directory(final.parent)
+    files.sync_directory(final.parent)
     with _only_warning(f"{final.parent / manifest.LATEST} names an older checkpoint now"):
-        write_atomic(final.parent / manifest.LATEST, f"{final.name}\n".encode())
+        files.write_atomic(final.parent / manifest.LATEST, f"{final.name}\n".encode())
 
 
 def _retain(checkpoints: Path, verified: int, keep_last: int, keep_every: int) -> None:

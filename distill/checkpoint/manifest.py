@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from distill.config import ConfigError
-from distill.run.files import sha256_file
-from distill.run.records import NewerRecord, record_of
+from distill.run import files, records
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
@@ -97,9 +96,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         tree = json.loads(path.read_bytes())
         if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
-            raise NewerRecord(f"has format {tree['format']}, not {FORMAT}")
-        return record_of(Manifest, tree)
-    except NewerRecord as error:
+            raise records.NewerRecord(f"has format {tree['format']}, not {FORMAT}")
+        return records.record_of(Manifest, tree)
+    except records.NewerRecord as error:
         raise ConfigError(
             f"{path} {error}; a newer version of Bowstring wrote it, so go on with that one"
         ) from error
@@ -122,9 +121,9 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     problems = []
     if folder.name != step_name(manifest.step):
         problems.append(f"{folder}: the manifest is of step {manifest.step}")
-    files = sorted(manifest.files.items())[part::parts]
+    entries = sorted(manifest.files.items())[part::parts]
     with ThreadPoolExecutor(READERS) as pool:  # hashing releases the interpreter
-        found = pool.map(lambda file: _problem(folder / file[0], file[1]), files)
+        found = pool.map(lambda entry: _problem(folder / entry[0], entry[1]), entries)
         return problems + [problem for problem in found if problem]
 
 
@@ -134,7 +133,7 @@ def _problem(path: Path, entry: File) -> str:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"{path}: {size} bytes instead of {entry.bytes}"
-        if sha256_file(path) != entry.sha256:
+        if files.sha256_file(path) != entry.sha256:
             return f"{path}: sha256 differs from the manifest"
     except OSError as error:
         return f"{path}: {error.strerror}"

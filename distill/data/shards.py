@@ -21,7 +21,7 @@ from distill.data import layout
 from distill.data.sidecar import CorruptShard, ShardSpec, Sidecar
 from distill.data.stores.store import ShardStore, open_store, read_sidecar
 from distill.flow.trajectory import GeneratedShard
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 # -----------------------------------------------------------------------------------------------
 # Write

@@ -16,8 +16,7 @@ from typing import Any
 
 from distill.config import ConfigError, ImageSpec
 from distill.data.config import TrajectoryConfig
-from distill.run.dir import shard_name
-from distill.run.records import now
+from distill.run import files, records
 from distill.teachers.config import TeacherConfig
 
 FORMAT = 1
@@ -177,7 +176,7 @@ class Sidecar:
     @property
     def tar_name(self) -> str:
         """Name of the tar."""
-        return self.tar or f"{shard_name(self.shard)}.tar"
+        return self.tar or f"{files.shard_name(self.shard)}.tar"
 
     def to_bytes(self) -> bytes:
         """The file's content: one JSON object, its own sha256 included."""
@@ -259,7 +258,7 @@ class Reason:
     shard: int
     reason: str
     traceback: str | None = None  # of a worker, where the shard cannot be made
-    time: float = field(default_factory=now)  # Unix time in seconds
+    time: float = field(default_factory=records.now)  # Unix time in seconds
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from distill.data.shards import as_tensor, read_shard
 from distill.data.stores.store import open_store
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 POLL_S = 0.1  # how often a missing shard is looked for
 

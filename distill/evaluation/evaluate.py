@@ -26,10 +26,7 @@ from distill.export.student import latest_student
 from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
 from distill.report import cost, pictures
-from distill.run import identity
-from distill.run.dir import RunDir
-from distill.run.records import record_of
-from distill.run.results import Extractor, Reference, Results, Row, Truth, write_results
+from distill.run import files, identity, measured, records
 from distill.sample import load_student, to_uint8
 from distill.teachers.base import FrozenTeacher, Jumps
 from distill.teachers.build import build_field, build_teacher
@@ -49,12 +46,12 @@ class Evaluator:
         self.samples = sampling.evaluation_samples(evaluation, data.image)
         self.interrupt = sampling.Interrupt()
         self.features: metrics.FeatureDistance | None = None
-        self.real = Reference(data.name)
+        self.real = measured.Reference(data.name)
         if data.image.is_picture:
             real = to_uint8(load_images(data)[0])
             self.features = metrics.FeatureDistance(evaluation.extractor, real, device)
             digest = sha256(real.numpy().tobytes()).hexdigest()
-            self.real = Reference(data.name, n=len(real), sha256=digest)
+            self.real = measured.Reference(data.name, n=len(real), sha256=digest)
         self._reference: tuple[Tensor, float] | None = None
 
     def draw(
@@ -89,14 +86,14 @@ class Evaluator:
 
     def row(
         self, sampler: sampling.Sampler | None, title: str, nfe: int, solver: str | None = None
-    ) -> Row:
+    ) -> measured.Row:
         """One entry of results.json; for the reference itself when `sampler` is None."""
         assert self._reference is not None
         reference, _ = self._reference
         x, seconds = self.draw(sampler, title) if sampler else self._reference
         tree: dict[str, Any] = {"nfe": nfe} | ({"solver": solver} if solver else {})
         tree |= metrics.measure(metrics.Drawn(x, reference, self.samples.noise, self.features))
-        return record_of(Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
+        return records.record_of(measured.Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
 
 
 # (solver, NFE) -> the teacher drawn so
@@ -117,7 +114,7 @@ def teacher_samplers(
 
 def teacher_rows(
     evaluator: Evaluator, samplers: TeacherSamplers, teacher: TeacherConfig, evaluation: EvalConfig
-) -> tuple[Row, ...]:
+) -> tuple[measured.Row, ...]:
     """The teacher's curves (`distill.evaluation.curves`).
 
     Where one is the fine solution itself, its samples are taken, not drawn again.
@@ -131,7 +128,7 @@ def teacher_rows(
 
 
 def picture_grid(
-    run: RunDir,
+    run: files.RunDir,
     evaluator: Evaluator,
     image: ImageSpec,
     u: MeanVelocity,
@@ -164,13 +161,13 @@ def picture_grid(
 
 
 def evaluate(
-    run: RunDir,
+    run: files.RunDir,
     data: DataConfig,
     teachers: dict[str, TeacherConfig],
     evaluation: EvalConfig,
     objective: str,
     device: str | None = None,
-) -> Results:
+) -> measured.Results:
     """The content of results.json, which it writes: the curves of the last verified checkpoint.
 
     The last of `teachers`, the best, is the reference, with its guidance. The same run and
@@ -205,8 +202,10 @@ def evaluate(
         if student.image.is_picture:
             picture_grid(run, evaluator, student.image, u, samplers, config)
     features = evaluator.features
-    extractor = Extractor(**features.description) if features else Extractor("none", "")
-    results = Results(
+    extractor = (
+        measured.Extractor(**features.description) if features else measured.Extractor("none", "")
+    )
+    results = measured.Results(
         run=run.root.name,
         objective=objective,
         step=student.meta.get("step"),
@@ -219,11 +218,11 @@ def evaluate(
         extractor=extractor,
         frechet_name=metrics.distance_name(extractor.name, evaluation.num_samples),
         reference=evaluator.real,
-        truth=Truth(name, teacher.fingerprint, config.guidance, solver, nfe),
+        truth=measured.Truth(name, teacher.fingerprint, config.guidance, solver, nfe),
         device=str(place),
         cost=cost.read_cost(run),
     )
-    write_results(run, results)
+    measured.write_results(run, results)
     return results
 
 

@@ -33,12 +33,11 @@ from distill.data.shards import as_tensor, read_shard
 from distill.data.stores.store import committed, read_sidecar
 from distill.flow.noise import sample_noise
 from distill.run import files, identity
-from distill.run.dir import RunDir
 
 INDEX, COUNTS = "index.json", "shard_count.json"
 
 
-def export_fastgen(run: RunDir, out: Path) -> Path:
+def export_fastgen(run: files.RunDir, out: Path) -> Path:
     """`out`, now with one shard for every committed one of the run, verified while it is read.
 
     Shards that are there already are kept: a name is given to a whole file only.
@@ -102,7 +101,7 @@ def _claim(out: Path, spec: sidecar.ShardSpec) -> None:
 
 
 def _export_shard(
-    run: RunDir, spec: sidecar.ShardSpec, shard: int, classes: int, place: Path
+    run: files.RunDir, spec: sidecar.ShardSpec, shard: int, classes: int, place: Path
 ) -> None:
     """Writes one shard under a temporary name and gives it its own once it is on disk."""
     temporary = files.temporary_path(place)
@@ -121,7 +120,7 @@ def _export_shard(
 
 
 def _samples(
-    run: RunDir, spec: sidecar.ShardSpec, shard: int, classes: int
+    run: files.RunDir, spec: sidecar.ShardSpec, shard: int, classes: int
 ) -> Iterator[dict[str, Any]]:
     """The members of every sample of a shard."""
     stored = np.empty((spec.samples_per_shard, *spec.sample_shape), dtype=layout.stored_dtype(spec))

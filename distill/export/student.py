@@ -12,8 +12,7 @@ from distill.config import ConfigError, ImageSpec, check
 from distill.networks.build import empty_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.files import DESCRIPTION, load_weights, save_model
-from distill.run.dir import RunDir
-from distill.run.identity import record_of
+from distill.run import files, identity
 
 
 def export_checkpoint(
@@ -41,7 +40,7 @@ def export_checkpoint(
     return out
 
 
-def export_run(run: RunDir, out: Path) -> Path:
+def export_run(run: files.RunDir, out: Path) -> Path:
     """`out`, now a folder with the run's student; `distill.sample.load_student` opens it.
 
     Raises:
@@ -52,7 +51,7 @@ def export_run(run: RunDir, out: Path) -> Path:
     if found is None:
         raise ConfigError(f"{run.root} has no checkpoint yet; train it first")
     step, folder = found
-    record = record_of(run)
+    record = identity.record_of(run)
     settings = record.identity
     data = settings["data"]
     meta = {
@@ -67,7 +66,7 @@ def export_run(run: RunDir, out: Path) -> Path:
     return export_checkpoint(folder, out, network_config(settings["student"]), image, meta)
 
 
-def latest_student(run: RunDir) -> Path:
+def latest_student(run: files.RunDir) -> Path:
     """Model folder of the run's last verified checkpoint, exported now unless it was before."""
     found = manifest.latest_verified(run.checkpoints)
     if found is None:

@@ -4,14 +4,11 @@ import json
 from collections.abc import Iterable
 
 from distill.data.stores.store import open_store
-from distill.run import events, results
-from distill.run.dir import RunDir
-from distill.run.history import History, read_history
-from distill.run.metrics import Metrics, read_metrics
+from distill.run import events, files, measured
 
 
-def read_cost(run: RunDir) -> results.Cost:
-    """The cost ledger of results.json.
+def read_cost(run: files.RunDir) -> measured.Cost:
+    """The cost ledger of measured.json.
 
     teacher_device_s: seconds workers spent on the committed shards, one device each.
     train_device_s: wall seconds of training times ranks, waiting for data included. Steps that a
@@ -21,25 +18,27 @@ def read_cost(run: RunDir) -> results.Cost:
     of one, not the count). bytes: size of the committed shards.
     """
     sidecars = [json.loads(content) for content in open_store(run).sidecars()]
-    return results.Cost(
+    return measured.Cost(
         teacher_device_s=round(sum((sidecar["seconds"] for sidecar in sidecars), 0.0), 1),
-        train_device_s=round(train_device_s(read_history(run), read_metrics(run)), 1),
+        train_device_s=round(
+            train_device_s(events.read_history(run), measured.read_metrics(run)), 1
+        ),
         teacher_nfe=sum(sidecar["nfe"] for sidecar in sidecars),
         bytes=sum(sidecar["bytes"] for sidecar in sidecars),
     )
 
 
-def train_device_s(history: History, metrics: Iterable[Metrics]) -> float:
+def train_device_s(history: events.History, metrics: Iterable[measured.Metrics]) -> float:
     """Seconds times ranks of all logged training steps, repeated ones included."""
     total, position = 0.0, 0
     for line in _starts_and_steps(history, metrics):
-        if isinstance(line, Metrics):
+        if isinstance(line, measured.Metrics):
             total += max(0, line.step - position) * (line.step_s or 0.0) * line.world_size
         position = line.step
     return total
 
 
-def phase_seconds(metrics: Iterable[Metrics]) -> dict[str, float]:
+def phase_seconds(metrics: Iterable[measured.Metrics]) -> dict[str, float]:
     """Mean seconds of a step in each phase, over logged steps in the order of time."""
     total: dict[str, float] = {}
     position = steps = 0
@@ -53,7 +52,9 @@ def phase_seconds(metrics: Iterable[Metrics]) -> dict[str, float]:
     return {name: seconds / steps for name, seconds in total.items()} if steps else {}
 
 
-def goodput(history: History, metrics: Iterable[Metrics], now: float | None = None) -> float | None:
+def goodput(
+    history: events.History, metrics: Iterable[measured.Metrics], now: float | None = None
+) -> float | None:
     """Useful step time over the wall time of training, in [0, 1]; None before the first metrics.
 
     Useful is the time of the steps that the weights come from, each once, without waiting for data.
@@ -79,8 +80,8 @@ def goodput(history: History, metrics: Iterable[Metrics], now: float | None = No
 
 
 def _starts_and_steps(
-    history: History, metrics: Iterable[Metrics]
-) -> list[events.Resume | Metrics]:
+    history: events.History, metrics: Iterable[measured.Metrics]
+) -> list[events.Resume | measured.Metrics]:
     """Starts of the trainer, and logged steps, in the order of time."""
     timed = [line for line in metrics if line.step_s is not None]
     # The sort is stable: a resume comes before the metrics of its second.

@@ -14,10 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from distill.report.pictures import tile
-from distill.run.files import write_atomic
-from distill.run.history import History
-from distill.run.metrics import Metrics
-from distill.run.results import Results
+from distill.run import events, files, measured
 
 # Drawn in this colour, then replaced by the page's own text colour, so that dark pages work too.
 INK = "#010203"
@@ -65,7 +62,7 @@ def _axes(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def quality_figure(results: Results, key: str, label: str) -> Figure:
+def quality_figure(results: measured.Results, key: str, label: str) -> Figure:
     """`key` against NFE: the student, and the teacher's solvers. Logarithmic where values spread.
 
     A distance of exactly 0, of the reference solution to itself, has no place on such an axis.
@@ -90,12 +87,12 @@ def quality_figure(results: Results, key: str, label: str) -> Figure:
         return figure
 
 
-def _values(metrics: list[Metrics], name: str) -> list[float]:
+def _values(metrics: list[measured.Metrics], name: str) -> list[float]:
     """A number of every line, NaN where it was not noted."""
     return [np.nan if (value := getattr(r, name)) is None else value for r in metrics]
 
 
-def loss_figure(metrics: list[Metrics]) -> Figure:
+def loss_figure(metrics: list[measured.Metrics]) -> Figure:
     """Total loss and every term over steps, on a logarithmic axis."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _axes("step", "loss")
@@ -111,7 +108,7 @@ def loss_figure(metrics: list[Metrics]) -> Figure:
         return figure
 
 
-def speed_figure(metrics: list[Metrics]) -> Figure:
+def speed_figure(metrics: list[measured.Metrics]) -> Figure:
     """Training throughput, and the share of time spent waiting for data, over wall time."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.2, 4.6), layout="constrained")
@@ -130,7 +127,7 @@ def speed_figure(metrics: list[Metrics]) -> Figure:
         return figure
 
 
-def worker_figure(history: History, samples_per_shard: int) -> Figure:
+def worker_figure(history: events.History, samples_per_shard: int) -> Figure:
     """Teacher workers wanted and at work, and the pairs they make per second, over wall time."""
     first = history.changes[0][0]
     last = max([history.changes[-1][0], *(end for _, end in history.spans)])
@@ -188,4 +185,4 @@ def write_overview(path: Path, rows: list[tuple[str, np.ndarray]]) -> None:
             axes.set_axis_off()
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white")
-    write_atomic(path, buffer.getvalue())
+    files.write_atomic(path, buffer.getvalue())

@@ -13,12 +13,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from distill.report import cost, figures
-from distill.run.dir import RunDir
-from distill.run.files import write_atomic
-from distill.run.history import History, read_history
+from distill.run import events, files, measured
 from distill.run.identity import RunRecord, read_record
-from distill.run.metrics import Metrics, read_metrics
-from distill.run.results import Results, Row, read_results
 
 
 @dataclass(frozen=True)
@@ -26,16 +22,16 @@ class Facts:
     """What the files of a run hold; None or empty where one is missing."""
 
     name: str
-    results: Results | None
-    metrics: list[Metrics]
-    history: History
+    results: measured.Results | None
+    metrics: list[measured.Metrics]
+    history: events.History
     grid: dict[str, np.ndarray] | None
     config: str
     record: RunRecord | None
     command: str
 
 
-def read_facts(run: RunDir, command: str) -> Facts:
+def read_facts(run: files.RunDir, command: str) -> Facts:
     """Reads what there is."""
     grid_path = run.samples / "grid.npz"
     grid = None
@@ -44,9 +40,9 @@ def read_facts(run: RunDir, command: str) -> Facts:
             grid = {key: archive[key] for key in archive.files}
     return Facts(
         name=run.root.resolve().name,
-        results=read_results(run),
-        metrics=list(read_metrics(run)),
-        history=read_history(run),
+        results=measured.read_results(run),
+        metrics=list(measured.read_metrics(run)),
+        history=events.read_history(run),
         grid=grid,
         config=run.config.read_text() if run.config.exists() else "",
         record=read_record(run),
@@ -125,7 +121,7 @@ def quality(facts: Facts) -> dict[str, Any] | None:
     }
 
 
-def row_name(row: Row, results: Results) -> str:
+def row_name(row: measured.Row, results: measured.Results) -> str:
     """Who made the row: "student", "teacher, euler", "teacher, heun (reference)"."""
     if row.solver is None:
         return "student"
@@ -133,7 +129,7 @@ def row_name(row: Row, results: Results) -> str:
     return f"teacher, {row.solver}" + (" (reference)" if is_truth else "")
 
 
-def last_of_each_step(metrics: list[Metrics]) -> list[Metrics]:
+def last_of_each_step(metrics: list[measured.Metrics]) -> list[measured.Metrics]:
     """Records by step. Steps that a restart repeated keep the last, which the weights come from."""
     return [record for _, record in sorted({r.step: r for r in metrics}.items())]
 
@@ -252,7 +248,7 @@ def render(facts: Facts) -> str:
     )
 
 
-def write_report(run: RunDir, command: str) -> Path:
+def write_report(run: files.RunDir, command: str) -> Path:
     """Path of report.html, written atomically; also samples/overview.png when there are
     pictures."""
     facts = read_facts(run, command)
@@ -261,5 +257,5 @@ def write_report(run: RunDir, command: str) -> Path:
         rows = zip(facts.grid["rows"].tolist(), facts.grid["images"], strict=True)
         chosen = [(row_label(row), images) for row, images in rows if ",euler," not in row]
         figures.write_overview(run.samples / "overview.png", chosen)
-    write_atomic(run.report, page.encode())
+    files.write_atomic(run.report, page.encode())
     return run.report

@@ -1,5 +1,8 @@
-"""Files written whole or by the line, locked, hashed, and the names of those in the making.
+"""The files of a run: their names; and how they are written whole or by the line, locked, hashed.
 Standard library only.
+
+A run directory is the whole truth about a run; every process can be killed and the run goes on
+from its files.
 """
 
 import fcntl
@@ -11,8 +14,88 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+# -----------------------------------------------------------------------------------------------
+# Names
+
+
+def shard_name(shard: int) -> str:
+    """What the names of a shard's files begin with."""
+    return f"{shard:08d}"
+
+
+class _Inside:
+    """A path below the run's folder."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: "RunDir", kind: type) -> Path:
+        return run.root / self._name
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run below `root` (docs/formats.md).
+
+    Attributes:
+        root: the run's folder.
+        location: where its shards lie: a folder, a URL, or "" for `shards` below `root`
+            (`distill.data.stores.store`).
+    """
+
+    root: Path
+    location: str = ""
+
+    identity = _Inside("run.json")  # what determines data and weights
+    config = _Inside("config.yaml")  # the composed configuration of the last start
+    cache = _Inside("cache")  # copies of shards that lie in an object store
+    evicted = _Inside("evicted.json")  # shards that were deleted for room
+    quarantine = _Inside("quarantine")  # bad shards, each with its reason
+    checkpoints = _Inside("checkpoints")  # those committed, and the `latest` pointer
+    events = _Inside("events.jsonl")  # what happened
+    metrics = _Inside("metrics.jsonl")  # loss terms and speed by step
+    tensorboard = _Inside("tensorboard")  # a copy of the metrics
+    wandb = _Inside("wandb")  # W&B's own files, and the run's id there
+    profile = _Inside("profile")  # traces of a few steps by torch.profiler
+    hangs = _Inside("hangs")  # where the ranks stood that took no step for too long
+    cursor = _Inside("cursor.json")  # the block the trainer reads
+    target = _Inside("target.json")  # how many teacher workers a live run shall have
+    results = _Inside("results.json")  # the evaluation
+    report = _Inside("report.html")
+    samples = _Inside("samples")  # PNG grids and npz files
+    slurm = _Inside("slurm")  # what `bowstring submit` writes: scripts, logs, ids of the jobs
+    lock = _Inside("run.lock")  # held by the supervisor of a live run
+    trainer_lock = _Inside("trainer.lock")  # held by rank 0 of a live trainer group
+
+    @property
+    def shards(self) -> Path:
+        """Committed trajectory shards and their sidecars, where they lie in a folder."""
+        return Path(self.location) if self.location else self.root / "shards"
+
+    def tar(self, shard: int) -> Path:
+        """The tar of a shard in a local folder."""
+        return self.shards / f"{shard_name(shard)}.tar"
+
+    def sidecar(self, shard: int) -> Path:
+        """The sidecar of a shard in a local folder."""
+        return self.shards / f"{shard_name(shard)}.json"
+
+    @property
+    def teacher(self) -> "RunDir":
+        """The pre-training of a teacher is a run of its own, inside."""
+        return RunDir(self.root / "teacher")
+
+    def model(self, step: int) -> Path:
+        """Folder of the model exported at `step`."""
+        return self.root / "models" / f"step_{step:08d}"
+
+
+# -----------------------------------------------------------------------------------------------
+# Content
 
 
 def lock_file(descriptor: int, patience_s: float) -> None:

@@ -15,9 +15,7 @@ from typing import Any
 from packaging.version import InvalidVersion, Version
 
 from distill.config import ConfigError
-from distill.run import records
-from distill.run.dir import RunDir
-from distill.run.files import write_json
+from distill.run import files, records
 
 FORMAT = 1
 
@@ -72,7 +70,7 @@ def hash_of(identity: dict[str, Any]) -> str:
 # Read and write
 
 
-def read_record(run: RunDir) -> RunRecord | None:
+def read_record(run: files.RunDir) -> RunRecord | None:
     """run.json, or None when there is none.
 
     Raises:
@@ -120,7 +118,7 @@ def _bowstring(versions: Any) -> str:
     return str(versions.get("bowstring", "?")) if isinstance(versions, dict) else "?"
 
 
-def record_of(run: RunDir) -> RunRecord:
+def record_of(run: files.RunDir) -> RunRecord:
     """run.json of a run that was started; raises ConfigError as `read_record`, or if it was not."""
     record = read_record(run)
     if record is None:
@@ -128,14 +126,14 @@ def record_of(run: RunDir) -> RunRecord:
     return record
 
 
-def write_record(run: RunDir, record: RunRecord) -> None:
+def write_record(run: files.RunDir, record: RunRecord) -> None:
     """Writes run.json, atomically.
 
     Raises:
         ConfigError: it cannot be written.
     """
     try:
-        write_json(run.identity, records.tree_of(record))
+        files.write_json(run.identity, records.tree_of(record))
     except OSError as error:
         raise ConfigError(
             f"cannot write {run.identity}: {error.strerror}; choose another place with run.dir=..."

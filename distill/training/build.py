@@ -5,7 +5,7 @@ from typing import Any
 
 from distill.config import TrainConfig
 from distill.engine.engine import Engine
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.training import loop, saving, timing, trackers
 from distill.training.callbacks import Callback
 from distill.training.log import Flops, TrainLog

@@ -14,9 +14,7 @@ from torch import Tensor
 
 from distill.checkpoint.manifest import committed_steps
 from distill.engine.engine import Engine
-from distill.run.dir import RunDir
-from distill.run.events import Event, Fallback, Resume, Spike, Steps, append
-from distill.run.metrics import append_metrics, metrics_of
+from distill.run import events, files, measured
 from distill.training import callbacks, timing
 
 # Of a loss that stands out: steps it is compared with, at most and at least; how far it stands out.
@@ -43,7 +41,7 @@ class TrainLog(callbacks.Callback):
     """
 
     def __init__(
-        self, engine: Engine, run: RunDir, wait_s: Callable[[], float], flops: Flops | None
+        self, engine: Engine, run: files.RunDir, wait_s: Callable[[], float], flops: Flops | None
     ) -> None:
         """`wait_s()`: seconds spent waiting for data so far; `flops`: where a formula knows."""
         self._engine, self._run, self._wait_s, self._flops = engine, run, wait_s, flops
@@ -56,10 +54,10 @@ class TrainLog(callbacks.Callback):
         self._names: list[str] = []
         self._history: deque[float] = deque(maxlen=HISTORY)
 
-    def event(self, event: Event) -> None:
+    def event(self, event: events.Event) -> None:
         """Appends to events.jsonl, on rank 0."""
         if self._engine.rank == 0:
-            append(self._run, event)
+            events.append(self._run, event)
 
     # -- Hooks
 
@@ -67,8 +65,8 @@ class TrainLog(callbacks.Callback):
         self._first = done
         damaged = [step for step in committed_steps(self._run.checkpoints) if step > done]
         if damaged:  # newer ones did not verify
-            self.event(Fallback(done, tuple(damaged)))
-        self.event(Resume(done, self._engine.world_size))
+            self.event(events.Fallback(done, tuple(damaged)))
+        self.event(events.Resume(done, self._engine.world_size))
 
     def enter(self, phase: str) -> None:
         if self._clock is None:
@@ -108,7 +106,7 @@ class TrainLog(callbacks.Callback):
 
     def record(self, done: int, metrics: dict[str, Any]) -> None:
         if self._engine.rank == 0:
-            append_metrics(self._run, metrics_of(done, metrics))
+            measured.append_metrics(self._run, measured.metrics_of(done, metrics))
 
     # -- Parts of a window
 
@@ -120,7 +118,7 @@ class TrainLog(callbacks.Callback):
         # Rank r holds the positions r, r + W, ..: put the global batches together again.
         whole = ids.permute(1, 2, 0).reshape(-1).numpy().astype("<i8")
         digest = hashlib.sha256(whole.tobytes()).hexdigest()
-        self.event(Steps(self._first, done - 1, digest))
+        self.event(events.Steps(self._first, done - 1, digest))
 
     def _write_spikes(self, ids: Tensor, losses: Tensor) -> None:
         """An event for each step whose loss stands out, with the ids where it is largest."""
@@ -129,7 +127,7 @@ class TrainLog(callbacks.Callback):
                 rank = int(losses[:, index].argmax())
                 step, usual = self._first + index, median(self._history)
                 found = tuple(ids[rank, index].tolist())
-                self.event(Spike(step, loss, usual, rank, found))
+                self.event(events.Spike(step, loss, usual, rank, found))
             self._history.append(loss)
 
     def _speed(self, samples: int, steps: int) -> dict[str, Any]:

@@ -10,8 +10,7 @@ from distill.engine.engine import Engine
 from distill.export.student import export_checkpoint
 from distill.networks.config import NetworkConfig
 from distill.networks.files import DESCRIPTION
-from distill.run.dir import RunDir
-from distill.run.events import Save
+from distill.run import events, files
 from distill.training.callbacks import Callback
 
 
@@ -21,10 +20,10 @@ class Checkpointer(Callback):
     def __init__(
         self,
         engine: Engine,
-        run: RunDir,
+        run: files.RunDir,
         config: TrainConfig,
         origin: dict[str, Any],
-        say: Callable[[Save], None],
+        say: Callable[[events.Save], None],
     ) -> None:
         """`origin` is what manifests say of the run; `say` takes the event of every checkpoint."""
         self._config = config
@@ -56,7 +55,7 @@ class Exporter(Callback):
     def __init__(
         self,
         engine: Engine,
-        run: RunDir,
+        run: files.RunDir,
         steps: Sequence[int],
         network: NetworkConfig,
         image: ImageSpec,

@@ -15,7 +15,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from distill.config import ConfigError, check
 from distill.run import events, files
-from distill.run.dir import RunDir
 from distill.training.callbacks import Callback
 
 FLUSH_S = 10  # a kill loses so much of TensorBoard's copy
@@ -72,7 +71,7 @@ class Wandb(Callback):
     def __init__(
         self,
         project: str,
-        run: RunDir,
+        run: files.RunDir,
         settings: dict[str, Any],
         say: Callable[[events.WandbFailed], None],
     ) -> None:

@@ -26,10 +26,9 @@ from distill.data.layout import stored_dtype
 from distill.data.shards import read_shard, write_shard
 from distill.data.sidecar import shard_spec
 from distill.data.stores.store import read_sidecar
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.run.identity import hash_of
-from distill.run.metrics import last_step
+from distill.run.measured import last_step
 from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
 

@@ -18,7 +18,7 @@ from cluster.plan.stream import stream_plan
 from cluster.state.cursor import read_cursor
 from distill.checkpoint.manifest import latest_verified
 from distill.data.stores.store import committed
-from distill.run.metrics import last_step
+from distill.run.measured import last_step
 
 KILL_AT = 12  # steps
 BLOCK, AHEAD = 2, 8  # shards

@@ -10,7 +10,7 @@ from cluster.settings.hydra import compose
 from cluster.supervisor import group, runner
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import step_name
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 from benchmarks.slurm.cluster import BOWSTRING, hosts
 from cluster.inspect.verify import audit
 from cluster.settings.file import load_config
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(1800)]
 

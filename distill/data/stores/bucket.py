@@ -24,9 +24,7 @@ from pathlib import Path
 
 from distill.data.sidecar import SHARD_NAME, TAR_NAME, CorruptShard, Listing, Reason, Sidecar
 from distill.data.stores import cache, local, objects
-from distill.run.dir import RunDir, shard_name
-from distill.run.files import STALE_S
-from distill.run.records import tree_of
+from distill.run import files, records
 
 PIECE_BYTES = 16 * 2**20  # of a tar, while its hash is taken
 SIDECARS_AT_ONCE = 256
@@ -37,7 +35,7 @@ class ObjectStore:
 
     pause_s = 1.0
 
-    def __init__(self, run: RunDir) -> None:
+    def __init__(self, run: files.RunDir) -> None:
         """Raises ConfigError when the package for such a URL is missing."""
         self._run, self._objects = run, objects.Objects(run.location)
         self._cache = cache.ShardCache(run.cache)
@@ -50,7 +48,7 @@ class ObjectStore:
 
     def place(self, shard: int) -> str:
         """The shard's number below the URL."""
-        return f"{self.root.rstrip('/')}/{shard_name(shard)}"
+        return f"{self.root.rstrip('/')}/{files.shard_name(shard)}"
 
     # ---------------------------------------------------------------------------------------
     # Read
@@ -145,14 +143,16 @@ class ObjectStore:
     def room_for(self, shard: int) -> Iterator[Path]:
         """A file in the system's temporary folder."""
         with tempfile.TemporaryDirectory(prefix="bowstring-") as folder:
-            yield Path(folder) / f"{shard_name(shard)}.tar"
+            yield Path(folder) / f"{files.shard_name(shard)}.tar"
 
     def publish(self, sidecar: Sidecar, written: Path) -> Sidecar:
         """Uploads the tar, then the sidecar."""
         standing = self._standing(sidecar)
         if standing is not None:
             return standing
-        named = replace(sidecar, tar=f"{shard_name(sidecar.shard)}.{uuid.uuid4().hex[:16]}.tar")
+        named = replace(
+            sidecar, tar=f"{files.shard_name(sidecar.shard)}.{uuid.uuid4().hex[:16]}.tar"
+        )
         self._objects.upload(written, named.tar)
         try:
             self._objects.create(sidecar_name(named.shard), named.to_bytes())
@@ -204,9 +204,9 @@ class ObjectStore:
 
     def _set_aside(self, shard: int, sidecar: bytes, reason: str) -> str:
         """Copies first and deletes the sidecar next, so that nothing of it can be lost."""
-        folder = f"quarantine/{shard_name(shard)}-{uuid.uuid4().hex[:8]}"
-        text = json.dumps(tree_of(Reason(shard, reason)), indent=1) + "\n"
-        self._objects.write(f"{folder}/{shard_name(shard)}.reason.json", text.encode())
+        folder = f"quarantine/{files.shard_name(shard)}-{uuid.uuid4().hex[:8]}"
+        text = json.dumps(records.tree_of(Reason(shard, reason)), indent=1) + "\n"
+        self._objects.write(f"{folder}/{files.shard_name(shard)}.reason.json", text.encode())
         self._objects.write(f"{folder}/{sidecar_name(shard)}", sidecar)
         tar = tar_named(shard, sidecar)
         if tar and self._objects.exists(tar):
@@ -235,7 +235,7 @@ class ObjectStore:
 
     def clear(self) -> list[str]:
         """Removes the tars that no sidecar has named for an hour."""
-        old = time.time() - STALE_S
+        old = time.time() - files.STALE_S
         orphans = self.listing().orphans
         removed = [name for name in orphans if self._objects.modified(name).timestamp() < old]
         for name in removed:
@@ -245,7 +245,7 @@ class ObjectStore:
 
 def sidecar_name(shard: int) -> str:
     """Name of a sidecar."""
-    return f"{shard_name(shard)}.json"
+    return f"{files.shard_name(shard)}.json"
 
 
 def tar_named(shard: int, sidecar: bytes) -> str:

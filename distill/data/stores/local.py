@@ -24,7 +24,6 @@ from pathlib import Path
 
 from distill.data.sidecar import SHARD_NAME, CorruptShard, Listing, Reason, Sidecar
 from distill.run import files, records
-from distill.run.dir import RunDir, shard_name
 
 NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
@@ -36,7 +35,7 @@ class LocalStore:
     `run.quarantine`.
     """
 
-    run: RunDir
+    run: files.RunDir
     pause_s = 0.0
 
     @property
@@ -68,7 +67,7 @@ class LocalStore:
                             sizes[int(stem)] = entry.stat().st_size
         return Listing(
             committed={shard: sizes[shard] for shard in sorted(sizes.keys() & sidecars)},
-            orphans=tuple(f"{shard_name(n)}.tar" for n in sorted(sizes.keys() - sidecars)),
+            orphans=tuple(f"{files.shard_name(n)}.tar" for n in sorted(sizes.keys() - sidecars)),
             without_tar=tuple(sorted(sidecars - sizes.keys())),
         )
 
@@ -178,10 +177,11 @@ class LocalStore:
 
     def _set_aside(self, shard: int, reason: str) -> str:
         """Reason first, sidecar second: whenever this is cut off, nothing bad is committed."""
-        folder = self.run.quarantine / f"{shard_name(shard)}-{uuid.uuid4().hex[:8]}"
+        folder = self.run.quarantine / f"{files.shard_name(shard)}-{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
         files.write_json(
-            folder / f"{shard_name(shard)}.reason.json", records.tree_of(Reason(shard, reason))
+            folder / f"{files.shard_name(shard)}.reason.json",
+            records.tree_of(Reason(shard, reason)),
         )
         for path in (self.run.sidecar(shard), self.run.tar(shard)):
             if path.exists():
@@ -215,7 +215,7 @@ class LocalStore:
             yield
 
 
-def local_reasons(run: RunDir) -> dict[str, bytes]:
+def local_reasons(run: files.RunDir) -> dict[str, bytes]:
     """Content of every reason below `run.quarantine`, by the name of its folder."""
     paths = sorted(run.quarantine.glob("*/*.reason.json"))
     return {path.parent.name: path.read_bytes() for path in paths}

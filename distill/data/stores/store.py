@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 
 from distill.data.sidecar import Listing, Sidecar
 from distill.data.stores.local import LocalStore
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ from cluster.settings.file import load_config, save_config
 from cluster.settings.hydra import compose
 from cluster.settings.schema import RunConfig
 from distill.config import ConfigError
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
 
 

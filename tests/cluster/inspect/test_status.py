@@ -27,7 +27,6 @@ from cluster.settings.hydra import compose
 from cluster.state.evicted import evict
 from distill.data.sidecar import Reason
 from distill.report.cost import goodput
-from distill.run.dir import RunDir
 from distill.run.events import (
     Commit,
     Expire,
@@ -40,10 +39,11 @@ from distill.run.events import (
     WorkerJoin,
     WorkerLeave,
     append,
+    read_history,
+    replay,
 )
-from distill.run.files import write_json
-from distill.run.history import read_history, replay
-from distill.run.metrics import Metrics, append_metrics, read_metrics
+from distill.run.files import RunDir, write_json
+from distill.run.measured import Metrics, append_metrics, read_metrics
 from distill.run.records import tree_of
 from distill.testing import tiny_spec, write_tiny_shards
 

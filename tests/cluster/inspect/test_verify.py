@@ -16,8 +16,8 @@ from distill.checkpoint.manifest import KEPT
 from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.stores.store import open_store
-from distill.run.dir import RunDir
 from distill.run.events import Commit, MakeAgain, Quarantine, Resume, Save, Steps, append
+from distill.run.files import RunDir
 from distill.run.identity import StreamRecord
 from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
 

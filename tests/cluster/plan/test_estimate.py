@@ -15,7 +15,7 @@ from distill.evaluation.evaluate import evaluate
 from distill.flow.trajectory import GeneratedShard
 from distill.networks.dit import DiT
 from distill.objectives.config import OBJECTIVES
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.teachers.config import NativeConfig
 
 

@@ -25,8 +25,7 @@ from distill.data.stores import bucket as object_store
 from distill.data.stores.objects import Objects
 from distill.data.stores.store import committed, open_store, read_sidecar
 from distill.data.stream import TrajectoryStream
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.teachers.build import build_teacher
 
 STEPS = 80  # 4 steps read a block of 2 shards
@@ -38,7 +37,7 @@ from cluster.supervisor import runner
 from cluster.pool import pool
 from cluster.settings.file import load_config
 from cluster.pool.worker import TeacherWorker
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 class MortalWorker(TeacherWorker):
     def produce(self, shard):
@@ -143,7 +142,7 @@ def test_shards_of_a_killed_run_in_s3_are_those_of_a_local_one(
     assert found["shards"] == planned and len(found["orphans"]) >= 1  # of the worker that died
     seen = json.loads(bowstring("status", str(run.root), "--json").stdout)["shards"]
     assert seen["committed"] == planned and seen["bytes"] == sum(committed(run).values())
-    monkeypatch.setattr(object_store, "STALE_S", -60.0)
+    monkeypatch.setattr(object_store.files, "STALE_S", -60.0)
     assert sorted(open_store(run).clear()) == sorted(found["orphans"])
 
     spec = read_sidecar(run, 0).spec

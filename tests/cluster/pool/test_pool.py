@@ -26,9 +26,8 @@ from cluster.state.done import view_of
 from cluster.state.workers import read_target, write_target
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec
-from distill.run.dir import RunDir
-from distill.run.files import read_lines, write_json
-from distill.run.history import read_history
+from distill.run.events import read_history
+from distill.run.files import RunDir, read_lines, write_json
 from distill.testing import tiny_spec, write_tiny_shards
 
 

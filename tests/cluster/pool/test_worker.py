@@ -17,7 +17,7 @@ from distill.data.layout import stored_dtype
 from distill.data.shards import read_shard
 from distill.data.sidecar import shard_spec
 from distill.data.stores.store import read_sidecar
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
 

@@ -15,8 +15,7 @@ from distill.config import SINCE, ConfigError, Since, TrainConfig
 from distill.data.config import TrajectoryConfig
 from distill.networks.config import UNetConfig
 from distill.objectives.config import TraFlowConfig
-from distill.run.dir import RunDir
-from distill.run.files import write_json
+from distill.run.files import RunDir, write_json
 from distill.teachers.config import NativeConfig
 from distill.testing import write_tiny_record
 

@@ -13,7 +13,7 @@ from cluster.settings.hydra import compose
 from cluster.slurm.jobs import read_ids
 from cluster.slurm.scripts import KINDS, render
 from distill.config import ConfigError
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")

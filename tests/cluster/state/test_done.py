@@ -11,8 +11,7 @@ from cluster.state.done import steps_done, view_of
 from cluster.state.evicted import oldest_verified
 from distill.checkpoint import manifest
 from distill.evaluation.evaluate import evaluate
-from distill.run.dir import RunDir
-from distill.run.files import sha256_file, write_json
+from distill.run.files import RunDir, sha256_file, write_json
 
 TEACHER = "teacher.pretrained.path"
 
@@ -69,7 +68,9 @@ def test_a_supervisor_reads_a_checkpoint_once_until_somebody_touches_it(
 ):
     run, read = RunDir(tmp_path / "run"), []
     monkeypatch.setattr(
-        manifest, "sha256_file", lambda path: read.append(path.parent.name) or sha256_file(path)
+        manifest.files,
+        "sha256_file",
+        lambda path: read.append(path.parent.name) or sha256_file(path),
     )
     old, new = (write_checkpoint(run, step) for step in (2, 4))
     os.utime(new / "data", (1e9, 1e9))  # long ago: a file system's clock may tick slowly

@@ -11,8 +11,7 @@ from cluster.settings.file import Removed
 from cluster.settings.hydra import compose
 from cluster.state.identity import check_or_write, difference, identity_of, record_teachers
 from distill.config import ConfigError, since
-from distill.run.dir import RunDir
-from distill.run.files import write_json
+from distill.run.files import RunDir, write_json
 from distill.run.identity import hash_of, record_of
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"

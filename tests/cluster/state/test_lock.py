@@ -10,13 +10,13 @@ import pytest
 
 from cluster.state.lock import Holder, held, holder, is_live
 from distill.config import ConfigError
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 HOLD = """
 import sys, time
 from pathlib import Path
 from cluster.state.lock import held
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 with held(RunDir(Path(sys.argv[1]))):
     print("held", flush=True)
     time.sleep(60)

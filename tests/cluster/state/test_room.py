@@ -20,8 +20,7 @@ from cluster.state.room import check_room, room_for_training
 from distill.checkpoint.manifest import step_name
 from distill.config import ConfigError
 from distill.data.stores.store import committed
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.testing import tiny_spec, write_tiny_shards
 
 

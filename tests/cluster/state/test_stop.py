@@ -13,14 +13,14 @@ from cluster.cli.main import dispatch
 from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from distill.config import ConfigError
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 SUPERVISOR = """
 import sys, time
 from pathlib import Path
 from cluster.settings.hydra import compose
 from cluster.supervisor.session import open_session
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 (config,) = compose(["experiment=tiny", f"run.dir={sys.argv[1]}"])
 with open_session(config, RunDir(Path(sys.argv[1]))) as session, session.stopping_at_once():
     print("at work", flush=True)

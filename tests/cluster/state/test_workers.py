@@ -16,10 +16,8 @@ from cluster.settings.hydra import compose
 from cluster.settings.schema import ClusterConfig, TeacherPoolConfig, TrainerConfig
 from cluster.state.workers import wanted_workers
 from distill.config import ConfigError
-from distill.run.dir import RunDir
-from distill.run.events import SCALED_DOWN, WorkerJoin, WorkerLeave, read_events
-from distill.run.files import write_json
-from distill.run.history import replay
+from distill.run.events import SCALED_DOWN, WorkerJoin, WorkerLeave, read_events, replay
+from distill.run.files import RunDir, write_json
 
 BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]
 SHARDS = 20_000  # more than can be made while the test runs

@@ -15,7 +15,7 @@ from cluster.supervisor.group import RunFailed, TrainerGroup
 from cluster.trainer.job import TrainJob
 from distill.config import ConfigError
 from distill.run.files import read_lines
-from distill.run.metrics import Metrics, append_metrics
+from distill.run.measured import Metrics, append_metrics
 
 
 def run_to_end(group):

@@ -18,8 +18,7 @@ from cluster.supervisor import runner, stages
 from distill.checkpoint import manifest
 from distill.checkpoint.manifest import step_name
 from distill.data.stores.local import LocalStore
-from distill.run.dir import RunDir
-from distill.run.files import sha256_file, write_json
+from distill.run.files import RunDir, sha256_file, write_json
 from distill.run.identity import hash_of
 
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "run-0.1"

@@ -27,7 +27,7 @@ from distill.evaluation.evaluate import evaluate
 from distill.export.student import export_run
 from distill.flow.solvers import solve
 from distill.networks.files import fingerprint, load_model
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 CHAIN = """
 import sys

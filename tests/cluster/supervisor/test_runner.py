@@ -18,10 +18,9 @@ from cluster.supervisor.group import RunFailed
 from cluster.supervisor.runner import Stopped
 from cluster.supervisor.stages import Work
 from distill.config import ConfigError
-from distill.run.dir import RunDir
 from distill.run.events import Init, append
-from distill.run.files import read_lines
-from distill.run.metrics import Metrics, append_metrics
+from distill.run.files import RunDir, read_lines
+from distill.run.measured import Metrics, append_metrics
 
 
 class EndlessPool:

@@ -12,9 +12,8 @@ from cluster.state.cursor import Position, read_cursor
 from cluster.state.lock import holder, is_live
 from cluster.supervisor.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
-from distill.run.dir import RunDir
-from distill.run.files import append_lines
-from distill.run.metrics import last_step
+from distill.run.files import RunDir, append_lines
+from distill.run.measured import last_step
 
 
 @pytest.fixture

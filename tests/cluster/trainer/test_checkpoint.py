@@ -23,8 +23,7 @@ from distill.checkpoint import commit as checkpoint
 from distill.checkpoint.manifest import latest_verified
 from distill.config import TrainConfig
 from distill.engine.engine import TorchEngine
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.testing import run_ranks
 from distill.training.loop import learning_rate
 

@@ -15,7 +15,7 @@ from small_training import EVERY_TERM, config_of, fit, manifest, zero_engine
 from cluster.trainer.fit import RANK_STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
 from distill.checkpoint.manifest import latest_verified
 from distill.objectives.build import build_objective
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import run_ranks
 
 MAX_STEPS = 50  # far beyond what a stop should take

@@ -8,7 +8,7 @@ from cluster.state.cursor import Position, read_cursor, write_cursor
 from cluster.trainer import sources
 from cluster.trainer.sources import Cursor, Source
 from distill.data.order import Order
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 
 ORDER = Order(0, 8, 1, 4)  # seed, samples of a block, passes, batch: two steps a block
 

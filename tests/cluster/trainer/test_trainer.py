@@ -22,8 +22,7 @@ from distill.config import ConfigError
 from distill.engine.engine import TorchEngine
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.testing import run_ranks
 
 

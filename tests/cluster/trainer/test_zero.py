@@ -27,7 +27,7 @@ from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError, TrainConfig
 from distill.objectives.build import build_objective
 from distill.objectives.config import OBJECTIVES, BezierConfig, MeanFlowConfig
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import run_ranks
 from distill.training.loop import TrainingError
 

@@ -31,8 +31,7 @@ from distill.config import ConfigError, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 
 
 @pytest.fixture
@@ -103,7 +102,7 @@ def test_a_full_disk_leaves_no_trace_and_says_so(tmp_path, monkeypatch, fit):
     def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    monkeypatch.setattr(checkpoint.files, "write_atomic", full)
     with pytest.raises(SaveError, match="No space left on device"):
         fit(tmp_path, 10, save_every=4)
     assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
@@ -278,7 +277,7 @@ def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatc
         return tiny.batch
 
     monkeypatch.setattr("distill.training.saving.Saver", Known)
-    monkeypatch.setattr(checkpoint, "write_atomic", full)
+    monkeypatch.setattr(checkpoint.files, "write_atomic", full)
     with pytest.raises(SaveError, match="No space left on device"):
         fit(tmp_path, 100, read, save_every=4, save_async=True)
     assert seen[0] == 2 and seen[-1] in (4, 5)
@@ -311,12 +310,12 @@ def test_multiples_of_keep_every_are_kept_and_no_run_goes_on_from_them(tmp_path,
 
 def test_nothing_is_deleted_or_moved_before_the_newest_verifies(tmp_path, monkeypatch, fit):
     fit(tmp_path, 4, keep_last=2)
-    real = checkpoint.write_atomic
+    real = checkpoint.files.write_atomic
 
     def rotten(path, data):
         real(path, data[:-1] if path.name.startswith("rank") else data)
 
-    monkeypatch.setattr(checkpoint, "write_atomic", rotten)
+    monkeypatch.setattr(checkpoint.files, "write_atomic", rotten)
     fit(tmp_path, 8, keep_last=2, keep_every=2)
     checkpoints = RunDir(tmp_path).checkpoints
     assert list(committed_steps(checkpoints)) == [2, 4, 6, 8]

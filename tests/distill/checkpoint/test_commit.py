@@ -87,7 +87,7 @@ def test_all_ranks_say_why_one_could_not_write_and_the_next_save_succeeds(
     tmp_path, monkeypatch, code
 ):
     save(tmp_path, 2)
-    real = checkpoint.write_atomic
+    real = checkpoint.files.write_atomic
 
     def fail(path, data):
         if path.name == "rank_00001.safetensors":
@@ -95,7 +95,7 @@ def test_all_ranks_say_why_one_could_not_write_and_the_next_save_succeeds(
         real(path, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "write_atomic", fail)
+        patch.setattr(checkpoint.files, "write_atomic", fail)
         found = save(tmp_path, 4)
     assert [type(error) for error in found] == [SaveError] * 4
     (said,) = {str(error) for error in found}
@@ -109,7 +109,7 @@ def test_a_manifest_that_cannot_be_written_is_said_by_all(tmp_path, monkeypatch)
     def fail(path, value):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(checkpoint, "write_json", fail)
+    monkeypatch.setattr(checkpoint.files, "write_json", fail)
     (said,) = {str(error) for error in save(tmp_path, 2)}
     assert said.startswith("rank 0 could not commit") and "Input/output error" in said
     assert named(tmp_path) == []
@@ -156,14 +156,14 @@ def test_what_fails_after_the_rename_is_a_warning_and_done_by_the_next_save(
     for step in (2, 4):
         save(tmp_path, step, keep_last=9)
     keep = {"keep_last": 1, "keep_every": 4 if call == "keep" else 0}
-    real = checkpoint.write_atomic
+    real = checkpoint.files.write_atomic
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
         if call == "delete":
             patch.setattr(checkpoint, "_delete", refuse)
         elif call == "keep":
             patch.setattr(Path, "rename", fail_into(KEPT))
         elif call == "pointer":
-            patch.setattr(checkpoint, "write_atomic", fail_at(LATEST, real))
+            patch.setattr(checkpoint.files, "write_atomic", fail_at(LATEST, real))
         else:
             patch.setattr(checkpoint.manifest, "committed_steps", refuse)
         assert save(tmp_path, 6, **keep) == [None] * 4
@@ -202,13 +202,13 @@ def test_older_ones_stay_and_a_warning_says_so_when_the_new_one_is_bad(
     tmp_path, monkeypatch, caplog
 ):
     save(tmp_path, 2, keep_last=1)
-    real = checkpoint.write_atomic
+    real = checkpoint.files.write_atomic
 
     def rotten(path, data):
         real(path, data[:-1] if path.name == "rank_00002.safetensors" else data)
 
     with monkeypatch.context() as patch, caplog.at_level(logging.WARNING):
-        patch.setattr(checkpoint, "write_atomic", rotten)
+        patch.setattr(checkpoint.files, "write_atomic", rotten)
         assert save(tmp_path, 4, keep_last=1) == [None] * 4
     assert "the new one is bad" in caplog.text and "rank_00002" in caplog.text
     assert results(2, lambda ranks: agreed_latest(tmp_path, ranks)) == [2, 2]

@@ -29,8 +29,7 @@ from distill.checkpoint.manifest import (
     verify,
 )
 from distill.engine.engine import TorchEngine
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.testing import run_ranks
 
 STEPS, EVERY = 8, 2

@@ -42,7 +42,7 @@ def read(monkeypatch):
         names.append(path.name)
         return sha256_file(path)
 
-    monkeypatch.setattr(manifest, "sha256_file", record)
+    monkeypatch.setattr(manifest.files, "sha256_file", record)
     return names
 
 

@@ -10,7 +10,7 @@ import webdataset
 
 from distill.data.layout import npy_header, sidecar_bytes, state_bytes, stored_dtype, tar_bytes
 from distill.data.shards import write_shard
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import tiny_shard, tiny_spec
 
 

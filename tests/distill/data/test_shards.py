@@ -21,8 +21,7 @@ from distill.data.layout import stored_dtype
 from distill.data.shards import as_tensor, read_shard, write_shard
 from distill.data.sidecar import CorruptShard, ForeignShard, Sidecar
 from distill.data.stores.store import committed, open_store, read_sidecar, verify_shard
-from distill.run.dir import RunDir
-from distill.run.files import clean_temporaries, temporary_path
+from distill.run.files import RunDir, clean_temporaries, temporary_path
 from distill.testing import FaultInjector, tiny_shard, tiny_spec, write_tiny_shards
 
 
@@ -204,7 +203,7 @@ KILLED_WRITER = """
 import os, signal, sys
 from pathlib import Path
 from distill.data import shards
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import tiny_spec, write_tiny_shards
 
 count = 0

@@ -16,7 +16,7 @@ from distill.data.sidecar import ForeignShard, ShardSpec, shard_spec
 from distill.data.stores.store import committed
 from distill.data.stream import StreamError, TrajectoryStream
 from distill.flow.noise import sample_noise
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.teachers.config import NativeConfig
 from distill.testing import tiny_shard, tiny_spec, write_tiny_shards
 

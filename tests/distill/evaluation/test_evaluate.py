@@ -13,7 +13,7 @@ from distill.evaluation.evaluate import evaluate
 from distill.evaluation.metrics import relative_distance
 from distill.evaluation.sampling import Interrupt, Samples, draw, teacher_sampler
 from distill.flow.noise import sample_noise
-from distill.run.results import Cost, read_results
+from distill.run.measured import Cost, read_results
 from distill.testing import GaussianFlow
 
 FLOW = GaussianFlow(torch.tensor([0.5, -0.5], dtype=torch.float64), 0.4)

@@ -17,7 +17,7 @@ from distill.config import ConfigError
 from distill.data.sidecar import CorruptShard
 from distill.export.fastgen import export_fastgen
 from distill.flow.noise import sample_noise
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import (
     FaultInjector,
     tiny_shard,

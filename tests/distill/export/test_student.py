@@ -9,7 +9,7 @@ from distill.checkpoint import commit as checkpoint
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError
 from distill.export.student import export_run, latest_student
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.run.identity import record_of
 from distill.sample import few_step, load_student
 

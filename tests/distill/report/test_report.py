@@ -20,12 +20,9 @@ from distill.report.sections import (
     size,
     write_report,
 )
-from distill.run.dir import RunDir
-from distill.run.events import Resume
-from distill.run.files import write_atomic
-from distill.run.history import replay
-from distill.run.metrics import Metrics
-from distill.run.results import read_results
+from distill.run.events import Resume, replay
+from distill.run.files import RunDir, write_atomic
+from distill.run.measured import Metrics, read_results
 
 COMMAND = "bowstring run experiment=digits run.name='<tiny>'"
 SECTIONS = ["pictures", "quality", "loss", "speed", "teachers", "cost", "configuration", "command"]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from distill.run.dir import RunDir
 from distill.run.events import (
     KINDS,
     Commit,
@@ -41,6 +40,7 @@ from distill.run.events import (
     read_events,
     tree_of,
 )
+from distill.run.files import RunDir
 
 ROOT = Path(__file__).parents[3]
 SHA = 64 * "a"

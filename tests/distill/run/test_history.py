@@ -13,6 +13,7 @@ from distill.run.events import (
     Fail,
     Group,
     GroupWaits,
+    History,
     Lease,
     MakeAgain,
     Pool,
@@ -22,8 +23,8 @@ from distill.run.events import (
     Steps,
     WorkerJoin,
     WorkerLeave,
+    replay,
 )
-from distill.run.history import History, replay
 
 
 def commit(time, shard, worker, seconds=1.0):

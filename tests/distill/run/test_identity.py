@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from distill.config import ConfigError
-from distill.run.dir import RunDir
-from distill.run.files import write_json
+from distill.run.files import RunDir, write_json
 from distill.run.identity import FORMAT, read_record, write_record
 from distill.testing import write_tiny_record
 

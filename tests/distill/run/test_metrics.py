@@ -2,8 +2,8 @@
 
 import json
 
-from distill.run.dir import RunDir
-from distill.run.metrics import TAIL_BYTES, Metrics, append_metrics, last_step, read_metrics
+from distill.run.files import RunDir
+from distill.run.measured import TAIL_BYTES, Metrics, append_metrics, last_step, read_metrics
 
 LINE = (
     '{"time": 5.0, "step": 10, "loss": 0.5, "terms": {"output": 0.25}, "lr": 0.001, '

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from distill.config import ConfigError
-from distill.run.dir import RunDir
-from distill.run.results import read_results, write_results
+from distill.run.files import RunDir
+from distill.run.measured import read_results, write_results
 
 ROW = {"distance_to_teacher": 0.5, "frechet": 1.5, "kid": 0.25, "kid_std": 0.125}
 TREE = {  # the keys and their order are those of the file

@@ -18,8 +18,7 @@ from distill.checkpoint.manifest import SaveError
 from distill.config import ConfigError, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.objectives.base import LossTerms
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.training import callbacks, loop
 from distill.training.callbacks import Callback, Everyone, Step
 from distill.training.loop import TrainingError, train

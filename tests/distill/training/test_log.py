@@ -17,9 +17,8 @@ from distill.networks.build import build_network
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
 from distill.report.cost import phase_seconds
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
-from distill.run.metrics import Metrics
+from distill.run.files import RunDir, read_lines
+from distill.run.measured import Metrics
 from distill.training import timing as phases
 from distill.training.callbacks import Step
 from distill.training.log import FEWEST, HISTORY, Flops, TrainLog, stands_out

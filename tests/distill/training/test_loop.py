@@ -17,8 +17,7 @@ from distill.networks.build import build_network
 from distill.objectives.base import LossTerms
 from distill.objectives.build import build_objective
 from distill.objectives.config import ReflowConfig
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.training.loop import TrainingError, learning_rate
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"

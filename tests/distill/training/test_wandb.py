@@ -11,8 +11,7 @@ import psutil
 import pytest
 
 from distill.config import ConfigError
-from distill.run.dir import RunDir
-from distill.run.files import read_lines
+from distill.run.files import RunDir, read_lines
 from distill.training.trackers import Wandb, check_wandb, scalars
 
 with_wandb = pytest.mark.skipif(

@@ -34,7 +34,7 @@ from distill.data.stores.store import (
 from distill.data.stream import TrajectoryStream
 from distill.export.fastgen import export_fastgen
 from distill.report.cost import read_cost
-from distill.run.dir import RunDir
+from distill.run.files import RunDir
 from distill.testing import (
     FaultInjector,
     tiny_shard,
@@ -201,7 +201,7 @@ def test_a_kill_between_tar_and_sidecar_commits_nothing(run, monkeypatch):
     verify_shard(run, 0)
     assert len(open_store(run).listing().orphans) == 1
     assert open_store(run).clear() == []  # its producer may be at work
-    monkeypatch.setattr(object_store, "STALE_S", -60.0)
+    monkeypatch.setattr(object_store.files, "STALE_S", -60.0)
     assert len(open_store(run).clear()) == 1
     verify_shard(run, 0)
     assert names(run) == ["00000000.json", "00000000.x.tar"]
