@@ -15,7 +15,6 @@ from benchmarks.trainer.cases import CASES, WARM_UP, new_engine, seconds_of, set
 from benchmarks.trainer.step import random_batch
 from distill.checkpoint.commit import load_latest
 from distill.checkpoint.manifest import latest_verified, verify
-from distill.checkpoint.saver import Saver
 from distill.config import TrainConfig
 from distill.engine.engine import MASTER
 from distill.objectives.build import build_objective
@@ -24,6 +23,7 @@ from distill.run.events import Save
 from distill.run.files import RunDir, write_atomic
 from distill.testing import run_ranks
 from distill.training.memory import keep_freed_memory
+from distill.training.saving import Checkpointer
 
 ROUNDS, STEPS_BESIDE = 5, 4  # saves of each kind, and steps while one is written
 STALL_BAR, BYTES_BAR = 1.0, 1.1  # per cent of the time; bytes over the least there can be
@@ -49,9 +49,11 @@ def measure_rank(rank: int, world_size: int, folder: Path, rounds: int) -> dict[
     for index in range(2 * rounds):
         kind = ("sync", "async")[index % 2]
         config = settings(case, save_async=kind == "async")
-        with Saver(checkpoints, engine, config, {}, saves[kind].append) as saver:
-            saver.save(index + 1)
-            steps[kind] += [seconds_of(take_step) for _ in range(STEPS_BESIDE)]
+        saver = Checkpointer(checkpoints, engine, config, {}, saves[kind].append)
+        saver.save(index + 1)
+        steps[kind] += [seconds_of(take_step) for _ in range(STEPS_BESIDE)]
+        saver.wait()
+        saver.close()
     newest = latest_verified(checkpoints)
     assert newest is not None
     written, plain = saves["sync"][-1].bytes, checkpoints / "plain"

@@ -24,7 +24,10 @@ def build_callbacks(
     `origin` is what manifests say of the run; `flops` what a sample costs, if a formula knows.
     """
     log = TrainLog(engine, run, lambda: source.wait_s, flops)
-    callbacks: list[Callback] = [log, saving.Checkpointer(engine, run, config, origin, log.event)]
+    callbacks: list[Callback] = [
+        log,
+        saving.Checkpointer(run.checkpoints, engine, config, origin, log.event),
+    ]
     if engine.rank == 0:
         callbacks.append(trackers.TensorBoard(run.tensorboard))
         if config.wandb:

@@ -1,12 +1,14 @@
 """Callbacks that write the state of a training: its checkpoints, and models made from them."""
 
+import time
 from collections.abc import Callable, Sequence
+from concurrent import futures
+from pathlib import Path
 from typing import Any
 
-from distill.checkpoint import agree, manifest
-from distill.checkpoint.saver import Saver
+from distill.checkpoint import agree, commit, manifest
 from distill.config import ConfigError, ImageSpec, TrainConfig
-from distill.engine.engine import Engine
+from distill.engine.engine import Engine, Peers
 from distill.export.student import export_checkpoint
 from distill.networks.config import NetworkConfig
 from distill.networks.files import DESCRIPTION
@@ -15,35 +17,76 @@ from distill.training.callbacks import Callback
 
 
 class Checkpointer(Callback):
-    """Saves every `train.save_every` steps, at the last one, and whenever the loop asks for it."""
+    """Saves every `train.save_every` steps, at the last one, and whenever the loop asks for it.
+
+    Training waits for the whole save, or with `train.save_async` for the copy of the state to host
+    memory. The rest is then done by a thread of every rank: the same files, the same order, the
+    same promises (`distill.checkpoint.commit`). There is one save at a time. The next one waits for
+    it, and so does the end of training, good or bad.
+    """
 
     def __init__(
         self,
+        checkpoints: Path,
         engine: Engine,
-        run: files.RunDir,
         config: TrainConfig,
         origin: dict[str, Any],
         say: Callable[[events.Save], None],
     ) -> None:
-        """`origin` is what manifests say of the run; `say` takes the event of every checkpoint."""
-        self._config = config
-        self._saver = Saver(run.checkpoints, engine, config, origin, say)
+        """`origin` is what manifests say of the run; `say` takes the event of every checkpoint that
+        is there.
+        """
+        self._checkpoints, self._engine, self._config = checkpoints, engine, config
+        self._origin, self._say = origin, say
+        self._thread = futures.ThreadPoolExecutor(1, "save")
+        self._pending: futures.Future[None] | None = None
 
     def wants_save(self, done: int) -> bool:
         return done % self._config.save_every == 0 or done == self._config.max_steps
 
     def save(self, done: int) -> None:
-        self._saver.save(done)
+        """Saves the state after `done` steps.
+
+        Raises:
+            SaveError: that failed, or the save before it did, on every rank.
+        """
+        started = time.monotonic()
+        self.wait()
+        snapshot = commit.take_snapshot(done, self._engine, self._origin)
+        if self._config.save_async:
+            stall_s, ranks = time.monotonic() - started, self._engine.background
+            self._pending = self._thread.submit(self._commit, snapshot, ranks, started, stall_s)
+        else:
+            self._commit(snapshot, self._engine, started)
+
+    def _commit(
+        self, snapshot: commit.Snapshot, ranks: Peers, started: float, stall_s: float | None = None
+    ) -> None:
+        keep_last, keep_every = self._config.keep_last, self._config.keep_every
+        size = commit.commit(self._checkpoints, snapshot, ranks, keep_last, keep_every)
+        seconds = time.monotonic() - started
+        stalled = seconds if stall_s is None else stall_s
+        failure = ""
+        try:
+            self._say(events.Save(snapshot.step, size, round(seconds, 4), round(stalled, 4)))
+        except OSError as error:  # rank 0 alone writes events, and the others must not go on
+            failure = f"step {snapshot.step} is saved, and no event could say so: {error}"
+        agree.raise_together(ranks, failure, manifest.SaveError)
 
     @property
     def has_failed(self) -> bool:
-        return self._saver.has_failed
+        pending = self._pending
+        return pending is not None and pending.done() and pending.exception() is not None
 
     def wait(self) -> None:
-        self._saver.wait()
+        """Raises SaveError when the last save failed, on every rank."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
 
     def close(self) -> None:
-        self._saver.close()
+        """Ends the thread once the last save is done, well or not."""
+        self._thread.shutdown()
 
 
 class Exporter(Callback):

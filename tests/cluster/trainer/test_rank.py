@@ -11,7 +11,8 @@ from cluster.settings.hydra import compose
 from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import flops_of, initial_network, resume
 from cluster.trainer.sources import Source
-from distill.checkpoint import manifest, saver
+from distill.checkpoint import commit as checkpoint
+from distill.checkpoint import manifest
 from distill.config import ConfigError
 from distill.data.images import ImageStream, load_images
 from distill.engine.engine import TorchEngine
@@ -71,8 +72,8 @@ def test_an_export_waits_for_the_save_in_the_background(tmp_path, monkeypatch):
     plain = job_in(tmp_path / "plain", "pretrain.export_steps=[2]")
     slow = job_in(tmp_path / "slow", "pretrain.export_steps=[2]", "pretrain.train.save_async=true")
     run(plain)
-    real = saver.commit
-    monkeypatch.setattr(saver, "commit", lambda *args: time.sleep(0.3) or real(*args))
+    real = checkpoint.commit
+    monkeypatch.setattr(checkpoint, "commit", lambda *args: time.sleep(0.3) or real(*args))
     run(slow)
     for step in (2, 4):
         files = [job.run.model(step) / "model.safetensors" for job in (plain, slow)]

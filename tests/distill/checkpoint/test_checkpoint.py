@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from distill.checkpoint import commit as checkpoint
-from distill.checkpoint import saver
 from distill.checkpoint.manifest import (
     KEPT,
     CheckpointError,
@@ -32,6 +31,7 @@ from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.run.files import RunDir, read_lines
+from distill.training import saving
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_save_may_end_at_any_call_and_the_run_goes_on(tmp_path, monkeypatch, s
     assert list(committed_steps(RunDir(tmp_path / "run").checkpoints)) == [2, 4, 6]
     watch = Watch((tmp_path / "run").resolve(), tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(saver, "commit", partial(watch.commit, saver.commit))
+        patch.setattr(checkpoint, "commit", partial(watch.commit, checkpoint.commit))
         for name in CALLS:
             patch.setattr(os, name, partial(watch.call, name, getattr(os, name)))
         fit(tmp_path / "run", 9, save_async=save_async, **THEN)
@@ -202,7 +202,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(
 ):
     """A step is taken before the state of step 2 is written, and the next save waits for it."""
     fit(tmp_path / "waits", 6, keep_last=9)
-    order, real, taken = [], saver.commit, threading.Event()
+    order, real, taken = [], checkpoint.commit, threading.Event()
 
     def read(step):
         order.append(f"read {step}")
@@ -216,7 +216,7 @@ def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(
         order.append(f"committed {snapshot.step}")
         return size
 
-    monkeypatch.setattr(saver, "commit", commit)
+    monkeypatch.setattr(checkpoint, "commit", commit)
     fit(tmp_path / "goes on", 6, read, keep_last=9, save_async=True)
     assert order.index("read 3") < order.index("committed 2")
     commits = [said for said in order if said.startswith("committed")]
@@ -234,13 +234,13 @@ def test_training_goes_on_while_a_save_is_written_and_the_bytes_are_the_same(
 
 def test_a_stop_and_an_error_wait_for_the_save(tmp_path, monkeypatch, fit, tiny):
     slow = threading.Event()
-    real = saver.commit
+    real = checkpoint.commit
 
     def commit(*args):
         slow.wait(0.3)
         return real(*args)
 
-    monkeypatch.setattr(saver, "commit", commit)
+    monkeypatch.setattr(checkpoint, "commit", commit)
     seen = []
 
     def read(step):
@@ -262,7 +262,7 @@ def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatc
     fit(tmp_path, 2)
     savers, seen = [], []
 
-    class Known(saver.Saver):
+    class Known(saving.Checkpointer):
         def __init__(self, *args):
             super().__init__(*args)
             savers.append(self)
@@ -276,7 +276,7 @@ def test_a_save_that_fails_in_the_background_stops_training(tmp_path, monkeypatc
             time.sleep(0.01)
         return tiny.batch
 
-    monkeypatch.setattr("distill.training.saving.Saver", Known)
+    monkeypatch.setattr("distill.training.saving.Checkpointer", Known)
     monkeypatch.setattr(checkpoint.files, "write_atomic", full)
     with pytest.raises(SaveError, match="No space left on device"):
         fit(tmp_path, 100, read, save_every=4, save_async=True)

@@ -6,6 +6,7 @@ Ranks are threads here; `tests/distill/checkpoint/test_killed_saves.py` has proc
 import errno
 import logging
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,6 @@ from small_training import single_engine
 from thread_ranks import errors, results
 
 from distill.checkpoint import commit as checkpoint
-from distill.checkpoint import saver
 from distill.checkpoint.agree import agreed_latest
 from distill.checkpoint.commit import Snapshot, commit
 from distill.checkpoint.manifest import (
@@ -27,8 +27,8 @@ from distill.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from distill.checkpoint.saver import Saver
 from distill.config import TrainConfig
+from distill.training.saving import Checkpointer
 
 
 def snapshot(step, rank):
@@ -130,11 +130,13 @@ def test_an_event_that_rank_0_cannot_write_is_raised_on_every_rank(
         engine.rank, engine.background = ranks.rank, ranks
         engine.any, engine.gather = ranks.any, ranks.gather
         event = committed if ranks.rank == 0 else lambda save: None
-        with Saver(tmp_path, engine, config, {}, event) as one:
+        with closing(Checkpointer(tmp_path, engine, config, {}, event)) as one:
             one.save(2)
             one.wait()
 
-    monkeypatch.setattr(saver, "take_snapshot", lambda step, engine, _: snapshot(step, engine.rank))
+    monkeypatch.setattr(
+        checkpoint, "take_snapshot", lambda step, engine, _: snapshot(step, engine.rank)
+    )
     found = errors(3, work)
     assert [type(error) for error in found] == [SaveError] * 3
     assert all("step 2 is saved, and no event could say so" in str(error) for error in found)

@@ -18,7 +18,6 @@ from small_training import assert_same_state, config_of, fit, read_state, single
 from thread_ranks import ThreadRank, results
 
 from distill.checkpoint import commit as checkpoint
-from distill.checkpoint import saver
 from distill.checkpoint.agree import agreed_latest
 from distill.checkpoint.manifest import (
     KEPT,
@@ -79,17 +78,19 @@ def delete_half(folder: Path, *_: object) -> None:
 
 
 STAGES = {
-    "before": Stage(4, 2, saver, "commit", lambda _, snapshot, *rest: snapshot.step == 4),
-    "before a file is written": Stage(4, 2, checkpoint, "write_atomic", staged("rank_")),
-    "in the middle of a file": Stage(4, 2, checkpoint, "write_atomic", staged("rank_"), write_half),
-    "before the manifest": Stage(4, 2, checkpoint, "write_json", staged("MANIFEST")),
+    "before": Stage(4, 2, checkpoint, "commit", lambda _, snapshot, *rest: snapshot.step == 4),
+    "before a file is written": Stage(4, 2, checkpoint.files, "write_atomic", staged("rank_")),
+    "in the middle of a file": Stage(
+        4, 2, checkpoint.files, "write_atomic", staged("rank_"), write_half
+    ),
+    "before the manifest": Stage(4, 2, checkpoint.files, "write_json", staged("MANIFEST")),
     "before the rename": Stage(
         4, 2, checkpoint, "_publish", lambda _, final: final.name == "step_00000004"
     ),
     "before the pointer": Stage(
         4,
         4,
-        checkpoint,
+        checkpoint.files,
         "write_atomic",
         lambda path, data: path.name == LATEST and data == b"step_00000004\n",
     ),
