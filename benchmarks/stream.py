@@ -21,12 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.sections import Section, main
-from benchmarks.stream import coordinator as stream_coordinator
-from benchmarks.stream import elastic as stream_elastic
-from benchmarks.stream import overlap as stream_overlap
-from benchmarks.stream import shards as stream_shards
-from benchmarks.stream import teachers as stream_teachers
-from benchmarks.stream import waiting as stream_waiting
+from benchmarks.stream import (
+    coordinator as stream_coordinator,
+    elastic as stream_elastic,
+    overlap as stream_overlap,
+    shards as stream_shards,
+    teachers as stream_teachers,
+    waiting as stream_waiting,
+)
 
 SECTIONS = {
     "shards": Section("Shards against plain webdataset", stream_shards),

@@ -18,9 +18,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.sections import Section, main
-from benchmarks.trainer import checkpoint as trainer_checkpoint
-from benchmarks.trainer import faults as trainer_faults
-from benchmarks.trainer import overhead as trainer_overhead
+from benchmarks.trainer import (
+    checkpoint as trainer_checkpoint,
+    faults as trainer_faults,
+    overhead as trainer_overhead,
+)
 
 SECTIONS = {
     "overhead": Section("A step against a bare loop", trainer_overhead),

@@ -21,11 +21,8 @@ from distill.data.sidecar import ShardSpec, TeacherSpec
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import expand_as
 from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
-from distill.networks.build import build_network
-from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
-from distill.networks.layers import AbstractNetwork
-from distill.run import files
-from distill.run import identity as run_json
+from distill.networks import build, config, layers
+from distill.run import files, identity as run_json
 from distill.teachers.analytic import MixtureTeacher
 
 # -----------------------------------------------------------------------------------------------
@@ -125,17 +122,17 @@ def tiny_teacher(size: int = 4, conditional: bool = True) -> MixtureTeacher:
 # -----------------------------------------------------------------------------------------------
 # Students and what they learn from
 
-NETWORKS: dict[str, NetworkConfig] = {
-    "dit": DiTConfig(patch_size=2, width=16, depth=1, num_heads=2),
-    "unet": UNetConfig(
+NETWORKS: dict[str, config.NetworkConfig] = {
+    "dit": config.DiTConfig(patch_size=2, width=16, depth=1, num_heads=2),
+    "unet": config.UNetConfig(
         width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2], num_heads=2
     ),
 }
 
 
-def random_network(name: str, image: ImageSpec, seed: int = 0) -> AbstractNetwork:
+def random_network(name: str, image: ImageSpec, seed: int = 0) -> layers.AbstractNetwork:
     """A small network of NETWORKS in float64, no weight of it zero."""
-    network = build_network(NETWORKS[name], image)
+    network = build.build_network(NETWORKS[name], image)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():

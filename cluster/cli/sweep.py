@@ -4,8 +4,7 @@ Hydra starts elsewhere.
 
 from omegaconf import DictConfig
 
-from cluster.settings import hydra, schema
-from cluster.settings.file import to_config
+from cluster.settings import file, hydra, schema
 from distill.config import check
 
 
@@ -42,7 +41,7 @@ def work_elsewhere(stage: str, args: list[str], command: str, tree: DictConfig) 
         ChildProcessError: it failed. The process that waits for the jobs says so.
     """
     tree.run.name = hydra.name_of(tree, args)
-    config = to_config(tree)
+    config = file.to_config(tree)
     config.run.command = command
     code = work(stage, config)
     if code:

@@ -7,11 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 from cluster.plan.stream import stream_plan
-from cluster.settings.file import load_config
-from cluster.settings.schema import RunConfig, own_teachers
+from cluster.settings import file, schema
 from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
-from cluster.state import cursor, lock
-from cluster.state.evicted import first_shard_read, read_evicted
+from cluster.state import cursor, evicted, lock
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
 from distill.data.sidecar import Reason
@@ -111,20 +109,20 @@ def training_left_s(found: dict[str, Any]) -> float | None:
 
 
 def shards(
-    run: files.RunDir, config: RunConfig, step: int, history: events.History, live: bool
+    run: files.RunDir, config: schema.RunConfig, step: int, history: events.History, live: bool
 ) -> dict[str, Any]:
     """Committed and planned shards, backlog, leases, quarantines and bytes on disk."""
     plan, trajectory = stream_plan(config), config.trajectory
     found = committed(run)
-    evicted = read_evicted(run, found)
+    gone = evicted.read_evicted(run, found)
     leases = [x for x in open_leases(history, time.time()) if x["shard"] not in found]
-    first = first_shard_read(plan.order, trajectory.block_shards, step)
+    first = evicted.first_shard_read(plan.order, trajectory.block_shards, step)
     unread = [shard for shard in found if shard >= first]
     return {
-        "committed": len(found) + len(evicted),
+        "committed": len(found) + len(gone),
         "planned": plan.shards,
-        "evicted": len(evicted),
-        "samples": (len(found) + len(evicted)) * trajectory.samples_per_shard,
+        "evicted": len(gone),
+        "samples": (len(found) + len(gone)) * trajectory.samples_per_shard,
         "pairs_per_s": pairs_per_s(
             history, trajectory.samples_per_shard, time.time() if live and leases else None
         ),
@@ -163,7 +161,7 @@ def last_verified(run: files.RunDir) -> dict[str, Any] | None:
         except (CheckpointError, ConfigError, OSError):
             bad.append(step)
             continue
-        small = sizes_fit and sum(file.bytes for file in named.values()) <= FULL_CHECK_BYTES
+        small = sizes_fit and sum(entry.bytes for entry in named.values()) <= FULL_CHECK_BYTES
         if not sizes_fit or (small and verify(folder)):
             bad.append(step)
             continue
@@ -194,7 +192,7 @@ def slurm_jobs(run: files.RunDir) -> dict[str, Any] | None:
         return {"jobs": [], "unknown": str(error)}
 
 
-def stage_of(run: files.RunDir, config: RunConfig, found: dict[str, Any]) -> str:
+def stage_of(run: files.RunDir, config: schema.RunConfig, found: dict[str, Any]) -> str:
     """pretrain, generate, train, evaluate or finished: the first that is not done."""
     step = found["train"]["step"]
     if step >= config.train.max_steps:
@@ -215,7 +213,7 @@ def status(run: files.RunDir) -> dict[str, Any]:
         ConfigError: it is no run, or a newer version wrote it.
     """
     identity.read_record(run)  # a newer version's files are not known here
-    config = load_config(run)
+    config = file.load_config(run)
     history = events.read_history(run)
     live = lock.is_live(run)
     found: dict[str, Any] = {
@@ -227,7 +225,7 @@ def status(run: files.RunDir) -> dict[str, Any]:
         "train": training(run, history, config.train.max_steps, live),
     }
     pretraining = events.read_history(run.teacher)
-    if own_teachers(config):
+    if schema.own_teachers(config):
         steps = config.pretrain.train.max_steps
         found["pretrain"] = training(run.teacher, pretraining, steps, live)
     found["shards"] = shards(run, config, found["train"]["step"], history, live)

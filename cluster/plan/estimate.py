@@ -16,8 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from cluster.plan.memory import state_bytes
-from cluster.plan.stream import stream_plan
+from cluster.plan import memory, stream
 from cluster.settings.schema import RunConfig, own_teachers
 from distill.config import check
 from distill.evaluation.curves import grid_columns, grid_rows, teacher_curves, truth
@@ -85,7 +84,7 @@ def _stage(forwards: int, work: float, network: NetworkCost, workers: int, speed
 def stages(config: RunConfig, speed: float) -> dict[str, Stage]:
     """The stages of a run. Foreign teachers are taken to be as large as the student."""
     network = network_cost(config.student, config.data.image)
-    plan = stream_plan(config)
+    plan = stream.stream_plan(config)
     teachers, ranks = config.cluster.teachers.num_workers, config.cluster.trainer.max_workers
     found = {}
     if own_teachers(config):
@@ -111,17 +110,17 @@ def estimate(config: RunConfig, speed: float | None = None) -> dict[str, Any]:
     work = stages(config, speed)
     device_hours = sum(stage.device_hours for stage in work.values())
     price = config.cluster.device_cost_per_hour
-    stream = asdict(stream_plan(config))
-    del stream["order"]  # no figure
+    planned = asdict(stream.stream_plan(config))
+    del planned["order"]  # no figure
     ranks = config.cluster.trainer.min_workers  # fewer hold more each
-    on_device, on_host = state_bytes(network.parameters, config.train, ranks)
+    on_device, on_host = memory.state_bytes(network.parameters, config.train, ranks)
     return {
         "run": config.run.name,
         "exact": {
             "train_steps": config.train.max_steps,
             "samples_read": config.train.max_steps * config.train.batch_size,
-            **stream,
-            "max_bytes_on_disk": min(stream["num_bytes"], config.trajectory.max_bytes),
+            **planned,
+            "max_bytes_on_disk": min(planned["num_bytes"], config.trajectory.max_bytes),
             "parameters": network.parameters,
             "forwards": {name: stage.forwards for name, stage in work.items()},
         },

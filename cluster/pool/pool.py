@@ -19,8 +19,7 @@ from cluster.pool.coordinator import Coordinator, Limits
 from cluster.pool.member import Member, Pace, choose_leaving
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import TeacherPoolConfig
-from cluster.state import done, evicted, workers
-from cluster.state.cursor import read_cursor
+from cluster.state import cursor, done, evicted, workers
 from distill.config import ConfigError, check
 from distill.data.sidecar import Reason, ShardSpec
 from distill.data.stores.store import committed, is_committed
@@ -164,7 +163,7 @@ class TeacherPool:
 
     def _cursor(self) -> int:
         """First shard of the block the trainer reads."""
-        return read_cursor(self.run).block * self.config.trajectory.block_shards
+        return cursor.read_cursor(self.run).block * self.config.trajectory.block_shards
 
     def _collect(self) -> None:
         """Takes the results that are there."""

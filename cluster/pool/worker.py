@@ -13,11 +13,9 @@ import torch
 
 from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
-from distill.data import generate, shards
-from distill.data.sidecar import ShardSpec
+from distill.data import generate, shards, sidecar
 from distill.run.files import RunDir
-from distill.teachers.base import FrozenTeacher
-from distill.teachers.build import build_teacher
+from distill.teachers import base, build
 from distill.training.memory import keep_freed_memory
 
 
@@ -28,9 +26,11 @@ class TeacherWorker:
     hangs is told from one that is slow.
     """
 
-    def __init__(self, config: RunConfig, run: RunDir, spec: ShardSpec, device: Device) -> None:
+    def __init__(
+        self, config: RunConfig, run: RunDir, spec: sidecar.ShardSpec, device: Device
+    ) -> None:
         self._config, self._run, self._spec, self._device = config, run, spec, device
-        self._teachers: dict[str, FrozenTeacher] = {}
+        self._teachers: dict[str, base.FrozenTeacher] = {}
         self._evaluations = 0
         trajectory = config.trajectory
         self._batch_size = min(trajectory.batch_size, trajectory.samples_per_shard)
@@ -41,7 +41,7 @@ class TeacherWorker:
         keep_freed_memory()
         torch.set_num_threads(self._config.cluster.teachers.threads_per_worker)
         self._teachers = {
-            name: build_teacher(teacher, self._device)
+            name: build.build_teacher(teacher, self._device)
             for name, teacher in self._config.teacher.items()
         }
         prints = {name: teacher.fingerprint for name, teacher in self._teachers.items()}
@@ -64,8 +64,8 @@ class TeacherWorker:
             self._batch_size,
         )
         seconds = time.monotonic() - started
-        sidecar = shards.write_shard(self._run, self._spec, shard, generated, seconds, self.name)
-        result = {"bytes": sidecar.num_bytes, "seconds": round(seconds, 3)}
+        standing = shards.write_shard(self._run, self._spec, shard, generated, seconds, self.name)
+        result = {"bytes": standing.num_bytes, "seconds": round(seconds, 3)}
         if generated.batch_size < self._batch_size:
             self._batch_size = result["batch_size"] = generated.batch_size
         return result

@@ -17,11 +17,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from cluster.plan.stream import stream_of
-from cluster.settings.file import removed
-from cluster.settings.schema import RunConfig, is_own
+from cluster.settings import file, schema
 from distill.config import ConfigError, before, is_free
-from distill.run import files
-from distill.run import identity as run_json
+from distill.run import files, identity as run_json
 
 PACKAGES = (
     "bowstring",
@@ -38,7 +36,7 @@ PACKAGES = (
 # The settings that count
 
 
-def identity_of(config: RunConfig) -> dict[str, Any]:
+def identity_of(config: schema.RunConfig) -> dict[str, Any]:
     """The settings that determine data and weights, as plain nested values.
 
     A teacher of this run's own pre-training is named by its path inside the run, so a run can be
@@ -50,7 +48,7 @@ def identity_of(config: RunConfig) -> dict[str, Any]:
     for name, teacher in config.teacher.items():
         # The first version wrote a SiT's heads for every kind; hashes of runs contain them.
         identity["teacher"][name].setdefault("num_heads", 0)
-        if is_own(teacher.path, config.run.dir):
+        if schema.is_own(teacher.path, config.run.dir):
             own = True
             inside = teacher.path[len(config.run.dir.rstrip("/")) + 1 :]
             identity["teacher"][name]["path"] = inside
@@ -133,14 +131,14 @@ def difference(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> 
         if key not in old:
             lines.append(f"{key}: the run has none, asked for {new[key]}")
         elif key not in new:
-            lines.append(f"{key}: the run has {old[key]}, {removed(key) or 'asked for none'}")
+            lines.append(f"{key}: the run has {old[key]}, {file.removed(key) or 'asked for none'}")
         elif old[key] != new[key]:
             was = "" if key in written else ", since it is older than this setting"
             lines.append(f"{key}: the run has {old[key]}{was}, asked for {new[key]}")
     return lines
 
 
-def check_identity(config: RunConfig, run: files.RunDir) -> run_json.RunRecord | None:
+def check_identity(config: schema.RunConfig, run: files.RunDir) -> run_json.RunRecord | None:
     """run.json, or None for a new run. Writes nothing.
 
     Raises:
@@ -176,7 +174,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new_record(config: RunConfig) -> run_json.RunRecord:
+def new_record(config: schema.RunConfig) -> run_json.RunRecord:
     """The content of a new run.json."""
     identity = identity_of(config)
     return run_json.RunRecord(
@@ -191,7 +189,9 @@ def new_record(config: RunConfig) -> run_json.RunRecord:
     )
 
 
-def check_or_write(config: RunConfig, run: files.RunDir) -> tuple[run_json.RunRecord, list[str]]:
+def check_or_write(
+    config: schema.RunConfig, run: files.RunDir
+) -> tuple[run_json.RunRecord, list[str]]:
     """run.json, after it was written for a new run or compared with an old one, and notes for the
     user.
 
@@ -207,7 +207,7 @@ def check_or_write(config: RunConfig, run: files.RunDir) -> tuple[run_json.RunRe
 
 
 def _with_schedule(
-    config: RunConfig, run: files.RunDir, record: run_json.RunRecord
+    config: schema.RunConfig, run: files.RunDir, record: run_json.RunRecord
 ) -> tuple[run_json.RunRecord, list[str]]:
     """Writes a changed train.max_steps into run.json, and says what it means."""
     last = record.schedule[-1].max_steps if record.schedule else None

@@ -14,9 +14,8 @@ from pathlib import Path
 from cluster.plan.placement import group_size, silent_nodes
 from cluster.state.done import steps_done
 from cluster.supervisor.session import Session
-from cluster.trainer.fit import final_error, fit
+from cluster.trainer import fit, watchdog
 from cluster.trainer.job import TrainJob
-from cluster.trainer.watchdog import stacks_bytes
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
 from distill.run import events, files, measured
@@ -112,7 +111,7 @@ class TrainerGroup:
             time.sleep(POLL_PERIOD_S)
         if self._future and self._future.done() and (error := self._future.exception()):
             why = last_line(self._said(error))
-        if why and (final := final_error(self.job)) is not None:
+        if why and (final := fit.final_error(self.job)) is not None:
             raise final
         saved = max(committed_steps(self.job.run.checkpoints), default=0)
         return why if saved < measured.last_step(self.job.run.metrics) else ""
@@ -177,7 +176,7 @@ class TrainerGroup:
         future: Future[int] = Future()
         self._starts += 1
         self._grow_s = time.monotonic() + GROW_AFTER_S
-        self._stacks_bytes = stacks_bytes(self.job.run.hangs)
+        self._stacks_bytes = watchdog.stacks_bytes(self.job.run.hangs)
         self._size, self._seen, self.note = size, measured.last_step(self.job.run.metrics), ""
         name = f"{self.job.stage}-{self._starts}"
         self.job.stop.unlink(missing_ok=True)  # a rank of the group before may have left it
@@ -187,7 +186,7 @@ class TrainerGroup:
 
         def target() -> None:
             try:
-                future.set_result(fit(self.job, size, name))
+                future.set_result(fit.fit(self.job, size, name))
             except BaseException as error:  # handed to the main thread
                 future.set_exception(error)
 
@@ -202,7 +201,7 @@ class TrainerGroup:
 
     def _count_failure(self, error: BaseException) -> None:
         """Lets the group start again, unless that would not help."""
-        final = final_error(self.job)
+        final = fit.final_error(self.job)
         if final is not None:
             raise final
         if self._session.stop_signal:
@@ -224,7 +223,7 @@ class TrainerGroup:
     def _said(self, error: BaseException) -> str:
         """Why the group failed."""
         hangs, timeout_s = self.job.run.hangs, self._trainer.step_timeout_s
-        if stacks_bytes(hangs) > self._stacks_bytes:
+        if watchdog.stacks_bytes(hangs) > self._stacks_bytes:
             return f"no step for more than {timeout_s:g} s; {hangs} says where the ranks stood"
         if FROZEN in str(error):
             return f"a rank answered nothing for more than {timeout_s:g} s, as if frozen"

@@ -2,15 +2,8 @@
 
 import time
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-)
 
 LINE_PERIOD_S = 30.0
 
@@ -22,17 +15,17 @@ class StageBars:
         self._console = Console(stderr=True)
         self._live = self._console.is_terminal
         self._progress = self._new()
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, progress.TaskID] = {}
         self._state: dict[str, tuple[int, int, str]] = {}
         self._next_line_s = time.monotonic() + LINE_PERIOD_S
 
-    def _new(self) -> Progress:
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
+    def _new(self) -> progress.Progress:
+        return progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeElapsedColumn(),
+            progress.TextColumn("{task.fields[note]}"),
             console=self._console,
             disable=not self._live,
         )

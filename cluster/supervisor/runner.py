@@ -16,15 +16,11 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from cluster.pool.pool import TeacherPool
-from cluster.settings.file import save_config
-from cluster.settings.schema import RunConfig
-from cluster.state.cursor import read_cursor
-from cluster.state.done import RunView, with_absolute_paths
-from cluster.state.identity import check_or_write
+from cluster.settings import file, schema
+from cluster.state import cursor, done, identity
 from cluster.supervisor import stages
 from cluster.supervisor.group import POLL_PERIOD_S, RunFailed, TrainerGroup
 from cluster.supervisor.session import Session, Stopped, open_session
-from cluster.supervisor.stages import Work
 from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
@@ -34,67 +30,67 @@ logger = logging.getLogger(__name__)
 
 NOT_SAVED = os.EX_TEMPFAIL  # 75: to start again helps
 
-Stage = Callable[[Session, RunView], Work]
+Stage = Callable[[Session, done.RunView], stages.Work]
 
 # -----------------------------------------------------------------------------------------------
 # Verbs
 
 
-def run(config: RunConfig) -> int:
+def run(config: schema.RunConfig) -> int:
     """The main job: what is missing of teacher, trajectories, training, evaluation and report."""
     stages.check_training(config)
     stages.check_evaluation(config)  # of the last stage, but better said now
     return supervise(config, stages.pretrain, stages.distil, stages.evaluate_if_new)
 
 
-def distil(config: RunConfig) -> int:
+def distil(config: schema.RunConfig) -> int:
     """The main job without evaluation and report: a Slurm job of their own makes these."""
     stages.check_training(config)
     stages.check_evaluation(config)
     return supervise(config, stages.pretrain, stages.distil)
 
 
-def pretrain(config: RunConfig) -> int:
+def pretrain(config: schema.RunConfig) -> int:
     """Trains the run's own teacher."""
     stages.check_training(config)
     return supervise(config, stages.pretrain)
 
 
-def generate(config: RunConfig) -> int:
+def generate(config: schema.RunConfig) -> int:
     """Makes all shards of the run, without waiting for a trainer."""
     return supervise(config, stages.generate)
 
 
-def train(config: RunConfig) -> int:
+def train(config: schema.RunConfig) -> int:
     """Trains the student on the shards that are there."""
     stages.check_training(config)
     return supervise(config, stages.train)
 
 
-def evaluate(config: RunConfig) -> int:
+def evaluate(config: schema.RunConfig) -> int:
     """Evaluates the last verified checkpoint, and writes the report."""
     stages.check_evaluation(config)  # before its settings are kept
     return supervise(config, stages.evaluate_again)
 
 
-def supervise(config: RunConfig, *chosen: Stage) -> int:
+def supervise(config: schema.RunConfig, *chosen: Stage) -> int:
     """Exit code of the stages, one after the other, under the run's lock.
 
     Raises:
         SystemExit: a signal ended it. A command that has more runs to do does not start them.
     """
-    given, config = config, stages.with_models(with_absolute_paths(config))
+    given, config = config, stages.with_models(done.with_absolute_paths(config))
     with open_session(config, config.files) as session:
-        record, notes = check_or_write(config, session.run)
+        record, notes = identity.check_or_write(config, session.run)
         for note in notes:
             session.bars.say(note)
-        save_config(session.run, given)
-        view = RunView(config, session.run, record)
+        file.save_config(session.run, given)
+        view = done.RunView(config, session.run, record)
         try:
             for stage in chosen:
                 with session.stopping_at_once():
                     work = stage(session, view)
-                if work != Work():
+                if work != stages.Work():
                     _work(session, work)
                     view = view.again()
         except Stopped:
@@ -126,7 +122,7 @@ def _say_stopped(session: Session, folder: str) -> int:
 # The loop
 
 
-def _work(session: Session, work: Work) -> None:
+def _work(session: Session, work: stages.Work) -> None:
     """Runs the pool and the trainer group until both are done.
 
     Raises:
@@ -181,9 +177,9 @@ def _show(
     if group is not None:
         job = group.job
         title = "teacher, steps" if job.stage == "pretrain" else "student, steps"
-        done, note = measured.last_step(job.run.metrics), ""
-        if done == before < job.train.max_steps:
+        step, note = measured.last_step(job.run.metrics), ""
+        if step == before < job.train.max_steps:
             note = "starting"
         if job.stage == "train":
-            note = read_cursor(job.run).waiting_for or note
-        session.bars.show(title, done, job.train.max_steps, group.note or note)
+            note = cursor.read_cursor(job.run).waiting_for or note
+        session.bars.show(title, step, job.train.max_steps, group.note or note)

@@ -18,8 +18,7 @@ from distill.export.student import latest_student
 from distill.networks.files import DESCRIPTION
 from distill.report.sections import write_report
 from distill.run.files import RunDir
-from distill.teachers.base import check_guidance
-from distill.teachers.build import describe
+from distill.teachers import base, build
 from distill.teachers.config import TeacherConfig
 from distill.training.trackers import check_wandb
 
@@ -157,9 +156,9 @@ def run_spec(view: done.RunView) -> sidecar.ShardSpec:
         )
     prints = {}
     for name, settings in config.teacher.items():
-        teacher = describe(settings)
+        teacher = build.describe(settings)
         check_image(name, teacher.image, config.data.image)
-        check_guidance(teacher.image, settings.guidance)
+        base.check_guidance(teacher.image, settings.guidance)
         prints[name] = teacher.fingerprint
     assert view.record is not None, "check_or_write comes first"
     identity.record_teachers(view.run, view.record, prints)

@@ -12,10 +12,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+import ray.train.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
-from ray.train.torch.config import _TorchBackend
 
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import CheckpointError
@@ -28,7 +26,9 @@ from distill.training.loop import TrainingError
 FINAL = (ConfigError, CheckpointError, TrainingError, StreamError)
 
 # Its other limits are -1, for ever: ranks that do not start, a node that is drained.
-NEVER_AGAIN = FailureConfig(max_failures=0, controller_failure_limit=0, max_preemption_failures=0)
+NEVER_AGAIN = ray.train.FailureConfig(
+    max_failures=0, controller_failure_limit=0, max_preemption_failures=0
+)
 
 RANK_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 stop_signal = threading.Event()
@@ -48,14 +48,16 @@ def fit(job: TrainJob, ranks: int, name: str) -> int:
     resources = {"CPU": workers.cpus_per_worker, "trainer": 1.0}
     if on_gpu:
         resources["GPU"] = workers.gpus_per_worker
-    trainer = TorchTrainer(
+    trainer = ray.train.torch.TorchTrainer(
         train_rank,
         train_loop_config={"job": job},
         torch_config=SignalConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(
+        scaling_config=ray.train.ScalingConfig(
             num_workers=ranks, use_gpu=on_gpu, resources_per_worker=resources
         ),
-        run_config=RunConfig(name=name, storage_path=str(job.scratch), failure_config=NEVER_AGAIN),
+        run_config=ray.train.RunConfig(
+            name=name, storage_path=str(job.scratch), failure_config=NEVER_AGAIN
+        ),
     )
     steps = trainer.fit().return_value
     assert isinstance(steps, int)
@@ -70,7 +72,7 @@ def train_rank(arguments: dict[str, Any]) -> int:
     job: TrainJob = arguments["job"]
     torch.set_num_threads(job.config.cluster.trainer.threads_per_worker)
     try:
-        return run_rank(job, get_device(), lambda: is_told_to_stop(job))
+        return run_rank(job, ray.train.torch.get_device(), lambda: is_told_to_stop(job))
     except FINAL as error:
         kind = next(kind.__name__ for kind in FINAL if isinstance(error, kind))
         write_json(job.final, {"kind": kind, "message": str(error)})
@@ -98,20 +100,20 @@ def final_error(job: TrainJob) -> Exception | None:
     return {kind.__name__: kind for kind in FINAL}[found["kind"]](found["message"])
 
 
-class SignalBackend(_TorchBackend):
+class SignalBackend(ray.train.torch.config._TorchBackend):
     """Ray's process-group set-up, and a flag for stop signals.
 
     Python takes signals in the main thread, and Ray Train runs its function in another one; this
     hook is called in the main thread of every rank.
     """
 
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: ray.train.torch.TorchConfig) -> None:
         super().on_start(worker_group, backend_config)
         worker_group.execute(catch_stop_signals)
 
 
 @dataclass
-class SignalConfig(TorchConfig):
+class SignalConfig(ray.train.torch.TorchConfig):
     """Ray's settings of the process group, with the hook above."""
 
     @property

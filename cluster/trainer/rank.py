@@ -14,16 +14,14 @@ from cluster.trainer import sources, watchdog, zero
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.commit import load_latest
 from distill.engine.engine import Engine
-from distill.networks import cost, layers
-from distill.networks.build import build_network
+from distill.networks import build, cost, layers
 from distill.networks.files import with_weights_of
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.run import events, files
 from distill.teachers.build import start_of
-from distill.training import log, loop, memory, saving
+from distill.training import callbacks, log, loop, memory, saving
 from distill.training.build import build_callbacks
-from distill.training.callbacks import Callback, Everyone
 
 # Ranks of a killed supervisor are gone within seconds; a file server gives the lock of a dead node
 # free after its lease, usually 90 s.
@@ -52,10 +50,10 @@ def resume(
     objective = build_objective(
         objective_of(job), job.config.seed, engine.device, engine.gradient_norms
     )
-    callbacks = build_job_callbacks(job, engine, source)
+    hooks = build_job_callbacks(job, engine, source)
     start = load_latest(job.run.checkpoints, engine)
     return loop.train(
-        engine, source, objective, job.train, callbacks, start=start, should_stop=should_stop
+        engine, source, objective, job.train, hooks, start=start, should_stop=should_stop
     )
 
 
@@ -64,18 +62,20 @@ def objective_of(job: TrainJob) -> ObjectiveConfig:
     return job.config.objective if job.stage == "train" else ReflowConfig()
 
 
-def build_job_callbacks(job: TrainJob, engine: Engine, source: loop.Source) -> list[Callback]:
+def build_job_callbacks(
+    job: TrainJob, engine: Engine, source: loop.Source
+) -> list[callbacks.Callback]:
     """What hangs on the loop; in a teacher's training its exports too."""
     config, image = job.config, job.config.data.image
     origin = {"seed": config.seed, "config_hash": job.config_hash}
-    callbacks = build_callbacks(engine, source, job.train, job.run, origin, flops_of(job))
+    hooks = build_callbacks(engine, source, job.train, job.run, origin, flops_of(job))
     if job.exports:
         about = {"data": config.data.name, "seed": config.seed}
-        wait = Everyone(callbacks).wait
-        callbacks.append(
+        wait = callbacks.Everyone(hooks).wait
+        hooks.append(
             saving.Exporter(engine, job.run, job.exports, config.student, image, about, wait)
         )
-    return callbacks
+    return hooks
 
 
 def flops_of(job: TrainJob) -> log.Flops:
@@ -94,7 +94,7 @@ def initial_network(job: TrainJob) -> tuple[layers.AbstractNetwork, str]:
     """
     student, image, seed = job.config.student, job.config.data.image, job.config.seed
     if job.stage == "pretrain":
-        return build_network(student, image, seed), "fresh"
+        return build.build_network(student, image, seed), "fresh"
     name, teacher = list(job.config.teacher.items())[-1]
     start = start_of(teacher)
     if start is None:
@@ -103,7 +103,7 @@ def initial_network(job: TrainJob) -> tuple[layers.AbstractNetwork, str]:
         why = "has another architecture than the student"
     else:
         return network, f"teacher.{name}"
-    return build_network(student, image, seed), f"fresh: teacher.{name} {why}"
+    return build.build_network(student, image, seed), f"fresh: teacher.{name} {why}"
 
 
 @contextmanager

@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
-from torch import Tensor
 
 from distill.checkpoint import agree, manifest
 from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
@@ -46,7 +45,7 @@ class Snapshot:
     """
 
     about: manifest.Manifest
-    tensors: dict[str, Tensor]
+    tensors: dict[str, torch.Tensor]
 
     @property
     def step(self) -> int:
@@ -243,7 +242,7 @@ def fragment_reader(folder: Path) -> FragmentReader:
             length = file.get_slice(key).get_shape()[0]
             pieces[kind, parameter].append((int(start), length, file, key))
 
-    def read(kind: str, name: str, start: int, length: int) -> Tensor:
+    def read(kind: str, name: str, start: int, length: int) -> torch.Tensor:
         out, filled = torch.empty(length), 0
         for piece_start, piece_length, file, key in pieces[kind, name]:
             low = max(start, piece_start)
@@ -261,7 +260,7 @@ def fragment_reader(folder: Path) -> FragmentReader:
     return read
 
 
-def read_average(folder: Path, name: str) -> dict[str, Tensor]:
+def read_average(folder: Path, name: str) -> dict[str, torch.Tensor]:
     """Trained parameters of a weight average ("target" or "evaluation"), float32, by name."""
     read = fragment_reader(folder)
     shapes = manifest.read_manifest(folder).parameters

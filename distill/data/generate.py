@@ -19,12 +19,11 @@ from distill.flow import paths, solvers
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.times import sampler_times
 from distill.flow.trajectory import GeneratedShard
-from distill.teachers.base import FrozenTeacher, Guided, Jumps
-from distill.teachers.build import build_field
+from distill.teachers import base, build
 from distill.teachers.config import TeacherConfig
 
 
-def common_image(teachers: dict[str, FrozenTeacher]) -> ImageSpec:
+def common_image(teachers: dict[str, base.FrozenTeacher]) -> ImageSpec:
     """The shape and classes that all teachers share.
 
     Raises:
@@ -42,7 +41,7 @@ def common_image(teachers: dict[str, FrozenTeacher]) -> ImageSpec:
 
 
 def generate_shard(
-    teachers: dict[str, FrozenTeacher],
+    teachers: dict[str, base.FrozenTeacher],
     configs: dict[str, TeacherConfig],
     trajectory: TrajectoryConfig,
     seed: int,
@@ -67,7 +66,7 @@ def generate_shard(
     count = trajectory.samples_per_shard
     ids = np.arange(shard * count, (shard + 1) * count, dtype=np.int64)
     labels = sample_labels(seed, ids, image.num_classes)
-    fields = {name: build_field(teacher, configs[name]) for name, teacher in teachers.items()}
+    fields = {name: build.build_field(teacher, configs[name]) for name, teacher in teachers.items()}
     states = torch.empty(count, len(teachers), len(trajectory.points), *image.shape)
 
     def fill(part: slice) -> tuple[int, int]:
@@ -127,7 +126,7 @@ def is_out_of_memory(error: MemoryError | RuntimeError) -> bool:
 
 @torch.inference_mode()
 def integrate(
-    field: Guided,
+    field: base.Guided,
     noise: Float[Tensor, "B *S"],
     label: Int[Tensor, "B"],
     config: TeacherConfig,
@@ -151,7 +150,7 @@ def integrate(
         return field(x, t.expand(len(x)), label)
 
     times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
-    if not isinstance(field, Jumps):
+    if not isinstance(field, base.Jumps):
         return solvers.solve(velocity, noise, times, config.solver, substeps)
     visited = torch.tensor(sampler_times(config.steps), dtype=torch.float64)
     kept = visited[::substeps]

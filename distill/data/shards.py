@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from webdataset.writer import TarWriter
 
 from distill.data import layout
@@ -82,7 +81,7 @@ def _to_stored(spec: ShardSpec, generated: GeneratedShard) -> NDArray[Any]:
     return stored.view(torch.int16).numpy().view(np.uint16) if _is_bits(spec) else stored.numpy()
 
 
-def as_tensor(spec: ShardSpec, states: NDArray[Any]) -> Tensor:
+def as_tensor(spec: ShardSpec, states: NDArray[Any]) -> torch.Tensor:
     """Stored states as a tensor of the stored dtype. It shares the memory."""
     if _is_bits(spec):
         return torch.from_numpy(states.view(np.int16)).view(torch.bfloat16)

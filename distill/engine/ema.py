@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -22,12 +21,12 @@ class Average:
         values: the averages, one per master tensor.
     """
 
-    def __init__(self, decay: float, masters: Sequence[Tensor]) -> None:
+    def __init__(self, decay: float, masters: Sequence[torch.Tensor]) -> None:
         self.decay = decay
         self.values = [master.detach().clone() for master in masters]
 
     @torch.no_grad()
-    def update(self, step: int, masters: Sequence[Tensor]) -> None:
+    def update(self, step: int, masters: Sequence[torch.Tensor]) -> None:
         """Takes in the masters after optimizer step `step` (from 0)."""
         weight = 1 - decay_at(step, self.decay)
         torch._foreach_lerp_(self.values, [master.detach() for master in masters], weight)

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
-from torch import Tensor
 
 from distill.config import ImageSpec, check
 from distill.data.config import DataConfig
@@ -28,8 +27,7 @@ from distill.networks.files import WEIGHTS, fingerprint
 from distill.report import cost, pictures
 from distill.run import files, identity, measured, records
 from distill.sample import load_student, to_uint8
-from distill.teachers.base import FrozenTeacher, Jumps
-from distill.teachers.build import build_field, build_teacher
+from distill.teachers import base, build
 from distill.teachers.config import TeacherConfig
 
 LINE_PERIOD_S = 30.0  # between lines of progress, where there is no terminal
@@ -52,11 +50,11 @@ class Evaluator:
             self.features = metrics.FeatureDistance(evaluation.extractor, real, device)
             digest = sha256(real.numpy().tobytes()).hexdigest()
             self.real = measured.Reference(data.name, n=len(real), sha256=digest)
-        self._reference: tuple[Tensor, float] | None = None
+        self._reference: tuple[torch.Tensor, float] | None = None
 
     def draw(
         self, sampler: sampling.Sampler, title: str, samples: sampling.Samples | None = None
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[torch.Tensor, float]:
         """Images of a sampler for the sample set, or for other `samples`, with a bar."""
         samples = samples or self.samples
         task = self._progress.add_task(title, total=len(samples.noise))
@@ -101,11 +99,11 @@ TeacherSamplers = Callable[[str, int], sampling.Sampler]
 
 
 def teacher_samplers(
-    teacher: FrozenTeacher, config: TeacherConfig, interrupt: sampling.Interrupt
+    teacher: base.FrozenTeacher, config: TeacherConfig, interrupt: sampling.Interrupt
 ) -> TeacherSamplers:
     """The samplers of a teacher: solvers of its guided field, or a student's own jumps."""
-    field = build_field(teacher, config)
-    if isinstance(field, Jumps):
+    field = build.build_field(teacher, config)
+    if isinstance(field, base.Jumps):
         u = interrupt.watch(field.mean_velocity)
         return lambda solver, nfe: sampling.student_sampler(u, nfe)
     velocity = interrupt.watch(field)
@@ -187,7 +185,7 @@ def evaluate(
     folder = latest_student(run)
     student = load_student(folder, place)
     name, config = list(teachers.items())[-1]
-    teacher = build_teacher(config, place)
+    teacher = build.build_teacher(config, place)
     with progress_bar() as progress:
         evaluator = Evaluator(data, evaluation, place, progress)
         samplers = teacher_samplers(teacher, config, evaluator.interrupt)

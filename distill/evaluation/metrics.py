@@ -23,22 +23,9 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float64, UInt8
 from torch import Tensor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.metric_fid import (
-    KEY_METRIC_FID,
-    fid_features_to_statistics,
-    fid_statistics_to_metric,
-)
-from torch_fidelity.metric_kid import (
-    KEY_METRIC_KID_MEAN,
-    KEY_METRIC_KID_STD,
-    kid_features_to_metric,
-)
-from torch_fidelity.registry import register_feature_extractor
-from torch_fidelity.utils import create_feature_extractor
+from torch_fidelity import feature_extractor_base, metric_fid, metric_kid, registry, utils
 
-from distill.evaluation.config import ExtractorConfig
-from distill.evaluation.inception import check_inception
+from distill.evaluation import config, inception
 from distill.sample import to_uint8
 
 INCEPTION = "inception-v3-compat"
@@ -59,7 +46,7 @@ def relative_distance(
     return float(error.sum() / transport.sum())
 
 
-class PixelExtractor(FeatureExtractorBase):
+class PixelExtractor(feature_extractor_base.FeatureExtractorBase):
     """Flattened pixels: for images too small for a network that looks at photographs."""
 
     def __init__(self, name: str, features_list: list[str], **kwargs: Any) -> None:
@@ -85,7 +72,7 @@ class PixelExtractor(FeatureExtractorBase):
         return (input.flatten(1).double() / 255,)
 
 
-register_feature_extractor(PIXELS, PixelExtractor)
+registry.register_feature_extractor(PIXELS, PixelExtractor)
 
 
 class FeatureDistance:
@@ -97,26 +84,29 @@ class FeatureDistance:
     """
 
     def __init__(
-        self, config: ExtractorConfig, real: UInt8[Tensor, "N C H W"], device: torch.device
+        self,
+        extractor: config.ExtractorConfig,
+        real: UInt8[Tensor, "N C H W"],
+        device: torch.device,
     ) -> None:
         self._device = device
-        if config.name == "inception":
-            digest, registered = check_inception(config.weights), INCEPTION
+        if extractor.name == "inception":
+            digest, registered = inception.check_inception(extractor.weights), INCEPTION
         else:
             digest, registered = sha256(PIXELS_DEFINITION.encode()).hexdigest(), PIXELS
         layer = {INCEPTION: "2048", PIXELS: "pixels"}[registered]
-        self._extractor = create_feature_extractor(
+        self._extractor = utils.create_feature_extractor(
             registered,
             [layer],
             cuda=device.type == "cuda",
-            feature_extractor_weights_path=config.weights or None,
+            feature_extractor_weights_path=extractor.weights or None,
             verbose=False,
         )
-        self._subsets, self._subset_size = KID_SUBSETS[config.name]
+        self._subsets, self._subset_size = KID_SUBSETS[extractor.name]
         self._real, dtype = self._features(real)
-        self._real_moments = fid_features_to_statistics(self._real)
+        self._real_moments = metric_fid.fid_features_to_statistics(self._real)
         self.description: dict[str, Any] = {
-            "name": config.name,
+            "name": extractor.name,
             "sha256": digest,
             "features": self._real.shape[1],
             "feature_dtype": dtype,
@@ -142,7 +132,7 @@ class FeatureDistance:
         """ "frechet", "kid" and "kid_std" between `images` and the real ones. Deterministic."""
         features, _ = self._features(images)
         return {
-            "frechet": frechet(fid_features_to_statistics(features), self._real_moments),
+            "frechet": frechet(metric_fid.fid_features_to_statistics(features), self._real_moments),
             **kernel_distance(features, self._real, self._subsets, self._subset_size),
         }
 
@@ -151,7 +141,11 @@ def frechet(moments: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> flo
     """Fréchet distance of two Gaussians with moments {"mu": [F], "sigma": [F, F]}, float64."""
     for array in (*moments.values(), *other.values()):
         assert array.dtype == np.float64
-    return float(fid_statistics_to_metric(moments, other, verbose=False)[KEY_METRIC_FID])
+    return float(
+        metric_fid.fid_statistics_to_metric(moments, other, verbose=False)[
+            metric_fid.KEY_METRIC_FID
+        ]
+    )
 
 
 def kernel_distance(
@@ -160,10 +154,13 @@ def kernel_distance(
     """Mean ("kid") and spread ("kid_std") over random subsets of the unbiased MMD^2. 0 on average
     for equal sets."""
     size = min(subset_size, len(features), len(other))
-    result = kid_features_to_metric(
+    result = metric_kid.kid_features_to_metric(
         features, other, kid_subsets=subsets, kid_subset_size=size, rng_seed=KID_SEED, verbose=False
     )
-    return {"kid": result[KEY_METRIC_KID_MEAN], "kid_std": result[KEY_METRIC_KID_STD]}
+    return {
+        "kid": result[metric_kid.KEY_METRIC_KID_MEAN],
+        "kid_std": result[metric_kid.KEY_METRIC_KID_STD],
+    }
 
 
 def distance_name(extractor: str, num: int) -> str:

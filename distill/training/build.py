@@ -6,9 +6,7 @@ from typing import Any
 from distill.config import TrainConfig
 from distill.engine.engine import Engine
 from distill.run.files import RunDir
-from distill.training import loop, saving, timing, trackers
-from distill.training.callbacks import Callback
-from distill.training.log import Flops, TrainLog
+from distill.training import callbacks, log, loop, saving, timing, trackers
 
 
 def build_callbacks(
@@ -17,21 +15,21 @@ def build_callbacks(
     config: TrainConfig,
     run: RunDir,
     origin: dict[str, Any],
-    flops: Flops | None = None,
-) -> list[Callback]:
+    flops: log.Flops | None = None,
+) -> list[callbacks.Callback]:
     """Log, checkpoints, and the trackers and the profiler that are asked for.
 
     `origin` is what manifests say of the run; `flops` what a sample costs, if a formula knows.
     """
-    log = TrainLog(engine, run, lambda: source.wait_s, flops)
-    callbacks: list[Callback] = [
-        log,
-        saving.Checkpointer(run.checkpoints, engine, config, origin, log.event),
+    record = log.TrainLog(engine, run, lambda: source.wait_s, flops)
+    hooks: list[callbacks.Callback] = [
+        record,
+        saving.Checkpointer(run.checkpoints, engine, config, origin, record.event),
     ]
     if engine.rank == 0:
-        callbacks.append(trackers.TensorBoard(run.tensorboard))
+        hooks.append(trackers.TensorBoard(run.tensorboard))
         if config.wandb:
-            callbacks.append(trackers.Wandb(config.wandb, run, asdict(config), log.event))
+            hooks.append(trackers.Wandb(config.wandb, run, asdict(config), record.event))
     if config.profile:
-        callbacks.append(timing.Profiler(run.profile, engine.rank))
-    return callbacks
+        hooks.append(timing.Profiler(run.profile, engine.rank))
+    return hooks

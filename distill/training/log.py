@@ -10,7 +10,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from distill.checkpoint.manifest import committed_steps
 from distill.engine.engine import Engine
@@ -48,8 +47,8 @@ class TrainLog(callbacks.Callback):
         self._clock: timing.PhaseClock | None = None  # until the first step begins
         self._since, self._waited = 0.0, 0.0  # when the window began, and `wait_s()` then
         self._first = 0
-        self._ids: list[Tensor] = []
-        self._rows: list[Tensor] = []
+        self._ids: list[torch.Tensor] = []
+        self._rows: list[torch.Tensor] = []
         self._last: dict[str, float] = {}
         self._names: list[str] = []
         self._history: deque[float] = deque(maxlen=HISTORY)
@@ -113,14 +112,14 @@ class TrainLog(callbacks.Callback):
     def _begin_window(self) -> None:
         self._since, self._waited = time.monotonic(), self._wait_s()
 
-    def _write_consumed(self, ids: Tensor, done: int) -> None:
+    def _write_consumed(self, ids: torch.Tensor, done: int) -> None:
         """Proof of what the steps have read, whatever the number of ranks."""
         # Rank r holds the positions r, r + W, ..: put the global batches together again.
         whole = ids.permute(1, 2, 0).reshape(-1).numpy().astype("<i8")
         digest = hashlib.sha256(whole.tobytes()).hexdigest()
         self.event(events.Steps(self._first, done - 1, digest))
 
-    def _write_spikes(self, ids: Tensor, losses: Tensor) -> None:
+    def _write_spikes(self, ids: torch.Tensor, losses: torch.Tensor) -> None:
         """An event for each step whose loss stands out, with the ids where it is largest."""
         for index, loss in enumerate(losses.mean(dim=0).tolist()):
             if stands_out(loss, self._history):

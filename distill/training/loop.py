@@ -6,7 +6,6 @@ from contextlib import closing
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
 
 from distill.config import TrainConfig
 from distill.engine.engine import Engine
@@ -107,13 +106,13 @@ def _accumulate(
     accumulation: int,
     step: int,
     hooks: Callback,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and terms of a step, means over its micro-batches; their gradients are in the engine.
 
     The values are detached, so that no graph outlives its micro-batch.
     """
     names: list[str] = []
-    rows: list[Tensor] = []
+    rows: list[torch.Tensor] = []
     for micro in batch.split(accumulation):
         hooks.enter("forward")
         result = objective.loss(micro, engine.student, engine.target, step)

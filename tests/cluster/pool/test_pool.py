@@ -299,7 +299,7 @@ def test_a_pool_that_stood_still_in_the_middle_of_a_round_ends_no_worker(
         now[0] += 130.0
         return Position(0, "")
 
-    monkeypatch.setattr(pool_module, "read_cursor", hangs)
+    monkeypatch.setattr(pool_module.cursor, "read_cursor", hangs)
     for _ in range(3):
         pool.poll()
     kinds = [event["kind"] for event in read_lines(pool.run.events)]

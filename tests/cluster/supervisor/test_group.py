@@ -52,7 +52,7 @@ def test_a_group_that_hung_says_where(session, job, trainings, monkeypatch):
             os.utime(hangs / "rank_00001.txt", (1, 1))  # by a file server whose clock is wrong
         return once(job, ranks, name)
 
-    monkeypatch.setattr(group, "fit", fit)
+    monkeypatch.setattr(group.fit, "fit", fit)
     run_to_end(TrainerGroup(session, job))
     errors = [e["error"] for e in read_lines(session.run.events) if e["kind"] == "restart"]
     assert errors == ["boom", f"no step for more than 1200 s; {hangs} says where the ranks stood"]
@@ -70,7 +70,7 @@ def test_a_stop_that_a_lost_group_was_told_of_is_not_for_the_next(
         job.stop.touch()
         return once(job, ranks, name)
 
-    monkeypatch.setattr(group, "fit", fit)
+    monkeypatch.setattr(group.fit, "fit", fit)
     run_to_end(TrainerGroup(session, job))
     assert seen == [False, False] and session.stop_signal == 0
 
@@ -166,7 +166,7 @@ class Ranks:
 
     def __init__(self, job, monkeypatch):
         self.job, self.sizes, self.lost, self.step = job, [], threading.Event(), 0
-        monkeypatch.setattr(group, "fit", self.fit)
+        monkeypatch.setattr(group.fit, "fit", self.fit)
         monkeypatch.setattr(group, "steps_done", lambda run: self.step)
         monkeypatch.setattr(group, "GROW_AFTER_S", 0.0)
         monkeypatch.setattr(group, "SETTLE_S", 0.0)

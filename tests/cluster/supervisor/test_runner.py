@@ -49,7 +49,7 @@ def test_a_failed_training_is_seen_while_the_pool_is_busy(session, job, training
 
 
 def test_a_lost_daemon_of_ray_ends_the_run_and_nothing_is_asked_of_ray(session, job, monkeypatch):
-    monkeypatch.setattr(group, "fit", lambda job, ranks, name: threading.Event().wait())
+    monkeypatch.setattr(group.fit, "fit", lambda job, ranks, name: threading.Event().wait())
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
     monkeypatch.setattr(runner, "_show", lambda *_: None)
     pool, session.lost = EndlessPool(), "raylet"
@@ -60,7 +60,7 @@ def test_a_lost_daemon_of_ray_ends_the_run_and_nothing_is_asked_of_ray(session, 
 
 def test_a_signal_that_ends_ray_too_stops_the_run(session, job, monkeypatch):
     """The supervisor takes SIGTERM to its process group long before a daemon has died of it."""
-    monkeypatch.setattr(group, "fit", lambda job, ranks, name: threading.Event().wait())
+    monkeypatch.setattr(group.fit, "fit", lambda job, ranks, name: threading.Event().wait())
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
     append_metrics(session.run, Metrics(7))
 
@@ -87,7 +87,7 @@ def test_a_stop_leaves_a_slurm_job_time_to_end_before_its_limit():
 
 
 def test_a_rank_that_stops_on_a_signal_stops_the_run(session, job, monkeypatch):
-    monkeypatch.setattr(group, "fit", lambda job, ranks, name: 3)
+    monkeypatch.setattr(group.fit, "fit", lambda job, ranks, name: 3)
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
     monkeypatch.setattr(runner, "_show", lambda *_: None)
     with pytest.raises(Stopped):
@@ -113,11 +113,11 @@ def never_ends(job, ranks, name):
 
 def stopped_run(session, job, fit, monkeypatch):
     """Exit code of a run that is told to stop in its first round."""
-    monkeypatch.setattr(group, "fit", fit)
+    monkeypatch.setattr(group.fit, "fit", fit)
     monkeypatch.setattr(group, "steps_done", lambda run: 0)
     monkeypatch.setattr(runner, "_show", lambda *_: setattr(session, "stop_signal", signal.SIGTERM))
     monkeypatch.setattr(runner, "open_session", lambda config, run: nullcontext(session))
-    monkeypatch.setattr(runner, "check_or_write", lambda config, run: (None, []))
+    monkeypatch.setattr(runner.identity, "check_or_write", lambda config, run: (None, []))
     monkeypatch.setattr(session, "stopping_at_once", nullcontext, raising=False)
     settings = replace(session.config.cluster.trainer, step_timeout_s=2.0)
     cluster = replace(session.config.cluster, trainer=settings)

@@ -11,8 +11,7 @@ from cluster.settings.hydra import compose
 from cluster.trainer.job import TrainJob
 from cluster.trainer.rank import flops_of, initial_network, resume
 from cluster.trainer.sources import Source
-from distill.checkpoint import commit as checkpoint
-from distill.checkpoint import manifest
+from distill.checkpoint import commit as checkpoint, manifest
 from distill.config import ConfigError
 from distill.data.images import ImageStream, load_images
 from distill.engine.engine import TorchEngine

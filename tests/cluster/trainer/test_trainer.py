@@ -13,7 +13,6 @@ from ray.train.v2.api.exceptions import ControllerError, PreemptionError, Worker
 from ray.train.v2.api.preemption import PreemptionInfo
 from small_training import config_of, fit_all, read_share, single_engine, zero_engine
 
-from cluster.trainer import fit as trainer
 from cluster.trainer import rank
 from cluster.trainer.fit import NEVER_AGAIN, final_error, is_told_to_stop, stop_signal, train_rank
 from cluster.trainer.rank import _only_trainer
@@ -53,7 +52,7 @@ def test_a_signal_to_one_rank_reaches_those_that_wait(job):
 @pytest.fixture
 def fail(job, monkeypatch):
     """error -> the final one that a rank leaves behind when it raises that."""
-    monkeypatch.setattr(trainer, "get_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr("ray.train.torch.get_device", lambda: torch.device("cpu"))
 
     def leave(error):
         def raise_it(*args):

@@ -3,8 +3,7 @@
 from typing import get_type_hints
 
 import numpy as np
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from distill.run.events import (
     KINDS,

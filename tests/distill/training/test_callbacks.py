@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as some
+from hypothesis import given, settings, strategies as some
 from small_training import Reads, read_share
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from thread_ranks import errors
