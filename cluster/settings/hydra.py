@@ -13,16 +13,14 @@ import sys
 from collections.abc import Iterator
 
 import hydra
+from hydra import errors, types
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import ConfigCompositionException, HydraException
-from hydra.types import RunMode, TaskFunction
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from cluster.settings import schema, teachers
-from cluster.settings.file import register_resolvers, sentence, to_config
+from cluster.settings import file, schema
 from distill.config import ConfigError, TrainConfig, check
 from distill.data.config import DataConfig
 from distill.evaluation.config import EvalConfig
@@ -32,9 +30,9 @@ from distill.objectives.config import OBJECTIVES
 
 def register() -> None:
     """Stores one schema per variant, so that an unknown key fails while Hydra composes."""
-    register_resolvers()
+    file.register_resolvers()
     store = ConfigStore.instance()
-    store.store(name="base_run", node=teachers.RunTree)
+    store.store(name="base_run", node=file.RunTree)
     store.store(group="data", name="base_data", node=DataConfig)
     store.store(group="train", name="base_train", node=TrainConfig)
     store.store(group="eval", name="base_eval", node=EvalConfig)
@@ -51,7 +49,7 @@ def name_of(tree: DictConfig, args: list[str]) -> str:
     It asks for choices that Hydra knows only in its task.
     """
     name = str(tree.run.name)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if HydraConfig.get().mode == types.RunMode.MULTIRUN:
         suffix = _swept(args, list(HydraConfig.get().overrides.task))
         if suffix:
             name = f"{name}-{suffix}"
@@ -86,7 +84,7 @@ def _hydra_process(args: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def drive(task: TaskFunction, args: list[str]) -> None:
+def drive(task: types.TaskFunction, args: list[str]) -> None:
     """Lets Hydra run a task with its arguments.
 
     Raises:
@@ -99,10 +97,10 @@ def drive(task: TaskFunction, args: list[str]) -> None:
     try:
         with _hydra_process(args):
             through_hydra(task)()
-    except HydraException as error:
+    except errors.HydraException as error:
         raise ConfigError(_explain(error)) from error
     except OmegaConfBaseException as error:
-        raise ConfigError(sentence(error)) from error
+        raise ConfigError(file.sentence(error)) from error
 
 
 def compose(args: list[str]) -> list[schema.RunConfig]:
@@ -126,18 +124,18 @@ def compose(args: list[str]) -> list[schema.RunConfig]:
         trees.append(tree)
 
     drive(task, args)
-    return [to_config(tree) for tree in trees]
+    return [file.to_config(tree) for tree in trees]
 
 
 # -----------------------------------------------------------------------------------------------
 # Jobs that a launcher of Hydra starts elsewhere
 
 
-def _explain(error: HydraException) -> str:
+def _explain(error: errors.HydraException) -> str:
     """One sentence for an error of Hydra."""
     cause = error.__cause__
     if isinstance(cause, OmegaConfBaseException):
-        return sentence(cause)
+        return file.sentence(cause)
     text = str(error).split("See https")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     options = [
@@ -147,7 +145,9 @@ def _explain(error: HydraException) -> str:
     ]
     if "You must specify 'experiment'" in str(error):
         return f"which experiment? Say experiment=NAME, with NAME one of: {', '.join(options)}"
-    listed = isinstance(error, ConfigCompositionException) and "Available options" in str(error)
+    listed = isinstance(error, errors.ConfigCompositionException) and "Available options" in str(
+        error
+    )
     return f"{lines[0].rstrip('.')}; options: {', '.join(options)}" if listed else " ".join(lines)
 
 

@@ -16,8 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distill.networks.compiled import compiled
-from distill.networks.layers import AbstractNetwork
+from distill.networks.layers import AbstractNetwork, compiled
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,8 @@ from torch.nn import functional as F
 from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer import partition
 from distill.config import ConfigError, TrainConfig
-from distill.engine import ema, engine
-from distill.networks.compiled import compiled
-from distill.networks.layers import AbstractNetwork
+from distill.engine import engine
+from distill.networks.layers import AbstractNetwork, compiled
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -129,8 +128,8 @@ class DeepSpeedEngine:
             whole = weights[piece.name].flatten()
             piece.of(masters).copy_(whole.narrow(0, piece.start, piece.length))
         self._averages = {
-            engine.TARGET: ema.Average(config.ema_target, masters),
-            engine.EVALUATION: ema.Average(config.ema_evaluation, masters),
+            engine.TARGET: engine.Average(config.ema_target, masters),
+            engine.EVALUATION: engine.Average(config.ema_evaluation, masters),
         }
         # All that a checkpoint holds, by kind of fragment.
         self._state = {engine.MASTER: masters}

@@ -6,7 +6,7 @@ named parameters, so a checkpoint of one opens in the other and on any number of
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
-from distill.engine.ema import Average
 from distill.networks.layers import AbstractNetwork
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
@@ -121,6 +120,33 @@ class Engine(Peers, Protocol):
 
     def load(self, read: FragmentReader, step: int) -> None:
         """Sets the state after `step` optimizer steps."""
+
+
+def decay_at(step: int, decay: float) -> float:
+    """Decay of update number `step` (from 0): min(decay, (1 + step) / (10 + step)).
+
+    The ramp forgets the random start of a short run; it is the one of common EMA libraries.
+    """
+    return min(decay, (1 + step) / (10 + step))
+
+
+class Average:
+    """Moving average m <- d m + (1 - d) w over a list of float32 tensors.
+
+    Attributes:
+        decay: d, reached after the ramp of `decay_at`.
+        values: the averages, one per master tensor.
+    """
+
+    def __init__(self, decay: float, masters: Sequence[torch.Tensor]) -> None:
+        self.decay = decay
+        self.values = [master.detach().clone() for master in masters]
+
+    @torch.no_grad()
+    def update(self, step: int, masters: Sequence[torch.Tensor]) -> None:
+        """Takes in the masters after optimizer step `step` (from 0)."""
+        weight = 1 - decay_at(step, self.decay)
+        torch._foreach_lerp_(self.values, [master.detach() for master in masters], weight)
 
 
 def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, object]]:

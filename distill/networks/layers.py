@@ -1,9 +1,12 @@
-"""Layers that both networks share: embeddings of t, of the jump s - t and of the label; attention.
+"""What both networks share: embeddings of t, of the jump s - t and of the label; attention; and how
+one goes through torch.compile.
 
 Every layer works in the dtype of its weights; angles of the sinusoids are at least float32.
 """
 
 import math
+import os
+import shutil
 from abc import abstractmethod
 
 import torch
@@ -13,7 +16,8 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from distill.config import ImageSpec
+from distill.config import ConfigError, ImageSpec
+from distill.flow.paths import MeanVelocity
 from distill.networks.config import NetworkConfig
 
 # Below this many tokens explicit attention beats the fused CPU kernel (16 tokens, batch 256: 0.8 ms
@@ -142,3 +146,35 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.softmax(dim=-1) @ v
+
+
+def compiled(network: AbstractNetwork) -> MeanVelocity:
+    """u(x, t, s, label) of `network`, its weights as they are at each call; gradients to rounding.
+
+    torch.compile inside torch.func.jvp runs uncompiled, and all later calls with it (torch 2.15.0).
+    So a call with a tangent takes the network as it is. A compiled pass cannot be differentiated
+    twice.
+
+    Raises:
+        ConfigError: there is no C++ compiler, which torch.compile needs.
+    """
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ConfigError(
+            f"train.compile=true needs a C++ compiler, and there is no {compiler} on this node; "
+            "install one, name it in CXX, or set train.compile=false"
+        )
+    # Else a graph that is kept for a second pass back, as adaptive weights do, would be refused.
+    torch._functorch.config.donated_buffer = False
+    fast = torch.compile(network, fullgraph=True)
+
+    def forward(
+        x: Float[Tensor, "B C H W"],
+        t: Float[Tensor, "B"],
+        s: Float[Tensor, "B"],
+        label: Int[Tensor, "B"],
+    ) -> Float[Tensor, "B C H W"]:
+        is_dual = any(forward_ad.unpack_dual(value).tangent is not None for value in (x, t, s))
+        return (network if is_dual else fast)(x, t, s, label)
+
+    return forward

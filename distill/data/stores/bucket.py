@@ -11,23 +11,26 @@ or was killed.
 Readers work on a copy in a cache on their own disk. Bad shards go below `quarantine` in the store.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import tempfile
 import time
 import uuid
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from distill.data.sidecar import SHARD_NAME, TAR_NAME, CorruptShard, Listing, Reason, Sidecar
-from distill.data.stores import cache, local, objects
+from distill.data.stores import local, objects
 from distill.run import files, records
 
 PIECE_BYTES = 16 * 2**20  # of a tar, while its hash is taken
 SIDECARS_AT_ONCE = 256
+CACHE_BYTES = 4 * 2**30  # those that were not read for longest are deleted beyond this
 
 
 class ObjectStore:
@@ -38,7 +41,7 @@ class ObjectStore:
     def __init__(self, run: files.RunDir) -> None:
         """Raises ConfigError when the package for such a URL is missing."""
         self._run, self._objects = run, objects.Objects(run.location)
-        self._cache = cache.ShardCache(run.cache)
+        self._cache = ShardCache(run.cache)
         self._tars: dict[int, str] = {}  # shard -> the tar that its sidecar was seen to name
 
     @property
@@ -254,3 +257,61 @@ def tar_named(shard: int, sidecar: bytes) -> str:
         return Sidecar.parse("", shard, sidecar).tar_name
     except CorruptShard:
         return ""
+
+
+# -----------------------------------------------------------------------------------------------
+# Copies on the disk of the machine that reads them
+
+
+class ShardCache:
+    """Copies of tars in a local folder that the ranks of a machine share, at most CACHE_BYTES.
+
+    A name belongs to one producer's tar for ever, so a copy is never out of date. It may be deleted
+    at any time.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def _path(self, sidecar: Sidecar) -> Path:
+        return self._folder / sidecar.tar_name
+
+    def read(self, sidecar: Sidecar) -> bytes | None:
+        """A copy that is whole, byte for byte."""
+        path = self._path(sidecar)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        if hashlib.sha256(content).hexdigest() != sidecar.sha256:
+            return None
+        _touch(path)
+        return content
+
+    def add(self, sidecar: Sidecar, content: bytes) -> None:
+        """Keeps a copy, and deletes those that were not read for longest. Needs the lock."""
+        files.write_atomic(self._path(sidecar), content)
+        _touch(self._path(sidecar))
+        for path in self._folder.glob(".*.tmp-*"):  # we hold the lock, so its process is dead
+            path.unlink()
+        copies = sorted(self._folder.glob("*.tar"), key=lambda path: -path.stat().st_mtime_ns)
+        room = CACHE_BYTES
+        for path in copies:
+            room -= path.stat().st_size
+            if room < 0:
+                path.unlink()
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """One process downloads; the others then find the copy."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _touch(path: Path) -> None:
+    """Marks a copy as read now; the kernel's own times are too coarse to keep the order."""
+    now = time.time_ns()
+    with suppress(FileNotFoundError):  # another process needed its room
+        os.utime(path, ns=(now, now))

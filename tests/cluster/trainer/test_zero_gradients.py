@@ -9,7 +9,7 @@ import torch
 from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
-from distill.networks.compiled import compiled
+from distill.networks.layers import compiled
 from distill.testing import NETWORKS, run_ranks
 
 IMAGE = ImageSpec(1, 4, 3)

@@ -21,7 +21,7 @@ from distill.data.layout import stored_dtype
 from distill.data.order import Order
 from distill.data.shards import read_shard, write_shard
 from distill.data.sidecar import CorruptShard, ForeignShard, MisplacedShard
-from distill.data.stores import bucket as object_store, cache as shard_cache
+from distill.data.stores import bucket as object_store, bucket as shard_cache
 from distill.data.stores.objects import Objects
 from distill.data.stores.store import (
     committed,
