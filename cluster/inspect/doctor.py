@@ -27,9 +27,8 @@ from rich.table import Table
 from distill.run.files import sync_directory
 
 OK, WARN, BAD = "ok", "warn", "bad"
-MIN_SHM_BYTES = (
-    256 * 2**20
-)  # Ray's object store lies there; below this it falls back to a slow disk file
+# Ray's object store lies there; below this it falls back to a slow disk file.
+MIN_SHM_BYTES = 256 * 2**20
 MIN_MEMORY_BYTES = 4 * 2**30
 
 

@@ -17,9 +17,8 @@ from distill.data.stores.store import committed, open_store
 from distill.report.cost import goodput
 from distill.run import events, files, identity, measured, records
 
-FULL_CHECK_BYTES = (
-    200_000_000  # checkpoints up to this size are hashed; of larger ones only sizes are compared
-)
+# Checkpoints up to this size are hashed; of larger ones only sizes are compared.
+FULL_CHECK_BYTES = 200_000_000
 SPEED_WINDOW_S = 60.0  # pairs/s is over the commits of the last minute of production
 
 

@@ -11,7 +11,7 @@ here; `distill.data.stores.store` lists, reads and changes those of a run.
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from distill.config import ConfigError, ImageSpec
@@ -88,20 +88,6 @@ class ShardSpec:
     def ids(self, shard: int) -> range:
         """The sample ids of a shard."""
         return range(shard * self.samples_per_shard, (shard + 1) * self.samples_per_shard)
-
-    @staticmethod
-    def from_json(tree: dict[str, Any]) -> "ShardSpec":
-        """The spec in a sidecar; KeyError or TypeError when it is none."""
-        values = {field.name: tree[field.name] for field in fields(ShardSpec)}
-        channels, height, width = values["image"]
-        return ShardSpec(
-            **{
-                **values,
-                "times": tuple(values["times"]),
-                "image": (channels, height, width),
-                "teachers": tuple(TeacherSpec(**teacher) for teacher in values["teachers"]),
-            }
-        )
 
     def difference(self, other: "ShardSpec") -> str:
         """How `other` differs from this: "times: [0.0, 1.0] instead of [0.0, 0.5, 1.0], .."."""
@@ -200,11 +186,9 @@ class Sidecar:
             raise ValueError("its own sha256 does not match")
         if tree["format"] != FORMAT:
             raise ValueError(f"format {tree['format']} is not known")
-        tree = {**OPTIONAL, **tree, "num_bytes": tree["bytes"]}
-        values = {f.name: tree[f.name] for f in fields(Sidecar)}
-        values |= {"spec": ShardSpec.from_json(tree["spec"])}
-        values |= {"labels": tuple(tree["labels"]), "offsets": tuple(tree["offsets"])}
-        found = Sidecar(**values)
+        tree["num_bytes"] = tree["bytes"]
+        tree["spec"] = records.known_part(ShardSpec, tree["spec"])
+        found = records.record_of(Sidecar, records.known_part(Sidecar, tree))
         ends = [offset + found.member_bytes for offset in found.offsets]
         if not len(found.ids) == len(found.labels) == len(ends) or max(ends) > found.num_bytes:
             raise ValueError("its index does not fit its size and count")

@@ -78,18 +78,3 @@ def solve_by_jumps(
     for t, s in itertools.pairwise(times.to(x)):
         states.append(jump(u, states[-1], t.expand(len(x)), s.expand(len(x)), label))
     return torch.stack(states)
-
-
-def dopri5(
-    velocity: Velocity, x: Float[Tensor, "B *S"], times: Float[Tensor, "K1"], tolerance: float
-) -> Float[Tensor, "K1 B *S"]:
-    """States at `times` by torchdiffeq's adaptive Dormand-Prince: the reference.
-
-    `tolerance` is both the relative and the absolute error allowed per step.
-    """
-    # It imports SciPy, for more than a second, and a teacher worker has no use for either.
-    from torchdiffeq import odeint
-
-    return odeint(
-        lambda t, x: velocity(x, t), x, times, rtol=tolerance, atol=tolerance, method="dopri5"
-    )

@@ -37,9 +37,7 @@ class Metrics(records.Stamped):
     mfu: float | None = None  # that over what the devices can do; None where unknown
     peak_memory_bytes: int | None = None  # of the rank with the most
     world_size: int = 1  # ranks
-    more: dict[str, Any] = field(
-        default_factory=dict, metadata=records.REST
-    )  # of callbacks, by key
+    more: dict[str, Any] = records.rest()  # of callbacks, by key
 
 
 def metrics_of(step: int, values: dict[str, Any]) -> Metrics:
@@ -91,9 +89,7 @@ class Row:
     frechet: float | None = None
     kid: float | None = None  # kernel distance: its mean over subsets
     kid_std: float | None = None
-    more: dict[str, float] = field(
-        default_factory=dict, metadata=records.REST
-    )  # of metrics that came later, by key
+    more: dict[str, float] = records.rest()  # of metrics that came later, by key
     seconds_per_1000: float  # images
 
 

@@ -9,16 +9,16 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 Tree = dict[str, Any]
-REST = {"rest": True}  # metadata of a field, a dictionary, that takes every key that is no field
+REST = {"rest": True}  # metadata of a field that `rest` made
 
-PLAIN = {int: "whole number", str: "text", dict: "object"}
+PLAIN = {int: "whole number", str: "text", list: "list", dict: "object"}
 
 
 class RecordError(ValueError):
@@ -45,6 +45,11 @@ class Stamped:
     """
 
     time: float = field(default_factory=now, kw_only=True)
+
+
+def rest() -> Any:
+    """A field, a dictionary, that takes every key that is no field."""
+    return field(default_factory=dict, metadata=REST)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -128,52 +133,34 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     """Makes a value of type `kind` from JSON; raises _Wrong, or RecordError below a dataclass."""
     if is_dataclass(kind) and isinstance(kind, type):
         return _record_reader(kind)
-    origin, args = get_origin(kind), get_args(kind)
+    origin, args = get_origin(kind) or kind, get_args(kind)
+    if kind is Any:
+        return lambda value: value
+    if kind is float:
+        return _number
     if origin in (Union, UnionType):
         (inner,) = (_reader(arg) for arg in args if arg is not NoneType)
         return lambda value: None if value is None else inner(value)
     if origin is tuple:
-        return _list_reader(_reader(args[0]))
-    if origin is dict and args[1] is not Any:
-        return _dict_reader(_reader(args[1]))
-    if kind is float:
-        return _number
-    if kind is Any:
-        return lambda value: value
-    return _plain_reader(origin or kind)
+        inner = _reader(args[0])
+        return lambda value: tuple(inner(item) for item in _of_kind(list, value))
+    if origin is dict:
+        inner = _reader(args[1])
+        return lambda value: {key: inner(item) for key, item in _of_kind(dict, value).items()}
+    return partial(_of_kind, origin)
 
 
 def _number(value: Any) -> float:
-    if not isinstance(value, float) and type(value) is not int:
+    if type(value) not in (int, float):
         raise _Wrong("number")
     return float(value)
 
 
-def _plain_reader(kind: type) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if type(value) is not kind:
-            raise _Wrong(PLAIN[kind])
-        return value
-
-    return read
-
-
-def _list_reader(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if type(value) is not list:
-            raise _Wrong("list")
-        return tuple(inner(item) for item in value)
-
-    return read
-
-
-def _dict_reader(inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def read(value: Any) -> Any:
-        if type(value) is not dict:
-            raise _Wrong("object")
-        return {key: inner(item) for key, item in value.items()}
-
-    return read
+def _of_kind(kind: type, value: Any) -> Any:
+    """`value`, which must be of just that type: a bool is no whole number."""
+    if type(value) is not kind:
+        raise _Wrong(PLAIN[kind])
+    return value
 
 
 def _record_reader(kind: type) -> Callable[[Any], Any]:
@@ -188,8 +175,7 @@ def _record_reader(kind: type) -> Callable[[Any], Any]:
     ]
 
     def read(tree: Any) -> Any:
-        if type(tree) is not dict:
-            raise _Wrong("object")
+        _of_kind(dict, tree)
         values = {}
         for name, hint, inner, default in parts:
             if name in tree:
