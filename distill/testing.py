@@ -10,10 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, distributed as dist, multiprocessing as mp
 
 from distill.config import ImageSpec
 from distill.data.shards import write_shard

@@ -257,23 +257,9 @@ def scale(options: Namespace) -> int:
       bowstring scale runs/digits 0
     """
     run = open_run(options.run)
-    from cluster.slurm.jobs import read_ids
-    from cluster.state.lock import is_live
-    from cluster.state.workers import write_target
-    from distill.config import check
+    from cluster.slurm.submit import scale as scale_run
 
-    if read_ids(run):
-        from cluster.settings.file import load_config
-        from cluster.slurm.submit import scale as scale_jobs
-
-        scale_jobs(load_config(run), run, options.workers)
-    else:
-        check(
-            is_live(run),
-            f"{run.root} is not running; start it with "
-            f"cluster.teachers.num_workers={options.workers}",
-        )
-        write_target(run, options.workers)
+    scale_run(run, options.workers)
     print(f"{run.root}: teacher workers wanted: {options.workers}; see `bowstring status`")
     return 0
 

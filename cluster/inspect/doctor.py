@@ -5,7 +5,7 @@ Every check is one row: ok, "warn" (a run works, with less) or "bad" (a run cann
 """
 
 import fcntl
-import importlib
+import importlib.metadata
 import json
 import os
 import platform
@@ -16,7 +16,6 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from types import ModuleType
 
@@ -58,13 +57,13 @@ def packages() -> list[Finding]:
     found = [
         Finding("python", OK if sys.version_info >= (3, 10) else BAD, platform.python_version())
     ]
-    for line in requires("bowstring") or []:
+    for line in importlib.metadata.requires("bowstring") or []:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
             continue
         try:
-            have = version(requirement.name)
-        except PackageNotFoundError:
+            have = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
             found.append(Finding(requirement.name, BAD, "missing; pip install 'bowstring[train]'"))
             continue
         fits = requirement.specifier.contains(have, prereleases=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf import MISSING, DictConfig, OmegaConf, errors
 
 from cluster.settings.schema import RunConfig
 from distill.config import ConfigError, check, check_choice, lacking
@@ -180,10 +179,10 @@ def unknown_key(key: str, known: list[str]) -> str:
     )
 
 
-def sentence(error: OmegaConfBaseException) -> str:
+def sentence(error: errors.OmegaConfBaseException) -> str:
     """One sentence for the user: the key, what is wrong with it, the nearest key that exists."""
     key = error.full_key or str(error.key or "")
-    if isinstance(error, MissingMandatoryValue):
+    if isinstance(error, errors.MissingMandatoryValue):
         return f"{key} has no value; set it on the command line, e.g. {key}=..."
     message = str(error.msg or error).splitlines()[0].rstrip(".")
     unknown = "not in struct" in message or "not in '" in message or "not found" in message
@@ -221,7 +220,7 @@ def to_config(tree: DictConfig) -> RunConfig:
     check_known(tree)
     try:
         config = OmegaConf.to_object(tree)
-    except OmegaConfBaseException as error:
+    except errors.OmegaConfBaseException as error:
         raise ConfigError(sentence(error)) from error
     assert isinstance(config, RunConfig)
     config = settled(config)
@@ -265,7 +264,7 @@ def read_tree(path: Path) -> DictConfig:
     """The values in a config.yaml. Raises ConfigError for a file that is no configuration."""
     try:
         tree = OmegaConf.load(path)
-    except (OSError, ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (OSError, ValueError, yaml.YAMLError, errors.OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     check(isinstance(tree, DictConfig) and len(tree) > 0, f"{path} holds no configuration")
     assert isinstance(tree, DictConfig)
@@ -325,7 +324,7 @@ def dotted(overrides: list[str]) -> DictConfig:
         )
     try:
         return OmegaConf.from_dotlist(overrides)
-    except (ValueError, yaml.YAMLError, OmegaConfBaseException) as error:
+    except (ValueError, yaml.YAMLError, errors.OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {' '.join(overrides)}: {error}") from error
 
 
@@ -358,7 +357,7 @@ def _load(run: files.RunDir, overrides: list[str]) -> RunConfig:
         folder = run.root if name is None else run.root.parent / str(name)
         move_to(tree, str(OmegaConf.select(changes, "run.dir") or folder))
         tree = OmegaConf.merge(tree, changes)
-    except OmegaConfBaseException as error:
+    except errors.OmegaConfBaseException as error:
         raise ConfigError(sentence(error)) from error
     assert isinstance(tree, DictConfig)
     return to_config(tree)

@@ -8,12 +8,9 @@ slurm/stop                               `bowstring stop` was here: a job that i
 import math
 
 from cluster.plan.estimate import estimate
-from cluster.settings.file import save_config
-from cluster.settings.schema import RunConfig
-from cluster.slurm.jobs import ask, read_jobs
-from cluster.slurm.scripts import KINDS, render, slurm_of
-from cluster.state import done, identity, lock
-from cluster.state.workers import write_target
+from cluster.settings import file, schema
+from cluster.slurm import jobs, scripts
+from cluster.state import done, identity, lock, workers
 from distill.config import ConfigError, check
 from distill.run import events, files
 
@@ -21,7 +18,7 @@ from distill.run import events, files
 # Submit
 
 
-def submit(config: RunConfig, dry_run: bool) -> None:
+def submit(config: schema.RunConfig, dry_run: bool) -> None:
     """Submits what a run still needs and says what; with `dry_run` prints the scripts instead.
 
     Raises:
@@ -30,16 +27,16 @@ def submit(config: RunConfig, dry_run: bool) -> None:
     """
     run = files.RunDir(config.files.root.absolute(), config.trajectory.location)
     view = done.view_of(config, identity.check_identity(config, run))
-    scripts = render(config, run.root)
+    texts = scripts.render(config, run.root)
     if dry_run:
-        for kind, text in scripts.items():
+        for kind, text in texts.items():
             print(f"# ---- {run.slurm / f'{kind}.sbatch'} {run.root}\n{text}")
         return
     if view.is_finished:
         print(f"nothing left to do; the report is at {run.report}")
         return
-    ask("sbatch", "--version")  # refused here, before anything is written
-    there = [job for job in read_jobs(run) if job.is_there]
+    jobs.ask("sbatch", "--version")  # refused here, before anything is written
+    there = [job for job in jobs.read_jobs(run) if job.is_there]
     if any(job.kind == "train" for job in there) or (there and view.is_distilled):
         print(f"{run.root} is submitted already; nothing was changed:")
         for job in there:
@@ -47,14 +44,16 @@ def submit(config: RunConfig, dry_run: bool) -> None:
         return
     check(not lock.is_live(run), f"{run.root} is being worked on outside Slurm; wait for it")
     for array in {job.array for job in there}:  # without their trainer they have nothing to do
-        ask("scancel", array)
+        jobs.ask("scancel", array)
     _show_plan(config)
-    _write(config, run, scripts)
-    _submit_all(run, [kind for kind in KINDS if kind == "evaluate" or not view.is_distilled])
+    _write(config, run, texts)
+    _submit_all(
+        run, [kind for kind in scripts.KINDS if kind == "evaluate" or not view.is_distilled]
+    )
 
 
-def _show_plan(config: RunConfig) -> None:
-    slurm, figures = slurm_of(config), estimate(config)
+def _show_plan(config: schema.RunConfig) -> None:
+    slurm, figures = scripts.slurm_of(config), estimate(config)
     exact, assumed = figures["exact"], figures["assumed"]
     print(
         f"{config.run.name}: {exact['samples']:,} pairs in {exact['shards']:,} shards, "
@@ -69,11 +68,11 @@ def _show_plan(config: RunConfig) -> None:
     )
 
 
-def _write(config: RunConfig, run: files.RunDir, scripts: dict[str, str]) -> None:
+def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -> None:
     """The scripts and the settings. Slurm asks for neither before everything is there."""
     try:
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
-        for kind, text in scripts.items():
+        for kind, text in texts.items():
             files.write_atomic(run.slurm / f"{kind}.sbatch", text.encode())
         for left in ("stop", "head", "progress"):
             (run.slurm / left).unlink(missing_ok=True)
@@ -82,7 +81,7 @@ def _write(config: RunConfig, run: files.RunDir, scripts: dict[str, str]) -> Non
             f"cannot write to run.dir={run.root} ({error.strerror}); choose another place with "
             "run.dir=..."
         ) from error
-    save_config(run, config)
+    file.save_config(run, config)
 
 
 def _submit_all(run: files.RunDir, kinds: list[str]) -> None:
@@ -96,7 +95,7 @@ def _submit_all(run: files.RunDir, kinds: list[str]) -> None:
             print(f"{kind}: job {ids[kind]}")
     except OSError:  # SlurmError too
         for job in ids.values():
-            ask("scancel", job)
+            jobs.ask("scancel", job)
         raise
 
 
@@ -110,61 +109,71 @@ def _after(kind: str, ids: dict[str, str]) -> list[str]:
 
 
 def _sbatch(run: files.RunDir, kind: str, *options: str) -> str:
-    return ask("sbatch", *options, str(run.slurm / f"{kind}.sbatch"), str(run.root))
+    return jobs.ask("sbatch", *options, str(run.slurm / f"{kind}.sbatch"), str(run.root))
 
 
 # -----------------------------------------------------------------------------------------------
 # Scale and stop
 
 
-def scale(config: RunConfig, run: files.RunDir, workers: int) -> None:
-    """Sets how many tasks of the array run, and what the pool of a live run wants.
+def scale(run: files.RunDir, wanted: int) -> None:
+    """Sets what the pool of a live run wants; of a run on Slurm also how many tasks of the array
+    run.
 
     Raises:
-        ConfigError: more than the array has, or no jobs are there.
+        ConfigError: it is at rest, and has no jobs; or more than the array has.
     """
-    teachers = slurm_of(config).teachers
-    nodes = math.ceil(workers / teachers.workers_per_node)
-    check(workers >= 0, f"{workers} teacher workers cannot be; 0 pauses the production")
+    if not jobs.read_ids(run):
+        check(
+            lock.is_live(run),
+            f"{run.root} is not running; start it with cluster.teachers.num_workers={wanted}",
+        )
+        workers.write_target(run, wanted)
+        return
+    teachers = scripts.slurm_of(file.load_config(run)).teachers
+    nodes = math.ceil(wanted / teachers.workers_per_node)
+    check(wanted >= 0, f"{wanted} teacher workers cannot be; 0 pauses the production")
     check(
         nodes <= teachers.max_nodes,
-        f"{workers} teacher workers need {nodes} nodes, more than "
+        f"{wanted} teacher workers need {nodes} nodes, more than "
         f"cluster.slurm.teachers.max_nodes={teachers.max_nodes}; stop the run and submit it with "
         "more",
     )
-    there = [job for job in read_jobs(run) if job.kind == "teachers" and job.is_there]
+    there = [job for job in jobs.read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
     if lock.is_live(run) and events.read_history(run).target is not None:
-        write_target(run, workers)  # otherwise the pool that starts takes what fits on the nodes
+        workers.write_target(
+            run, wanted
+        )  # otherwise the pool that starts takes what fits on the nodes
     array = there[0].array
     running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
     if nodes:
-        ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={nodes}")
-        ask("scontrol", "release", array)
+        jobs.ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={nodes}")
+        jobs.ask("scontrol", "release", array)
         for task in running[nodes:]:
-            ask("scontrol", "requeue", f"{array}_{task}")
+            jobs.ask("scontrol", "requeue", f"{array}_{task}")
     else:  # a throttle of 0 would be none
-        ask("scontrol", "hold", array)
+        jobs.ask("scontrol", "hold", array)
         for task in running:
-            ask("scontrol", "requeuehold", f"{array}_{task}")
+            jobs.ask("scontrol", "requeuehold", f"{array}_{task}")
 
 
 def stop(run: files.RunDir) -> list[str]:
     """Ends the jobs of a run, or the one here; the trainer saves first. What was done, in words."""
-    there = [job for job in read_jobs(run) if job.is_there]
+    there = [job for job in jobs.read_jobs(run) if job.is_there]
     if not there:
         return [lock.stop_here(run)]
     (run.slurm / "stop").touch()
     said = []
     for kind in ("evaluate", "teachers"):
         for array in {job.array for job in there if job.kind == kind}:
-            ask("scancel", array)
+            jobs.ask("scancel", array)
             said.append(f"{kind} {array}: cancelled")
     for job in [job for job in there if job.kind == "train"]:
         if job.state == "RUNNING":
-            ask("scancel", "--batch", "--signal=TERM", job.id)
+            jobs.ask("scancel", "--batch", "--signal=TERM", job.id)
             said.append(f"train {job.id}: saves, then ends")
         else:
-            ask("scancel", job.id)
+            jobs.ask("scancel", job.id)
             said.append(f"train {job.id}: cancelled")
     return said

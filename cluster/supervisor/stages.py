@@ -1,7 +1,6 @@
 """What each stage of a run still has to do, seen from the run directory."""
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cluster.pool.pool import TeacherPool
@@ -43,7 +42,7 @@ def with_models(config: RunConfig) -> RunConfig:
         ConfigError: such a run has no student yet.
     """
     teachers = {name: _with_model(teacher) for name, teacher in config.teacher.items()}
-    return dataclasses.replace(config, teacher=teachers)
+    return replace(config, teacher=teachers)
 
 
 def _with_model(teacher: TeacherConfig) -> TeacherConfig:
@@ -52,7 +51,7 @@ def _with_model(teacher: TeacherConfig) -> TeacherConfig:
         return teacher
     exported = run.root / "student"  # where `bowstring export` puts it
     is_gone = has_model(exported) and latest_verified(run.checkpoints) is None
-    return dataclasses.replace(teacher, path=str(exported if is_gone else latest_student(run)))
+    return replace(teacher, path=str(exported if is_gone else latest_student(run)))
 
 
 # -----------------------------------------------------------------------------------------------

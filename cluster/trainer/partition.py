@@ -13,8 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 
 from distill.networks.layers import AbstractNetwork, compiled
 
@@ -245,18 +244,18 @@ class GroupPeers:
 
     def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._device, self._group = device, group
+        self.device, self._group = device, group
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any rank. Collective."""
-        value = torch.tensor(int(flag), device=self._device)
+        value = torch.tensor(int(flag), device=self.device)
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group)
         return bool(value)
 
     def gather(self, values: Tensor) -> Tensor:
         """[world_size, *values.shape]: `values` of all ranks, in rank order. Collective."""
-        rows = [torch.empty_like(values, device=self._device) for _ in range(self.world_size)]
-        dist.all_gather(rows, values.to(self._device).contiguous(), group=self._group)
+        rows = [torch.empty_like(values, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(rows, values.to(self.device).contiguous(), group=self._group)
         return torch.stack(rows).to(values.device)
 
 

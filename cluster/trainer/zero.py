@@ -16,9 +16,7 @@ from typing import Any
 
 import deepspeed
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor, distributed as dist, nn
 
 from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer import partition
@@ -35,7 +33,7 @@ deepspeed.ops.__compatible_ops__ = {}
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MIN_LOSS_SCALE = 1
-PLAIN_LINEAR = F.linear
+PLAIN_LINEAR = nn.functional.linear
 PASSES_LEFT = "applied_pre_backward_ref_cnt"  # DeepSpeed hangs it on every layer at stage 3
 
 
@@ -92,22 +90,19 @@ class _LossModule(nn.Module):
 @contextmanager
 def _plain_linear() -> Iterator[None]:
     """DeepSpeed's stage 3 replaces `F.linear` for the whole process; here it is torch's own."""
-    replaced, F.linear = F.linear, PLAIN_LINEAR
+    replaced, nn.functional.linear = nn.functional.linear, PLAIN_LINEAR
     try:
         yield
     finally:
-        F.linear = replaced
+        nn.functional.linear = replaced
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(partition.GroupPeers):
     """One rank of ZeRO. The process group must be up."""
 
     def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
-        self._peers, self.device = partition.GroupPeers(device), device
-        self.rank, self.world_size = self._peers.rank, self._peers.world_size
-        self.background: engine.Peers = (
-            partition.background_peers() if config.save_async else self._peers
-        )
+        super().__init__(device)
+        self.background: engine.Peers = partition.background_peers() if config.save_async else self
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
@@ -256,12 +251,6 @@ class DeepSpeedEngine:
     def _forget_copies(self) -> None:
         for copy in self._copies.values():
             copy.forget()
-
-    def any(self, flag: bool) -> bool:
-        return self._peers.any(flag)
-
-    def gather(self, values: Tensor) -> Tensor:
-        return self._peers.gather(values)
 
     @contextmanager
     def _extra_pass(self) -> Iterator[None]:

@@ -18,9 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors import safe_open
-from safetensors.torch import save as to_bytes
 
 from distill.checkpoint import agree, manifest
 from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
@@ -91,7 +90,7 @@ def commit(
     digest, size, failure = b"\0" * 32, 0, ""
     try:
         staging.mkdir(parents=True, exist_ok=True)
-        data = to_bytes(snapshot.tensors)
+        data = safetensors.torch.save(snapshot.tensors)
         files.write_atomic(staging / _rank_file(ranks.rank), data)
         digest, size = hashlib.sha256(data).digest(), len(data)
     except OSError as error:
@@ -236,7 +235,7 @@ def fragment_reader(folder: Path) -> FragmentReader:
     """A reader of any range of any tensor of a verified checkpoint, whatever wrote it."""
     pieces: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = defaultdict(list)
     for name in manifest.read_manifest(folder).files:
-        file = safe_open(folder / name, framework="pt")
+        file = safetensors.safe_open(folder / name, framework="pt")
         for key in file.keys():  # noqa: SIM118 - not a mapping
             kind, parameter, start = key.split(SEPARATOR)
             length = file.get_slice(key).get_shape()[0]

@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distill.config import ConfigError, check
 
 # Images float32 [N, C, H, H] in [-1, 1], and their classes int64 [N], from 0 on
-Labelled = tuple[NDArray[np.float32], NDArray[np.int64]]
+Labelled = tuple[np.typing.NDArray[np.float32], np.typing.NDArray[np.int64]]
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_COUNT = 60_000  # training images
@@ -73,7 +72,7 @@ def _check_fashion(path: str) -> None:
         )
 
 
-def _read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+def _read_idx(path: Path, shape: tuple[int, ...]) -> np.typing.NDArray[np.uint8]:
     """The bytes of a gzipped idx file as uint8 of `shape`.
 
     An idx header is 0, 0, type 8, number of axes, then each length as big-endian uint32.

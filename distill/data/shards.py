@@ -13,7 +13,6 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from webdataset.writer import TarWriter
 
 from distill.data import layout
@@ -66,7 +65,7 @@ def write_shard(
         raise OSError(error.errno or errno.EIO, message) from error
 
 
-def _to_stored(spec: ShardSpec, generated: GeneratedShard) -> NDArray[Any]:
+def _to_stored(spec: ShardSpec, generated: GeneratedShard) -> np.typing.NDArray[Any]:
     """[N, M, stored points, C, H, W] as `stored_dtype`."""
     states = generated.states if spec.store_noise else generated.states[:, :, 1:]
     assert states.shape == (spec.samples_per_shard, *spec.sample_shape), states.shape
@@ -81,7 +80,7 @@ def _to_stored(spec: ShardSpec, generated: GeneratedShard) -> NDArray[Any]:
     return stored.view(torch.int16).numpy().view(np.uint16) if _is_bits(spec) else stored.numpy()
 
 
-def as_tensor(spec: ShardSpec, states: NDArray[Any]) -> torch.Tensor:
+def as_tensor(spec: ShardSpec, states: np.typing.NDArray[Any]) -> torch.Tensor:
     """Stored states as a tensor of the stored dtype. It shares the memory."""
     if _is_bits(spec):
         return torch.from_numpy(states.view(np.int16)).view(torch.bfloat16)
@@ -125,7 +124,9 @@ class _Sink:
         return len(data)
 
 
-def _write_tar(path: Path, spec: ShardSpec, generated: GeneratedShard, states: NDArray[Any]) -> str:
+def _write_tar(
+    path: Path, spec: ShardSpec, generated: GeneratedShard, states: np.typing.NDArray[Any]
+) -> str:
     """The sha256 of the tar in `path`, which is new and flushed to disk."""
     header = layout.npy_header(spec)
     content = states.astype(layout.stored_dtype(spec).newbyteorder("<"), copy=False)
@@ -155,7 +156,11 @@ def _write_tar(path: Path, spec: ShardSpec, generated: GeneratedShard, states: N
 
 
 def read_shard(
-    run: RunDir, spec: ShardSpec, shard: int, states: NDArray[Any], labels: NDArray[np.int64]
+    run: RunDir,
+    spec: ShardSpec,
+    shard: int,
+    states: np.typing.NDArray[Any],
+    labels: np.typing.NDArray[np.int64],
 ) -> Sidecar:
     """The sidecar, after filling `states` [N, *spec.sample_shape] of `stored_dtype`, `labels` [N].
 
@@ -176,7 +181,9 @@ def read_shard(
     return sidecar
 
 
-def _decode(place: str, sidecar: Sidecar, index: int, content: memoryview) -> NDArray[Any]:
+def _decode(
+    place: str, sidecar: Sidecar, index: int, content: memoryview
+) -> np.typing.NDArray[Any]:
     """The array in a states.npy, a view of `content`."""
     header, spec = layout.npy_header(sidecar.spec), sidecar.spec
     if bytes(content[: len(header)]) != header or len(content) != layout.state_bytes(spec):

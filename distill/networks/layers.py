@@ -9,12 +9,9 @@ import os
 import shutil
 from abc import abstractmethod
 
-import torch
+import torch.utils.checkpoint
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.autograd import forward_ad
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from distill.config import ConfigError, ImageSpec
 from distill.flow.paths import MeanVelocity
@@ -45,7 +42,9 @@ class AbstractNetwork(nn.Module):
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """block(*inputs), checkpointed where that is set and a gradient may be asked for."""
         if self.activation_checkpointing and torch.is_grad_enabled():
-            output = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+            output = torch.utils.checkpoint.checkpoint(
+                block, *inputs, use_reentrant=False, preserve_rng_state=False
+            )
             assert isinstance(output, Tensor)
             return output
         return block(*inputs)
@@ -142,8 +141,8 @@ def attention(
 
     The fused kernels have no forward-mode derivative, so a call inside a JVP is written out.
     """
-    if q.shape[-2] > EXPLICIT_TOKENS and forward_ad.unpack_dual(q).tangent is None:
-        return F.scaled_dot_product_attention(q, k, v)
+    if q.shape[-2] > EXPLICIT_TOKENS and torch.autograd.forward_ad.unpack_dual(q).tangent is None:
+        return nn.functional.scaled_dot_product_attention(q, k, v)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     return scores.softmax(dim=-1) @ v
 
@@ -174,7 +173,9 @@ def compiled(network: AbstractNetwork) -> MeanVelocity:
         s: Float[Tensor, "B"],
         label: Int[Tensor, "B"],
     ) -> Float[Tensor, "B C H W"]:
-        is_dual = any(forward_ad.unpack_dual(value).tangent is not None for value in (x, t, s))
+        is_dual = any(
+            torch.autograd.forward_ad.unpack_dual(value).tangent is not None for value in (x, t, s)
+        )
         return (network if is_dual else fast)(x, t, s, label)
 
     return forward

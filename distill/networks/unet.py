@@ -10,7 +10,6 @@ from math import gcd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from distill.config import ImageSpec, check
 from distill.networks import layers
@@ -75,9 +74,9 @@ class ResidualBlock(nn.Module):
     ) -> Float[Tensor, "B C2 H W"]:
         """[B, out_channels, H, W]."""
         scale, shift = self.condition(c)[:, :, None, None].chunk(2, dim=1)
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(nn.functional.silu(self.norm1(x)))
         h = torch.addcmul(shift, self.norm2(h), 1 + scale)
-        return self.attention(self.skip(x) + self.conv2(F.silu(h)))
+        return self.attention(self.skip(x) + self.conv2(nn.functional.silu(h)))
 
 
 class Upsample(nn.Module):
@@ -89,7 +88,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H2 W2"]:
         """[B, C, 2H, 2W]."""
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 class UNet(layers.AbstractNetwork):
@@ -165,7 +164,7 @@ class UNet(layers.AbstractNetwork):
         label: Int[Tensor, "B"],
     ) -> Float[Tensor, "B C H W"]:
         """u(x, t, s, label) in the dtype of x; label -1 is "none"."""
-        c = F.silu(self.t_embedder(t) + self.s_embedder(s - t) + self.y_embedder(label))
+        c = nn.functional.silu(self.t_embedder(t) + self.s_embedder(s - t) + self.y_embedder(label))
         # Channels last, as convolutions like it: on tensor cores, and 6 % on a CPU (docs/log.md).
         h = self.stem(x.to(self.head.weight.dtype, memory_format=torch.channels_last))
         skips = [h]
@@ -179,5 +178,5 @@ class UNet(layers.AbstractNetwork):
                 h = self.run_block(module, torch.cat([h, skips.pop()], dim=1), c)
             else:
                 h = module(h)
-        u = self.head(F.silu(self.norm(h)))
+        u = self.head(nn.functional.silu(self.norm(h)))
         return u.to(x.dtype, memory_format=torch.contiguous_format)

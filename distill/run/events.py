@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from distill.run import files, records
 
@@ -349,7 +348,9 @@ class History:
         """Starts of the training."""
         return [event for event in self.course if isinstance(event, Resume)]
 
-    def shards_made(self, times: Sequence[float] | NDArray[np.float64]) -> NDArray[np.float64]:
+    def shards_made(
+        self, times: Sequence[float] | np.typing.NDArray[np.float64]
+    ) -> np.typing.NDArray[np.float64]:
         """Shards made until `times`. A shard counts evenly from its lease to its commit."""
         times = np.asarray(times, dtype=np.float64)
         if not self.spans:

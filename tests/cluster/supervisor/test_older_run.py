@@ -98,7 +98,7 @@ def test_a_resume_reads_each_file_of_the_run_once(run, monkeypatch):
     listing = LocalStore.listing
     monkeypatch.setattr(LocalStore, "listing", lambda s: listings.append(1) or listing(s))
     monkeypatch.setattr(
-        manifest, "sha256_file", lambda path: hashed.append(str(path)) or sha256_file(path)
+        manifest.files, "sha256_file", lambda path: hashed.append(str(path)) or sha256_file(path)
     )
     monkeypatch.setattr(runner, "_work", lambda session, work: works.append(work))
     write_json(run.evicted, {"shards": []})

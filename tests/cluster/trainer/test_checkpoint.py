@@ -134,14 +134,14 @@ def async_config(stage: int) -> TrainConfig:
 
 def dying_rank(rank: int, world_size: int, root: str, stage: int) -> int:
     """Rank 1 is killed while it writes its part of the state after four steps."""
-    write = checkpoint.write_atomic
+    write = checkpoint.files.write_atomic
 
     def die(path: Path, data: bytes) -> None:
         if rank == 1 and path.parent.name.startswith("step_00000004"):
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, data)
 
-    checkpoint.write_atomic = die
+    checkpoint.files.write_atomic = die
     return fit(zero_engine(async_config(stage)), root, async_config(stage))
 
 

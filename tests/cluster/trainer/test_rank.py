@@ -91,7 +91,9 @@ def test_a_start_reads_the_checkpoint_once(tmp_path, monkeypatch):
     run(job, stop_at=2)
     read = []
     monkeypatch.setattr(
-        manifest, "sha256_file", lambda path: read.append(path.parent.name) or sha256_file(path)
+        manifest.files,
+        "sha256_file",
+        lambda path: read.append(path.parent.name) or sha256_file(path),
     )
     assert run(job)[1:] == (4, [2, 3])
     assert read == ["step_00000002", "step_00000004"]

@@ -212,7 +212,7 @@ def cramped_rank(rank: int, world_size: int, root: str, save_async: bool) -> lis
 
     Returns what this rank raised, and the step that all then agree on.
     """
-    real = checkpoint.write_atomic
+    real = checkpoint.files.write_atomic
 
     def write(path: Path, data: bytes) -> None:
         if rank == 1 and path.parent.name.startswith("step_00000004"):
@@ -220,7 +220,7 @@ def cramped_rank(rank: int, world_size: int, root: str, save_async: bool) -> lis
             resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) // 2, hard))
         real(path, data)
 
-    checkpoint.write_atomic = write
+    checkpoint.files.write_atomic = write
     config = config_of(**{**SETTINGS, "keep_last": 2}, zero_stage=1, save_async=save_async)
     engine = zero_engine(config)
     try:
