@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
+from distill.checkpoint import manifest
 from distill.checkpoint.manifest import FORMAT, MANIFEST, File, Manifest
-from distill.run.files import sha256_file, write_json
-from distill.run.records import tree_of
+from distill.run.files import sha256_file
 
 
 def manifest_of(step: int, files: dict[str, File] | None = None) -> Manifest:
-    """That of one plain process, without parameters."""
+    """That of plain processes, without parameters."""
     return Manifest(
         format=FORMAT,
         step=step,
-        world_size=1,
+        world_size=len(files or {}),
         engine="torch",
         zero_stage=0,
         precision="fp32",
@@ -28,4 +28,4 @@ def write_manifest(folder: Path, step: int) -> None:
     """Writes the manifest of the files in a folder."""
     paths = [path for path in sorted(folder.iterdir()) if path.name != MANIFEST]
     files = {path.name: File(path.stat().st_size, sha256_file(path)) for path in paths}
-    write_json(folder / MANIFEST, tree_of(manifest_of(step, files)))
+    manifest.write_manifest(folder, manifest_of(step, files))

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from cluster.plan.stream import order_of
 from cluster.state.evicted import first_shard_read, recorded
-from distill.checkpoint.manifest import KEPT, committed_steps, verify
+from distill.checkpoint.manifest import KEPT, committed_steps, foreign, read_manifest, verify
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
@@ -56,7 +56,8 @@ def audit(run: files.RunDir) -> dict[str, Any]:
     record = identity.record_of(run)
     stream, order = record.stream, order_of(record.stream)
     made_before = events.read_history(run).made
-    shards, checkpoints = _audit_shards(run), _audit_checkpoints(run)
+    origin = {"seed": record.seed, "config_hash": record.hash}
+    shards, checkpoints = _audit_shards(run), _audit_checkpoints(run, origin)
     # After the shards: a live run may have deleted some or set some aside meanwhile.
     said: list[str] = []
     history = events.read_history(run, said.append)
@@ -213,11 +214,14 @@ def _quarantined(run: files.RunDir) -> list[str]:
 # Checkpoints
 
 
-def _audit_checkpoints(run: files.RunDir) -> dict[str, Any]:
+def _audit_checkpoints(run: files.RunDir, origin: dict[str, Any]) -> dict[str, Any]:
+    """Those that verify and are of this run, and the others."""
     found: dict[str, Any] = {"verified": [], "kept": [], "bad": []}
     for name, parent in (("verified", run.checkpoints), ("kept", run.checkpoints / KEPT)):
         for step, folder in committed_steps(parent).items():
             problems = verify(folder)
+            if not problems and (problem := foreign(read_manifest(folder), origin)):
+                problems = [f"{folder}: {problem}"]
             if problems and not folder.exists():  # a live run has deleted or moved it
                 continue
             if problems:

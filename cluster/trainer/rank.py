@@ -6,6 +6,7 @@ The same code trains a teacher on real images ("pretrain") and the student on tr
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -51,7 +52,7 @@ def resume(
         objective_of(job), job.config.seed, engine.device, engine.gradient_norms
     )
     hooks = build_job_callbacks(job, engine, source)
-    start = load_latest(job.run.checkpoints, engine)
+    start = load_latest(job.run.checkpoints, engine, origin_of(job))
     return loop.train(
         engine, source, objective, job.train, hooks, start=start, should_stop=should_stop
     )
@@ -67,8 +68,7 @@ def build_job_callbacks(
 ) -> list[callbacks.Callback]:
     """What hangs on the loop; in a teacher's training its exports too."""
     config, image = job.config, job.config.data.image
-    origin = {"seed": config.seed, "config_hash": job.config_hash}
-    hooks = build_callbacks(engine, source, job.train, job.run, origin, flops_of(job))
+    hooks = build_callbacks(engine, source, job.train, job.run, origin_of(job), flops_of(job))
     if job.exports:
         about = {"data": config.data.name, "seed": config.seed}
         wait = callbacks.Everyone(hooks).wait
@@ -76,6 +76,11 @@ def build_job_callbacks(
             saving.Exporter(engine, job.run, job.exports, config.student, image, about, wait)
         )
     return hooks
+
+
+def origin_of(job: TrainJob) -> dict[str, Any]:
+    """What the checkpoints of the run say of it."""
+    return {"seed": job.config.seed, "config_hash": job.config_hash}
 
 
 def flops_of(job: TrainJob) -> log.Flops:

@@ -23,7 +23,7 @@ import torch
 
 from distill.checkpoint import agree, manifest
 from distill.engine.engine import Engine, FragmentReader, Peers, average_kind
-from distill.run import files, records
+from distill.run import files
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +88,12 @@ def commit(
     final = checkpoints / manifest.step_name(snapshot.step)
     staging = final.with_name(f"{final.name}.tmp-{nonce:016x}")
     digest, size, failure = b"\0" * 32, 0, ""
+    if ranks.rank == 0:
+        clean_staging(checkpoints, but=staging)  # room for this one
     try:
         staging.mkdir(parents=True, exist_ok=True)
         data = safetensors.torch.save(snapshot.tensors)
-        files.write_atomic(staging / _rank_file(ranks.rank), data)
+        files.write_atomic(staging / manifest.rank_file(ranks.rank), data)
         digest, size = hashlib.sha256(data).digest(), len(data)
     except OSError as error:
         failure = f"rank {ranks.rank} could not write {staging}: {error}"
@@ -104,17 +106,15 @@ def commit(
     is_whole = is_there and not agree.verify_together(final, ranks)
     if ranks.rank == 0:
         entries = {
-            _rank_file(rank): manifest.File(int(sizes[rank]), bytes(digests[rank]).hex())
+            manifest.rank_file(rank): manifest.File(int(sizes[rank]), bytes(digests[rank]).hex())
             for rank in range(ranks.world_size)
         }
         try:
             if is_whole:
                 shutil.rmtree(staging)
             else:
-                files.write_json(
-                    staging / manifest.MANIFEST,
-                    records.tree_of(replace(snapshot.about, files=entries)),
-                )
+                about = replace(snapshot.about, world_size=ranks.world_size, files=entries)
+                manifest.write_manifest(staging, about)
                 _publish(staging, final)
         except OSError as error:
             failure = f"rank 0 could not commit {final}: {error}"
@@ -127,10 +127,6 @@ def commit(
         with _only_warning(f"{checkpoints} could not be tidied up"):
             _retain(checkpoints, snapshot.step, keep_last, keep_every)
     return int(sizes.sum())
-
-
-def _rank_file(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
 
 
 def _publish(staging: Path, final: Path) -> None:
@@ -159,8 +155,14 @@ def _retain(checkpoints: Path, verified: int, keep_last: int, keep_every: int) -
                 _keep(folder, checkpoints)
             else:
                 _delete(folder, checkpoints)
+    clean_staging(checkpoints)
+
+
+def clean_staging(checkpoints: Path, but: Path | None = None) -> None:
+    """Takes away what saves that were killed have left. No save is going on, but that in `but`."""
     for folder in checkpoints.glob("step_*.tmp-*"):
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder != but:
+            shutil.rmtree(folder, ignore_errors=True)
     for pointer in checkpoints.glob(f".{manifest.LATEST}.tmp-*"):
         pointer.unlink(missing_ok=True)
 
@@ -203,31 +205,36 @@ def _end_together(ranks: Peers, failure: str, staging: Path) -> None:
 # Load
 
 
-def load_latest(checkpoints: Path, engine: Engine) -> int:
+def load_latest(checkpoints: Path, engine: Engine, origin: dict[str, Any] | None = None) -> int:
     """Steps done: loads the newest checkpoint that verifies into the engine; 0 when there is none.
 
-    Collective.
+    Collective. What killed saves have left is taken away. `origin` is that of `take_snapshot`.
 
     Raises:
         CheckpointError: on every rank: checkpoints exist and none verifies, or it is of another
-            network.
+            network, or of another run than `origin` says.
     """
+    if engine.rank == 0:
+        clean_staging(checkpoints)
     step = agree.agreed_latest(checkpoints, engine)
-    load_verified(checkpoints, step, engine)
+    load_verified(checkpoints, step, engine, origin or {})
     return step
 
 
-def load_verified(checkpoints: Path, step: int, engine: Engine) -> None:
+def load_verified(checkpoints: Path, step: int, engine: Engine, origin: dict[str, Any]) -> None:
     """Loads the checkpoint of `step`, which `agreed_latest` has verified; none when `step` is 0.
 
     Raises:
-        CheckpointError: on every rank: it is of another network.
+        CheckpointError: on every rank: it is of another network, or of another run.
     """
     if step == 0:
         return
     folder = checkpoints / manifest.step_name(step)
-    if engine.describe()["parameters"] != manifest.read_manifest(folder).parameters:
+    found = manifest.read_manifest(folder)
+    if engine.describe()["parameters"] != found.parameters:
         raise manifest.CheckpointError(f"{folder}: its parameters are not those of this network")
+    if problem := manifest.foreign(found, origin):
+        raise manifest.CheckpointError(f"{folder}: {problem}")
     engine.load(fragment_reader(folder), step)
 
 

@@ -8,19 +8,19 @@
 A folder without a whole manifest is not a checkpoint, whatever its name.
 """
 
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from distill.config import ConfigError
 from distill.run import files, records
 
 FORMAT = 1
 MANIFEST = "MANIFEST.json"
+SEAL = "manifest_sha256"  # key of the hash of all others; old manifests have none
 LATEST = "latest"
 KEPT = "kept"
 STEP_PATTERN = re.compile(r"step_(\d{8,})")
@@ -73,6 +73,11 @@ def step_name(step: int) -> str:
     return f"step_{step:08d}"
 
 
+def rank_file(rank: int) -> str:
+    """File name of what a rank has saved."""
+    return f"rank_{rank:05d}.safetensors"
+
+
 def committed_steps(checkpoints: Path) -> dict[int, Path]:
     """Folders that were renamed into place, by step, oldest first. Not verified."""
     if not checkpoints.is_dir():
@@ -85,25 +90,48 @@ def committed_steps(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes the manifest of a checkpoint, with the sha256 of itself."""
+    tree = records.tree_of(manifest)
+    files.write_json(folder / MANIFEST, tree | {SEAL: records.tree_sha256(tree)})
+
+
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        CheckpointError: it is missing, torn, or lacks something.
-        ConfigError: a newer version wrote it. To fall back behind it would train its steps again.
+        CheckpointError: it is missing, torn, changed, or lacks something.
+        ConfigError: a newer version wrote it, whole. To fall back behind it would train its steps
+            again.
     """
-    path = folder / MANIFEST
+    path, is_sealed = folder / MANIFEST, False
     try:
-        tree = json.loads(path.read_bytes())
+        tree = records.parse_json(path.read_bytes())
+        if isinstance(tree, dict) and (seal := tree.pop(SEAL, None)) is not None:
+            is_sealed = seal == records.tree_sha256(tree)
+            if not is_sealed:
+                raise records.RecordError("does not have the sha256 that it names")
         if isinstance(tree, dict) and tree.get("format", FORMAT) != FORMAT:
             raise records.NewerRecord(f"has format {tree['format']}, not {FORMAT}")
         return records.record_of(Manifest, tree)
-    except records.NewerRecord as error:
-        raise ConfigError(
-            f"{path} {error}; a newer version of Bowstring wrote it, so go on with that one"
-        ) from error
-    except (OSError, ValueError) as error:  # RecordError is a ValueError
+    except (OSError, records.RecordError) as error:
+        if is_sealed and isinstance(error, records.NewerRecord):
+            raise ConfigError(
+                f"{path} {error}; a newer version of Bowstring wrote it, so go on with that one"
+            ) from error
         raise CheckpointError(f"{folder}: no readable {MANIFEST} ({error})") from error
+
+
+def foreign(manifest: Manifest, origin: dict[str, Any]) -> str:
+    """Why a checkpoint is not of the run of `origin`, its `seed` and `config_hash`; "" if it is.
+
+    A manifest that does not say is of any run.
+    """
+    for key, ours in origin.items():
+        theirs = getattr(manifest, key)
+        if theirs is not None and theirs != ours:
+            return f"it is of another run: its {key} is {theirs}, not {ours}; move it away"
+    return ""
 
 
 def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
@@ -121,6 +149,8 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
     problems = []
     if folder.name != step_name(manifest.step):
         problems.append(f"{folder}: the manifest is of step {manifest.step}")
+    if sorted(manifest.files) != [rank_file(rank) for rank in range(manifest.world_size)]:
+        return [*problems, f"{folder}: the manifest does not name a file for each rank"]
     entries = sorted(manifest.files.items())[part::parts]
     with ThreadPoolExecutor(READERS) as pool:  # hashing releases the interpreter
         found = pool.map(lambda entry: _problem(folder / entry[0], entry[1]), entries)

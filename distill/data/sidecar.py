@@ -8,11 +8,9 @@ and sha256 of the tar and of itself, so every byte of both can be proven. What a
 here; `distill.data.stores.store` lists, reads and changes those of a run.
 """
 
-import hashlib
 import json
 import re
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from distill.config import ConfigError, ImageSpec
 from distill.data.config import TrajectoryConfig
@@ -171,7 +169,7 @@ class Sidecar:
         for key in [key for key in OPTIONAL if not tree[key]]:
             del tree[key]
         tree |= {"count": len(self.ids), "first_id": self.ids[0], "last_id": self.ids[-1]}
-        tree["sidecar_sha256"] = _tree_hash(tree)
+        tree["sidecar_sha256"] = records.tree_sha256(tree)
         return (json.dumps(tree) + "\n").encode()
 
     @staticmethod
@@ -182,7 +180,7 @@ class Sidecar:
             ValueError, KeyError, TypeError: it is none, or not one byte for byte.
         """
         tree = json.loads(data)
-        if tree.pop("sidecar_sha256") != _tree_hash(tree):
+        if tree.pop("sidecar_sha256") != records.tree_sha256(tree):
             raise ValueError("its own sha256 does not match")
         if tree["format"] != FORMAT:
             raise ValueError(f"format {tree['format']} is not known")
@@ -229,10 +227,6 @@ class Sidecar:
                 f"({spec.difference(self.spec)}); it is left as it is and not trained on. Move "
                 "foreign shards out of the folder, or take another run.name"
             )
-
-
-def _tree_hash(tree: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

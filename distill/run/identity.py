@@ -5,7 +5,6 @@ version reads its own format, and refuses a higher one with both versions. Withi
 come and go: see `cluster.state.identity`.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -63,7 +62,7 @@ class RunRecord:
 
 def hash_of(identity: dict[str, Any]) -> str:
     """Hexadecimal sha256 of the identity as JSON with sorted keys."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return records.tree_sha256(identity)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ versions did not write; the default stands at the field. Where that is None, Non
 What an object lacks, or has too many of, is a sentence that names the field.
 """
 
+import hashlib
 import json
 import time
 from collections.abc import Callable
@@ -82,6 +83,11 @@ def _plain(value: Any) -> Any:
 # Read
 
 
+def tree_sha256(tree: Tree) -> str:
+    """Hexadecimal sha256 of an object as JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
 def record_of(kind: type[T], tree: Any) -> T:
     """The record in a JSON object.
 
@@ -98,11 +104,15 @@ def record_of(kind: type[T], tree: Any) -> T:
 
 def parse_record(kind: type[T], data: bytes | str) -> T:
     """The record in a file's content; raises as `record_of`."""
+    return record_of(kind, parse_json(data))
+
+
+def parse_json(data: bytes | str) -> Any:
+    """What a file's content says as JSON; RecordError where it says nothing."""
     try:
-        tree = json.loads(data)
-    except ValueError as error:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"is no JSON ({error})") from error
-    return record_of(kind, tree)
 
 
 def read_record(kind: type[T], path: Path) -> T:

@@ -15,12 +15,12 @@ from distill.run.files import RunDir
 
 @pytest.fixture(scope="session")
 def write_checkpoint():
-    """(run, step) -> the folder of a committed checkpoint with one file, `data`, without state."""
+    """(run, step) -> the folder of a committed checkpoint with one file and without state."""
 
     def write(run, step):
         folder = run.checkpoints / step_name(step)
         folder.mkdir(parents=True)
-        (folder / "data").write_bytes(b"weights")
+        (folder / "rank_00000.safetensors").write_bytes(b"weights")
         write_manifest(folder, step)
         return folder
 

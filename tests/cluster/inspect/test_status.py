@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_passed_over(run, write_checkpoint):
     assert last_verified(run) == {"step": 2, "checked": "sha256", "newer_bad": []}
     folder = write_checkpoint(run, 4)
     assert last_verified(run) == {"step": 4, "checked": "sha256", "newer_bad": []}
-    (folder / "data").write_bytes(b"Weights" * 4)
+    (folder / "rank_00000.safetensors").write_bytes(b"Weights" * 4)
     assert last_verified(run) == {"step": 2, "checked": "sha256", "newer_bad": [4]}
 
 

@@ -193,7 +193,7 @@ def test_consumption_that_differs_from_the_plan(run, event, sentence):
 
 
 def test_bad_checkpoint(run):
-    os.truncate(run.checkpoints / "step_00000005" / "data", 3)
+    os.truncate(run.checkpoints / "step_00000005" / "rank_00000.safetensors", 3)
     found = audit(run)
     assert not found["ok"] and found["checkpoints"]["verified"] == [2]
     assert found["checkpoints"]["bad"][0]["step"] == 5
@@ -204,7 +204,7 @@ def test_a_checkpoint_kept_for_good_is_checked_too(run):
     kept.mkdir()
     (run.checkpoints / "step_00000002").rename(kept / "step_00000002")
     assert audit(run)["checkpoints"] == {"verified": [5], "kept": [2], "bad": []}
-    os.truncate(kept / "step_00000002" / "data", 3)
+    os.truncate(kept / "step_00000002" / "rank_00000.safetensors", 3)
     found = audit(run)
     assert not found["ok"] and found["checkpoints"]["bad"][0]["step"] == 2
 

@@ -73,10 +73,12 @@ def test_a_supervisor_reads_a_checkpoint_once_until_somebody_touches_it(
         lambda path: read.append(path.parent.name) or sha256_file(path),
     )
     old, new = (write_checkpoint(run, step) for step in (2, 4))
-    os.utime(new / "data", (1e9, 1e9))  # long ago: a file system's clock may tick slowly
+    os.utime(
+        new / "rank_00000.safetensors", (1e9, 1e9)
+    )  # long ago: a file system's clock may tick slowly
     assert [steps_done(run) for _ in range(3)] == [4] * 3
     assert [oldest_verified(run.checkpoints) for _ in range(3)] == [2] * 3
     assert read == [new.name, old.name]
-    (new / "data").write_bytes(b"weighty")
+    (new / "rank_00000.safetensors").write_bytes(b"weighty")
     assert steps_done(run) == 2
     assert read == [new.name, old.name, new.name]

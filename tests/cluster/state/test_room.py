@@ -73,7 +73,7 @@ def test_the_oldest_checkpoint_that_verifies_decides(run, write_checkpoint):
     write_checkpoint(run, 4)
     write_checkpoint(run, 6)
     assert oldest_verified(run.checkpoints) == 2
-    (damaged / "data").write_bytes(b"Weights")
+    (damaged / "rank_00000.safetensors").write_bytes(b"Weights")
     assert oldest_verified(run.checkpoints) == 4
     watch = OldestCheckpoint(run)
     assert watch.step == 0  # nothing is evicted before the first look has ended

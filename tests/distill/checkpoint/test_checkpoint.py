@@ -108,6 +108,37 @@ def test_a_full_disk_leaves_no_trace_and_says_so(tmp_path, monkeypatch, fit):
     assert list(RunDir(tmp_path).checkpoints.iterdir()) == []
 
 
+def test_what_killed_saves_have_left_goes_before_room_is_needed(saved, tmp_path, fit, monkeypatch):
+    """Otherwise some kills in the middle of a save fill a disk for ever."""
+    left = [saved / f"step_{step:08d}.tmp-{nonce:016x}" for nonce, step in enumerate((12, 12, 14))]
+    writes, write_atomic = [], checkpoint.files.write_atomic
+
+    def record(path, data):
+        writes.append([folder.exists() for folder in left])
+        write_atomic(path, data)
+
+    def leave():
+        for folder in left:
+            folder.mkdir()
+            (folder / "rank_00000.safetensors").write_bytes(bytes(1000))
+
+    leave()
+    before = committed_steps(saved)
+    checkpoint.load_latest(saved, fit(tmp_path / "other", 2))
+    assert committed_steps(saved) == before and not any(folder.exists() for folder in left)
+    leave()
+    monkeypatch.setattr(checkpoint.files, "write_atomic", record)
+    fit(tmp_path, 12)
+    assert writes and not any(map(any, writes)) and 12 in committed_steps(saved)
+
+
+def test_a_checkpoint_of_another_run_is_refused(saved, tmp_path, fit):
+    engine = fit(tmp_path / "other", 2)
+    assert checkpoint.load_latest(saved, engine, {"seed": 0}) == 10
+    with pytest.raises(CheckpointError, match="of another run: its seed is 0, not 1; move it away"):
+        checkpoint.load_latest(saved, engine, {"seed": 1})
+
+
 def test_another_network_is_refused(saved, tmp_path, tiny):
     other = DiTConfig(patch_size=2, width=32, depth=2, num_heads=2)
     engine = TorchEngine(build_network(other, tiny.image), TrainConfig(), torch.device("cpu"))
