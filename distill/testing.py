@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, distributed as dist, multiprocessing as mp
 
 from distill.config import ImageSpec
-from distill.data.shards import write_shard
-from distill.data.sidecar import ShardSpec, TeacherSpec
+from distill.data import shards, sidecar
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.paths import expand_as
 from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
@@ -263,9 +262,9 @@ def tiny_spec(
     dtype: str = "float16",
     store_noise: bool = True,
     seed: int = 3,
-) -> ShardSpec:
+) -> sidecar.ShardSpec:
     """What shards of images [1, 2, 2] share; teacher k is called "teacher<k>"."""
-    return ShardSpec(
+    return sidecar.ShardSpec(
         seed=seed,
         times=tuple(k / grid for k in range(grid + 1)),
         dtype=dtype,
@@ -273,12 +272,13 @@ def tiny_spec(
         image=(1, 2, 2),
         samples_per_shard=samples_per_shard,
         teachers=tuple(
-            TeacherSpec(f"teacher{k}", 64 * str(k), "euler", grid, 1.0) for k in range(teachers)
+            sidecar.TeacherSpec(f"teacher{k}", 64 * str(k), "euler", grid, 1.0)
+            for k in range(teachers)
         ),
     )
 
 
-def tiny_shard(spec: ShardSpec, shard: int) -> GeneratedShard:
+def tiny_shard(spec: sidecar.ShardSpec, shard: int) -> GeneratedShard:
     """Straight lines from the noise of each id to the constant image (label + teacher) / 10."""
     ids = np.array(spec.ids(shard), dtype=np.int64)
     labels = sample_labels(spec.seed, ids, 10)
@@ -290,10 +290,10 @@ def tiny_shard(spec: ShardSpec, shard: int) -> GeneratedShard:
     return GeneratedShard(states, labels, ids, len(ids), 2 * len(ids), len(ids))
 
 
-def write_tiny_shards(run: files.RunDir, spec: ShardSpec, shards: Iterable[int]) -> None:
+def write_tiny_shards(run: files.RunDir, spec: sidecar.ShardSpec, numbers: Iterable[int]) -> None:
     """Commits `tiny_shard`s to a run."""
-    for shard in shards:
-        write_shard(run, spec, shard, tiny_shard(spec, shard), 1.5, "test")
+    for shard in numbers:
+        shards.write_shard(run, spec, shard, tiny_shard(spec, shard), 1.5, "test")
 
 
 TINY_STREAM = run_json.StreamRecord(

@@ -17,7 +17,6 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 
 from packaging.requirements import Requirement
 from rich.console import Console
@@ -38,14 +37,6 @@ class Finding:
     name: str
     state: str
     detail: str
-
-
-def _try_import(name: str) -> ModuleType | ImportError:
-    """The module, or the error that importing it gives."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        return error
 
 
 # -----------------------------------------------------------------------------------------------
@@ -74,9 +65,11 @@ def packages() -> list[Finding]:
 
 def accelerators() -> list[Finding]:
     """Devices that torch sees, and the backends that ranks can talk over."""
-    torch = _try_import("torch")
-    if isinstance(torch, ImportError):
-        return [Finding("accelerator", BAD, f"torch cannot be imported: {torch}")]
+    try:
+        import torch
+        from torch import distributed
+    except ImportError as error:
+        return [Finding("accelerator", BAD, f"torch cannot be imported: {error}")]
     found = []
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
@@ -85,8 +78,6 @@ def accelerators() -> list[Finding]:
             found.append(Finding(f"accelerator {index}", OK, f"{device.name}, {memory}"))
     else:
         found.append(Finding("accelerator", WARN, "none; everything runs on the CPU"))
-    distributed = _try_import("torch.distributed")
-    assert not isinstance(distributed, ImportError)
     if not distributed.is_available():
         return [*found, Finding("collectives", BAD, "torch was built without torch.distributed")]
     backends = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}

@@ -14,8 +14,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from cluster.plan.placement import Device, gpus_of_worker, most_workers
-from cluster.pool import messages
-from cluster.pool.coordinator import Coordinator, Limits
+from cluster.pool import coordinator, messages
 from cluster.pool.member import Member, Pace, choose_leaving
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import TeacherPoolConfig
@@ -52,7 +51,9 @@ class TeacherPool:
         view = self.view
         self.config, self.run, self.plan = view.config, view.run, view.plan
         limits = production_limits(view, self.trainer_reads)
-        self.coordinator = Coordinator(limits, view.shards, view.evicted, cursor=self._cursor())
+        self.coordinator = coordinator.Coordinator(
+            limits, view.shards, view.evicted, cursor=self._cursor()
+        )
         self._oldest = evicted.OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
         self._scans, self._log, self._now_s = Pace(), events.EventLog(self.run), time.monotonic()
@@ -295,10 +296,10 @@ class TeacherPool:
         return next(member for member in self.members if member.name == name)
 
 
-def production_limits(view: done.RunView, trainer_reads: bool) -> Limits:
+def production_limits(view: done.RunView, trainer_reads: bool) -> coordinator.Limits:
     """The coordinator's limits. Without a trainer that reads, all shards are made at once."""
     pool, trajectory, plan = view.config.cluster.teachers, view.config.trajectory, view.plan
-    return Limits(
+    return coordinator.Limits(
         num_shards=plan.shards,
         block_shards=trajectory.block_shards,
         ready_ahead=trajectory.ready_ahead if trainer_reads else plan.shards,

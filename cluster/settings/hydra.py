@@ -13,12 +13,10 @@ import sys
 from collections.abc import Iterator
 
 import hydra
+import omegaconf
 from hydra import errors, types
-from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
+from hydra.core import config_store, hydra_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 
 from cluster.settings import file, schema
 from distill.config import ConfigError, TrainConfig, check
@@ -31,7 +29,7 @@ from distill.objectives.config import OBJECTIVES
 def register() -> None:
     """Stores one schema per variant, so that an unknown key fails while Hydra composes."""
     file.register_resolvers()
-    store = ConfigStore.instance()
+    store = config_store.ConfigStore.instance()
     store.store(name="base_run", node=file.RunTree)
     store.store(group="data", name="base_data", node=DataConfig)
     store.store(group="train", name="base_train", node=TrainConfig)
@@ -43,14 +41,14 @@ def register() -> None:
         store.store(group="objective", name=f"base_{name}", node=objective)
 
 
-def name_of(tree: DictConfig, args: list[str]) -> str:
+def name_of(tree: omegaconf.DictConfig, args: list[str]) -> str:
     """Name of the run; jobs of a sweep get the swept values into theirs.
 
     It asks for choices that Hydra knows only in its task.
     """
     name = str(tree.run.name)
-    if HydraConfig.get().mode == types.RunMode.MULTIRUN:
-        suffix = _swept(args, list(HydraConfig.get().overrides.task))
+    if hydra_config.HydraConfig.get().mode == types.RunMode.MULTIRUN:
+        suffix = _swept(args, list(hydra_config.HydraConfig.get().overrides.task))
         if suffix:
             name = f"{name}-{suffix}"
     return name
@@ -99,7 +97,7 @@ def drive(task: types.TaskFunction, args: list[str]) -> None:
             through_hydra(task)()
     except errors.HydraException as error:
         raise ConfigError(_explain(error)) from error
-    except OmegaConfBaseException as error:
+    except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(file.sentence(error)) from error
 
 
@@ -115,10 +113,10 @@ def compose(args: list[str]) -> list[schema.RunConfig]:
         "a launcher is for the jobs of `bowstring run`, pretrain, generate and train; `bowstring "
         "submit` asks Slurm itself",
     )
-    trees: list[DictConfig] = []
+    trees: list[omegaconf.DictConfig] = []
     here = os.getpid()
 
-    def task(tree: DictConfig) -> None:
+    def task(tree: omegaconf.DictConfig) -> None:
         check(os.getpid() == here, "a launcher must stand on the command line: hydra/launcher=NAME")
         tree.run.name = name_of(tree, args)
         trees.append(tree)
@@ -134,7 +132,7 @@ def compose(args: list[str]) -> list[schema.RunConfig]:
 def _explain(error: errors.HydraException) -> str:
     """One sentence for an error of Hydra."""
     cause = error.__cause__
-    if isinstance(cause, OmegaConfBaseException):
+    if isinstance(cause, omegaconf.errors.OmegaConfBaseException):
         return file.sentence(cause)
     text = str(error).split("See https")[0]
     lines = [line.strip() for line in text.splitlines() if line.strip()]

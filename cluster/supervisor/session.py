@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import psutil
@@ -178,7 +177,7 @@ class Session:
         for number in STOP_SIGNALS:
             signal.signal(number, self._on_signal)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, _: object) -> None:
         again = number == signal.SIGINT and self.stop_signal == signal.SIGINT
         self.stop_signal = number
         if self._stops_at_once:

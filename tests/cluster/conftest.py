@@ -92,7 +92,7 @@ class Trainings:
 
     def __init__(self, monkeypatch, verified, error="boom"):
         self.verified, self.starts, self.error = list(verified), 0, error
-        monkeypatch.setattr(group, "fit", self.fit)
+        monkeypatch.setattr(group.fit, "fit", self.fit)
         monkeypatch.setattr(group, "steps_done", lambda run: self.step)
         self.step = 0
 
