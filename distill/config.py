@@ -15,6 +15,10 @@ class ConfigError(ValueError):
     """A setting that cannot work. The message names the key, the value and what to do."""
 
 
+class LossyExport(RuntimeError):
+    """What was written does not give what was trained. It was taken away again."""
+
+
 def check(condition: bool, message: str) -> None:
     """Raises ConfigError with `message` unless `condition` holds."""
     if not condition:

@@ -87,7 +87,7 @@ def main() -> None:
     """Entry point: runs the command line and ends with its exit code."""
     work = parse(sys.argv[1:])  # help ends here, before anything is loaded
     from distill.checkpoint.manifest import CheckpointError
-    from distill.config import ConfigError
+    from distill.config import ConfigError, LossyExport
     from distill.data.sidecar import CorruptShard
 
     code, message = 1, ""
@@ -95,7 +95,7 @@ def main() -> None:
         code = work()
     except ConfigError as error:
         code, message = USAGE_ERROR, str(error)
-    except (CheckpointError, CorruptShard, OSError) as error:
+    except (CheckpointError, CorruptShard, LossyExport, OSError) as error:
         message = str(error)
     except ModuleNotFoundError as error:
         if str(error.name).partition(".")[0] in ("None", "cluster", "distill"):

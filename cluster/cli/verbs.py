@@ -179,8 +179,18 @@ def sample(options: Namespace) -> int:
 
 @verb(
     RUN,
-    argument("--format", choices=["student", "fastgen"], default="student", help="what to write"),
-    argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/student or RUN/fastgen)"),
+    argument(
+        "--format",
+        choices=["student", "diffusers", "onnx", "torch", "fastgen"],
+        default="student",
+        help="what to write",
+    ),
+    argument("--out", type=Path, metavar="FOLDER", help="(default: RUN/FORMAT)"),
+    argument("--overwrite", action="store_true", help="replaces an export that is there, whole"),
+    argument(
+        "--dtype", choices=["fp32", "bf16"], default="fp32", help="of the weights, for diffusers"
+    ),
+    argument("--license", default="unknown", metavar="ID", help="what the model card says"),
     argument(
         "--average",
         choices=["evaluation"],
@@ -189,25 +199,36 @@ def sample(options: Namespace) -> int:
     ),
 )
 def export(options: Namespace) -> int:
-    """a student as safetensors + json, or trajectories for FastGen
+    """a student for other tools: diffusers, ONNX, torch.export; or trajectories for FastGen
 
-    Writes the student of the last verified checkpoint as model.safetensors + model.json;
-    `distill.sample.load_student(FOLDER)` opens it.
+    Writes the student of the last verified checkpoint, with a model card, and compares it with
+    what was trained before it is there.
 
-    With --format fastgen: writes the best teacher's trajectories in all committed shards as
-    WebDataset shards with FastGen's keys, latent.pth noise.pth path.pth. The same command
-    again goes on where the last one stopped.
+    student: model.safetensors + model.json, for `distill.sample.load_student(FOLDER)`.
+    diffusers: for `DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)`, without
+    Bowstring. onnx, torch: one jump as a graph, any batch size.
+
+    fastgen: the best teacher's trajectories in all committed shards as WebDataset shards with
+    FastGen's keys, latent.pth noise.pth path.pth. The same command again goes on where the last
+    one stopped.
 
     examples:
       bowstring export runs/digits --out student
-      bowstring export runs/digits --format fastgen
+      bowstring export runs/digits --format diffusers --dtype bf16 --license apache-2.0
+      bowstring export runs/digits --format onnx --overwrite
     """
     run = open_run(options.run)
+    out = options.out or run.root / options.format
     if options.format == "fastgen":
-        from distill.export.fastgen import export_fastgen as write
-    else:
-        from distill.export.student import export_run as write
-    print(write(run, options.out or run.root / options.format))
+        from cluster.state.evicted import recorded
+        from distill.export.fastgen import export_fastgen
+
+        print(export_fastgen(run, out, recorded(run)))
+        return 0
+    from distill.export.build import export_student
+
+    form, dtype = options.format, options.dtype
+    print(export_student(run, form, out, options.overwrite, dtype, options.license))
     return 0
 
 

@@ -22,6 +22,7 @@ from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer import partition
 from distill.config import ConfigError, TrainConfig
 from distill.engine import engine
+from distill.networks.files import fixed_tensors
 from distill.networks.layers import AbstractNetwork, compiled
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -106,6 +107,7 @@ class DeepSpeedEngine(partition.GroupPeers):
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
+        self.fixed = fixed_tensors(network)  # before DeepSpeed rounds them to the precision
         # The frozen copy is taken before DeepSpeed hangs hooks on the module.
         copy = engine.frozen_copy(network).to(self._dtype)
         self._network = network

@@ -28,6 +28,7 @@ from distill.run import files
 logger = logging.getLogger(__name__)
 
 SEPARATOR = "|"  # between kind, parameter name and start in a tensor's key
+FIXED = "fixed"  # kind of what is not trained; rank 0 has it, in its own dtype
 
 
 # -----------------------------------------------------------------------------------------------
@@ -61,6 +62,7 @@ def take_snapshot(step: int, engine: Engine, origin: dict[str, Any]) -> Snapshot
         format=manifest.FORMAT,
         step=step,
         world_size=engine.world_size,
+        fixed={name: tuple(value.shape) for name, value in engine.fixed.items()},
         rng="counter-based",
         versions={name: version(name) for name in ("torch", "deepspeed", "safetensors")},
         **engine.describe(),
@@ -70,6 +72,9 @@ def take_snapshot(step: int, engine: Engine, origin: dict[str, Any]) -> Snapshot
         SEPARATOR.join((f.kind, f.name, str(f.start))): f.data.detach().to("cpu", copy=True)
         for f in engine.fragments()
     }
+    if engine.rank == 0:
+        for name, value in engine.fixed.items():
+            tensors[SEPARATOR.join((FIXED, name, "0"))] = value.flatten()
     return Snapshot(about, tensors)
 
 
@@ -275,3 +280,15 @@ def read_average(folder: Path, name: str) -> dict[str, torch.Tensor]:
         parameter: read(kind, parameter, 0, torch.Size(shape).numel()).reshape(shape)
         for parameter, shape in shapes.items()
     }
+
+
+def read_fixed(folder: Path) -> dict[str, Tensor] | None:
+    """Tensors of the network that are not trained, by name; None when an older version saved it."""
+    shapes = manifest.read_manifest(folder).fixed
+    if not shapes:
+        return None if shapes is None else {}
+    with safe_open(folder / _rank_file(0), framework="pt") as file:
+        return {
+            name: file.get_tensor(SEPARATOR.join((FIXED, name, "0"))).reshape(shape)
+            for name, shape in shapes.items()
+        }

@@ -61,6 +61,8 @@ class Manifest:
     precision: str  # "fp32", "bf16" or "fp16"; what is stored is float32
     averages: dict[str, float]  # decay of every weight average
     parameters: dict[str, tuple[int, ...]]  # shape of every trained parameter
+    # Shape of every tensor of the network beside them; None: an older version did not store those.
+    fixed: dict[str, tuple[int, ...]] | None = None
     rng: str  # "counter-based": all randomness is a function of seed and step
     seed: int | None = None  # of the run
     config_hash: str | None = None  # `hash` of run.json

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
+from distill.networks.files import fixed_tensors
 from distill.networks.layers import AbstractNetwork
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
@@ -69,11 +70,13 @@ class Engine(Peers, Protocol):
             `train.save_async` only.
         overflowed: whether the last step was dropped because its gradients, scaled up for fp16,
             left that range. The scale is lower now, and the same step is to be taken again.
+        fixed: the network's tensors that are not trained, as they were given (`fixed_tensors`).
     """
 
     background: Peers
     device: torch.device
     overflowed: bool
+    fixed: dict[str, Tensor]
 
     def describe(self) -> dict[str, Any]:
         """What a manifest says: kind, ZeRO stage, precision, averages, shapes by name."""
@@ -204,6 +207,7 @@ class TorchEngine:
         self.background: Peers = self
         self._config = config
         network.activation_checkpointing = config.activation_checkpointing
+        self.fixed = fixed_tensors(network)
         self._network = network.to(device)
         self._params = {n: p for n, p in self._network.named_parameters() if p.requires_grad}
         self._optimizer = new_optimizer(self._network, config)

@@ -15,7 +15,7 @@ there, since a loss trains quietly on the wrong times. shard_count.json is its `
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,11 @@ from distill.run import files, identity
 INDEX, COUNTS = "index.json", "shard_count.json"
 
 
-def export_fastgen(run: files.RunDir, out: Path) -> Path:
+def export_fastgen(run: files.RunDir, out: Path, evicted: Collection[int] = ()) -> Path:
     """`out`, now with one shard for every committed one of the run, verified while it is read.
 
-    Shards that are there already are kept: a name is given to a whole file only.
+    Shards that are there already are kept: a name is given to a whole file only. What is left out
+    is named: `evicted` are the shards that were deleted for room.
 
     Raises:
         ConfigError: the run has no shards, or `out` holds an export of another run.
@@ -48,26 +49,47 @@ def export_fastgen(run: files.RunDir, out: Path) -> Path:
         OSError: a shard cannot be written. Nothing of it stays.
     """
     shards = list(committed(run))
-    check(len(shards) > 0, f"{run.root} has no shards yet; `bowstring generate {run.root}` first")
+    gone = sorted(set(evicted).difference(shards))
+    check(
+        len(shards) > 0,
+        f"{run.root} has no shards any more: {len(gone)} were deleted for room; a run with a "
+        "larger trajectory.max_bytes keeps them"
+        if gone
+        else f"{run.root} has no shards yet; `bowstring generate {run.root}` first",
+    )
     spec = read_sidecar(run, shards[0]).spec
     classes = int(identity.record_of(run).identity["data"]["num_classes"])
     _claim(out, spec)
     files.clean_temporaries(out)
     missing = [shard for shard in shards if not _place(out, shard).exists()]
     console = Console(stderr=True)
-    if absent := shards[-1] + 1 - len(shards):
-        console.print(
-            f"{absent} of the shards up to {shards[-1]:08d} are not there: deleted for room, set "
-            "aside, or not made yet; they are left out",
-            highlight=False,
-            soft_wrap=True,
-        )
+    absent = sorted(set(range(max([*shards, *gone]) + 1)) - {*shards, *gone})
+    for left_out, why in ((gone, "deleted for room"), (absent, "set aside, or not made yet")):
+        if left_out:
+            console.print(
+                f"left out, since {why}: {len(left_out)} shards, {_ranges(left_out)}",
+                highlight=False,
+                soft_wrap=True,
+            )
     with Progress(console=console, disable=not console.is_terminal) as progress:
         for shard in progress.track(missing, description="export"):
             _export_shard(run, spec, shard, classes, _place(out, shard))
     counts = {path.name: spec.samples_per_shard for path in sorted(out.glob("*.tar"))}
     files.write_json(out / COUNTS, counts)
     return out
+
+
+def _ranges(shards: list[int]) -> str:
+    """Ascending numbers in words: "00000000 to 00000003, 00000007"."""
+    runs: list[list[int]] = []
+    for shard in shards:
+        if runs and shard == runs[-1][-1] + 1:
+            runs[-1].append(shard)
+        else:
+            runs.append([shard])
+    return ", ".join(
+        f"{run[0]:08d}" + (f" to {run[-1]:08d}" if len(run) > 1 else "") for run in runs
+    )
 
 
 def _place(out: Path, shard: int) -> Path:

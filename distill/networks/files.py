@@ -1,11 +1,10 @@
 """A model on disk: `model.safetensors`, float32 weights, and `model.json`, of what. No pickle."""
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from distill.config import ConfigError, ImageSpec, check
 from distill.networks.build import build_network, empty_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.layers import AbstractNetwork
-from distill.run.files import sha256_file, sync_directory, write_atomic, write_json
+from distill.run.files import replaced, sha256_file, write_atomic, write_json
 
 FORMAT = "bowstring-model-1"
 WEIGHTS, DESCRIPTION = "model.safetensors", "model.json"
@@ -32,36 +31,26 @@ def save_model(
     network: NetworkConfig,
     image: ImageSpec,
     meta: dict[str, Any],
+    inspect: Callable[[Path], None] | None = None,
 ) -> None:
     """Writes the folder so that it is seen whole or not at all; a folder of that name is replaced.
 
     `state` holds at least every parameter; buffers may be left out. `meta` is anything JSON can
-    hold.
+    hold. `inspect` sees the folder before anybody else; if it raises, nothing was written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unique = uuid.uuid4().hex[:8]
-    temporary = folder.with_name(f".{folder.name}.tmp-{unique}")
-    temporary.mkdir()
-    try:
+    with replaced(folder) as made:
         tensors = {name: value.detach().float().cpu().contiguous() for name, value in state.items()}
-        write_atomic(temporary / WEIGHTS, save(tensors))
-        write_json(temporary / DESCRIPTION, describe(network, image, meta))
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old-{unique}")
-            folder.rename(old)
-            temporary.rename(folder)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    sync_directory(folder.parent)
+        write_atomic(made / WEIGHTS, save(tensors))
+        write_json(made / DESCRIPTION, describe(network, image, meta))
+        if inspect is not None:
+            inspect(made)
 
 
 def describe(network: NetworkConfig, image: ImageSpec, meta: dict[str, Any]) -> dict[str, Any]:
     """The content of model.json."""
     return {
         "format": FORMAT,
+        "bowstring": version("bowstring"),
         "network": asdict(network),
         "image": asdict(image),
         "time": "t = 0 noise, t = 1 data; output: mean velocity over [t, s]",
@@ -156,6 +145,20 @@ def _whole(path: Path) -> Iterator[None]:
 def shapes_of(state: dict[str, Tensor]) -> dict[str, torch.Size]:
     """The shape of every tensor."""
     return {name: value.shape for name, value in state.items()}
+
+
+def fixed_tensors(network: AbstractNetwork) -> dict[str, Tensor]:
+    """Copies, on the CPU, of all that the state of `network` holds beside trained parameters.
+
+    Such as a table of positions. That of the constructor need not be it: a teacher may have brought
+    its own.
+    """
+    trained = {name for name, value in network.named_parameters() if value.requires_grad}
+    return {
+        name: value.detach().to("cpu", copy=True)
+        for name, value in network.state_dict().items()
+        if name not in trained
+    }
 
 
 def check_weights(

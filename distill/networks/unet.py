@@ -41,7 +41,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """[B, C, H, W]."""
-        batch, height, width = len(x), *x.shape[2:]
+        batch, _, height, width = x.shape  # not len(x), which a traced graph takes for a constant
         heads = self.qkv(self.norm(x)).reshape(batch, 3, self.num_heads, -1, height * width)
         q, k, v = heads.transpose(-1, -2).unbind(1)
         return x + self.proj(layers.attention(q, k, v).transpose(-1, -2).reshape(x.shape))

@@ -10,10 +10,12 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,6 +139,30 @@ def write_atomic(path: Path, data: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """A folder beside `folder` that takes its name and place once all in it is written.
+
+    So a reader sees the old one or the new one. What fails on the way leaves the old one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unique = uuid.uuid4().hex[:8]
+    temporary = folder.with_name(f".{folder.name}.tmp-{unique}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old-{unique}")
+            folder.rename(old)
+            temporary.rename(folder)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    sync_directory(folder.parent)
 
 
 def write_json(path: Path, value: Any) -> None:

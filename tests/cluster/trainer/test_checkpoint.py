@@ -9,12 +9,14 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from small_training import (
     PLACES,
     assert_same_run,
     assert_same_state,
     config_of,
     fit,
+    moved_network,
     single_engine,
     zero_engine,
 )
@@ -161,3 +163,30 @@ def test_a_rank_dies_while_it_writes_and_the_run_goes_on(tmp_path, stage):
     config = config_of()
     fit(single_engine(config), tmp_path / "single", config)
     assert_same_state(tmp_path / "run", tmp_path / "single")
+
+
+# -----------------------------------------------------------------------------------------------
+# What is not trained
+
+
+def network_with_own_positions():
+    """As of a teacher for a higher resolution."""
+    network = moved_network()
+    network.get_buffer("pos_embed").mul_(1.1)
+    return network
+
+
+def fixed_rank(rank: int, world_size: int, root: str) -> None:
+    from cluster.trainer.zero import DeepSpeedEngine
+
+    config = config_of(zero_stage=3, precision="bf16")
+    engine = DeepSpeedEngine(network_with_own_positions(), config, torch.device("cpu"))
+    snapshot = checkpoint.take_snapshot(1, engine, {})
+    checkpoint.commit(Path(root), snapshot, engine, keep_last=1)
+
+
+def test_positions_are_saved_in_float32_whatever_the_precision(tmp_path):
+    run_ranks(fixed_rank, 2, tmp_path / "ranks", str(tmp_path / "checkpoints"))
+    fixed = checkpoint.read_fixed(tmp_path / "checkpoints/step_00000001")
+    expected = network_with_own_positions().get_buffer("pos_embed")
+    assert list(fixed) == ["pos_embed"] and torch.equal(fixed["pos_embed"], expected)

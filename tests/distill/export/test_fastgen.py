@@ -92,7 +92,22 @@ def test_an_unconditional_teacher_has_no_label(run):
 def test_shards_that_are_gone_are_left_out_and_that_is_said(run, capsys):
     write_tiny_shards(run, tiny_spec(), [1, 3])
     assert len(read(export_fastgen(run, run.root / "out"))) == 8
-    assert "2 of the shards up to 00000003 are not there" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "left out, since set aside, or not made yet: 2 shards, 00000000, 00000002\n"
+
+
+def test_shards_that_were_deleted_for_room_are_told_apart(run, capsys):
+    write_tiny_shards(run, tiny_spec(), [2, 4])
+    assert len(read(export_fastgen(run, run.root / "out", evicted={0, 1, 2, 5}))) == 8
+    assert capsys.readouterr().err.splitlines() == [
+        "left out, since deleted for room: 3 shards, 00000000 to 00000001, 00000005",
+        "left out, since set aside, or not made yet: 1 shards, 00000003",
+    ]
+
+
+def test_a_run_whose_shards_are_all_gone_says_so(run):
+    with pytest.raises(ConfigError, match="no shards any more: 2 were deleted for room"):
+        export_fastgen(run, run.root / "out", evicted={0, 1})
 
 
 def test_an_export_that_was_cut_off_goes_on(run, monkeypatch):
