@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from distill.checkpoint import commit as checkpoint
-from distill.checkpoint.manifest import MANIFEST, latest_verified
+from distill.checkpoint.manifest import MANIFEST, SEAL, latest_verified
 from distill.config import ConfigError, ImageSpec, LossyExport, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.export import student as exports
@@ -135,7 +135,7 @@ def forget_fixed(run: RunDir) -> None:
     """The run as a version before this wrote it: the manifest knows trained parameters alone."""
     path = run.checkpoints / "step_00000001" / MANIFEST
     content = json.loads(path.read_text())
-    del content["fixed"]
+    del content["fixed"], content[SEAL]
     write_json(path, content)
 
 
