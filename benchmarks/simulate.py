@@ -65,6 +65,7 @@ def imagenet256() -> list[Settings]:
         shard_s=3600 * hours["generate"] * teachers / plan.shards,
         ready_ahead=config.trajectory.ready_ahead,
         block_shards=config.trajectory.block_shards,
+        block_spread=config.trajectory.spread,
         shards=plan.shards,
         first=0,
         last=plan.shards,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import heapq
 import math
 import random
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,8 +72,10 @@ class World:
         assert chosen.way in WAYS
         self._random = random.Random(chosen.seed)
         samples = chosen.block_shards * chosen.samples_per_shard
-        self.order = Order(chosen.seed, samples, chosen.passes, chosen.batch_size)
-        self.first_step, self.num_steps = (chosen.steps_of(n) for n in (chosen.first, chosen.last))
+        self.order = Order(
+            chosen.seed, samples, chosen.passes, chosen.batch_size, chosen.block_spread
+        )
+        self.first_step, self.num_steps = (self._step_of(n) for n in (chosen.first, chosen.last))
         self.reads = np.zeros(chosen.shards * chosen.samples_per_shard, dtype=np.int64)
         self.coordinator = Coordinator(
             Limits(
@@ -116,8 +119,10 @@ class World:
         came to nothing; the backlog counts shards on disk that the trainer has not begun; the
         longest wait is of one step.
         """
-        read = self.settings.last * self.settings.samples_per_shard
-        assert (self.reads[:read] == self.settings.passes).all() and not self.reads[read:].any()
+        passes, per_shard = self.settings.passes, self.settings.samples_per_shard
+        begun = self.settings.last * per_shard
+        read = self.order.oldest_block(self.num_steps) * self.order.block_samples
+        assert (self.reads[:read] == passes).all() and not self.reads[begun:].any()
         hours = self.now / 3600
         return {
             "hours": hours,
@@ -129,6 +134,12 @@ class World:
             "expiries_per_hour": self.expiries / hours,
             "taken_per_hour": self.taken / hours,
         }
+
+    def _step_of(self, shards: int) -> int:
+        """The number of steps that read none but the first `shards` shards."""
+        block, rest = divmod(shards, self.settings.block_shards)
+        assert rest == 0
+        return bisect_right(range(10**9), block, key=self.order.num_blocks) - 1
 
     # ---------------------------------------------------------------------------------------
     # Time and the coordinator
@@ -240,8 +251,9 @@ class World:
     def _begin_step(self) -> None:
         self._waits_since_s = self.now
         blocks, size = self.order.blocks_of(self.step), self.settings.block_shards
-        if blocks[0] * size != self.coordinator.cursor:
-            self._tell(CursorMoved(blocks[0] * size))
+        cursor = self.order.newest_block(self.step) * size
+        if cursor != self.coordinator.cursor:
+            self._tell(CursorMoved(cursor))
         wanted = range(blocks[0] * size, (blocks[-1] + 1) * size)
         self._missing = {shard for shard in wanted if shard not in self.disk}
         self._read_if_there()

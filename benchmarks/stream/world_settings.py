@@ -30,6 +30,7 @@ class Settings:
         shards: of the whole run.
         first, last: shards between which the trainer is measured: the start, when nothing lies
             ahead, and the end, when nothing is left to make, are not those of a long run.
+        block_spread: blocks over which the passes of one are spread.
         samples_per_shard: only for the count of ids; the coordinator sees whole shards.
     """
 
@@ -54,6 +55,7 @@ class Settings:
     last: int = 56_000
     samples_per_shard: int = 8
     passes: int = 4
+    block_spread: int = 1
     batch_size: int = 64
 
     @property
@@ -61,9 +63,3 @@ class Settings:
         """Seconds of a step that does not wait: B / (samples a second, times passes, needed)."""
         shards_per_s = self.teachers / self.shard_s / self.headroom
         return self.batch_size / (shards_per_s * self.samples_per_shard * self.passes)
-
-    def steps_of(self, shards: int) -> int:
-        """Steps that read the first `shards` shards and no more."""
-        steps, rest = divmod(shards * self.samples_per_shard * self.passes, self.batch_size)
-        assert shards % self.block_shards == rest == 0
-        return steps

@@ -115,7 +115,7 @@ def shards(
     found = committed(run)
     gone = evicted.read_evicted(run, found)
     leases = [x for x in open_leases(history, time.time()) if x["shard"] not in found]
-    first = evicted.first_shard_read(plan.order, trajectory.block_shards, step)
+    first = plan.order.newest_block(step) * trajectory.block_shards
     unread = [shard for shard in found if shard >= first]
     return {
         "committed": len(found) + len(gone),

@@ -4,9 +4,10 @@ Samples are read B per step, each block of `block_shards` shards `passes` times,
 
     blocks = ceil( N B / (block_shards samples_per_shard passes) ),  shards = blocks * block_shards.
 
-Counts and bytes are exact. FLOP follow from the network's formula (`distill.networks.cost`). Hours
-divide them by an assumed speed and leave out waiting, restarts and input; they are no more than
-that.
+Where passes are spread over W blocks, the last step leaves some unread: up to (W - 1) / 2 blocks
+more (`distill.data.order`). Counts and bytes are exact. FLOP follow from the network's formula
+(`distill.networks.cost`). Hours divide them by an assumed speed and leave out waiting, restarts and
+input; they are no more than that.
 """
 
 import json

@@ -57,15 +57,16 @@ def stream_of(config: RunConfig) -> StreamRecord:
         block_shards=config.trajectory.block_shards,
         passes=config.trajectory.passes,
         batch_size=config.train.batch_size,
+        spread=config.trajectory.spread,
     )
 
 
 def order_of(stream: StreamRecord) -> Order:
     """The reading order."""
     block_samples = stream.block_shards * stream.samples_per_shard
-    return Order(stream.seed, block_samples, stream.passes, stream.batch_size)
+    return Order(stream.seed, block_samples, stream.passes, stream.batch_size, stream.spread)
 
 
 def stream_order(config: RunConfig) -> Order:
     """The reading order of a configuration, without its plan: for a rank."""
-    return order_of(stream_of(config))
+    return config.trajectory.order(config.seed, config.train.batch_size)

@@ -37,7 +37,7 @@ class Limits:
     Attributes:
         num_shards: shards of the whole run, 0 .. num_shards - 1.
         block_shards: shards of one block of the stream.
-        ready_ahead: shards at most beyond the block that is read.
+        ready_ahead: shards at most beyond the newest block that is read.
         max_bytes: shards at most on disk, bytes.
         shard_bytes: expected size of a shard, bytes; the largest seen counts once it is larger.
         lease_timeout_s: a lease without progress for this long goes back, seconds.
@@ -71,7 +71,7 @@ class Coordinator:
     limits: Limits
     committed: dict[int, int]
     evicted: set[int] = field(default_factory=set)
-    cursor: int = 0  # first shard of the block that is read
+    cursor: int = 0  # first shard of the newest block that is read
     released: int = 0  # shards below may be evicted
     leases: dict[int, Lease] = field(default_factory=dict)  # by shard
     workers: set[str] = field(default_factory=set)

@@ -62,7 +62,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class CursorMoved:
-    """The trainer reads the block that starts at `first_shard`."""
+    """The newest block that the trainer reads starts at `first_shard`."""
 
     first_shard: int
 

@@ -163,7 +163,7 @@ class TeacherPool:
             self._log.add(events.Scale(wanted))
 
     def _cursor(self) -> int:
-        """First shard of the block the trainer reads."""
+        """First shard of the newest block the trainer reads."""
         return cursor.read_cursor(self.run).block * self.config.trajectory.block_shards
 
     def _collect(self) -> None:

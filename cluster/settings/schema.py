@@ -261,14 +261,13 @@ class RunConfig:
         trajectory = self.trajectory
         self.objective.check_run(self.train, trajectory.grid, trajectory.points)
         self.cluster.trainer.sizes(self.train)
-        stream = self.trajectory
-        reads = stream.block_samples * stream.passes
-        blocks = -(-self.train.batch_size // reads)  # one batch reaches this far into later blocks
+        batch_size = self.train.batch_size
+        blocks = trajectory.order(self.seed, batch_size).most_ahead(batch_size)
         check(
-            stream.ready_ahead >= blocks * stream.block_shards,
-            f"trajectory.ready_ahead={stream.ready_ahead} is too little for "
-            f"train.batch_size={self.train.batch_size}: a batch may reach {blocks} blocks ahead, "
-            f"{blocks * stream.block_shards} shards",
+            trajectory.ready_ahead >= blocks * trajectory.block_shards,
+            f"trajectory.ready_ahead={trajectory.ready_ahead} is too little for "
+            f"train.batch_size={batch_size}: a batch may reach {blocks} blocks ahead, "
+            f"{blocks * trajectory.block_shards} shards",
         )
 
 

@@ -1,6 +1,6 @@
 """Where the trainer reads: `cursor.json`, by which the coordinator holds the teachers back.
 
-    {"block": the block being read, "waiting_for": "" or why no batch came yet}
+    {"block": the newest block being read, "waiting_for": "" or why no batch came yet}
 
 Losing the file costs nothing but time: shards that exist are not made again.
 """
@@ -14,12 +14,12 @@ from distill.run import files, records
 class Position:
     """cursor.json."""
 
-    block: int  # of shards, that is being read
+    block: int  # of shards, the newest that is being read
     waiting_for: str  # why no batch came yet; "" when the trainer does not wait
 
 
 def write_cursor(run: files.RunDir, block: int, waiting_for: str) -> None:
-    """Writes the block being read, and what the trainer waits for; "" when it does not wait."""
+    """Writes the newest block being read, and what the trainer waits for, "" when it does not."""
     files.write_json(run.cursor, records.tree_of(Position(block, waiting_for)))
 
 

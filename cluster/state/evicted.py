@@ -1,8 +1,9 @@
 """Shards that were deleted for room: which may go, and the record of those that went.
 
-A resume from checkpoint N reads the block of step N and later ones. So no shard before the block of
-the oldest checkpoint that is kept and verifies is ever read again. When `trajectory.max_bytes`
-needs their room, their tars are deleted. Their sidecars stay, as proof of what was read.
+A resume from checkpoint N reads the oldest block of which step N leaves a pass, and later ones. So
+no shard before that block of the oldest checkpoint that is kept and verifies is ever read again.
+When `trajectory.max_bytes` needs their room, their tars are deleted. Their sidecars stay, as proof
+of what was read.
 
     event `evict` -> evicted.json -> tars deleted
 
@@ -115,4 +116,4 @@ class OldestCheckpoint:
 
 def first_shard_read(order: Order, block_shards: int, step: int) -> int:
     """The lowest shard that a resume from the checkpoint of `step` reads."""
-    return order.block_of(step) * block_shards
+    return order.oldest_block(step) * block_shards

@@ -28,21 +28,22 @@ def room_for_training(
     """Room for `shards` shards in all, when checkpoints of the steps `kept` exist now.
 
     Just before the save of step S the oldest checkpoint is of step O. A fall back would read the
-    block of step O, and step S - 1 must still be possible. With c = keep_last saves, each after s
-    steps of B samples, and E entries of the stream to a block, O = S - c s and
+    oldest block of step O, and step S - 1 must still be possible. With c = keep_last saves, each
+    after s steps of B samples, O = S - c s, and step S - 1 begins (c s - 1) B entries later. With
+    E entries of the stream to a block, and passes that are not spread, that is
 
         blocks <= ceil( (c s - 1) B / E ) + 1.
 
     The saves that come next may be further apart, since older ones were kept under other settings.
     """
     steps = train.keep_last * train.save_every - 1
-    blocks = -(-steps * order.batch_size // order.block_entries) + 1
+    blocks = order.most_blocks(steps * order.batch_size)
     for _ in range(train.keep_last):
         oldest, newest = (kept[0], kept[-1]) if kept else (0, 0)
         save = min((newest // train.save_every + 1) * train.save_every, train.max_steps)
         if save <= newest:
             break
-        blocks = max(blocks, order.block_of(save - 1) - order.block_of(oldest) + 1)
+        blocks = max(blocks, order.newest_block(save - 1) - order.oldest_block(oldest) + 1)
         kept = [*kept, save][-train.keep_last :]
     needed = blocks * trajectory.block_shards + trajectory.ready_ahead
     return Room(blocks, min(shards, needed))

@@ -74,7 +74,7 @@ class Cursor:
 
     def move(self, step: int) -> None:
         """The stream is about to read `step`."""
-        block = self._order.block_of(step)
+        block = self._order.newest_block(step)
         if block != self._block:
             self._block = block
             self._moved.set()

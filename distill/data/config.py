@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from distill.config import ImageSpec, check, check_choice, check_positive, free
+from distill.config import ImageSpec, check, check_choice, check_positive, free, since
+from distill.data.order import Order
 from distill.data.sets import SETS
 
 
@@ -59,11 +60,13 @@ class TrajectoryConfig:
     store_points: list[int] = field(default_factory=list)  # k of the stored k/K; []: 0 .. K
     samples_per_shard: int = 256
     block_shards: int = 4  # shards shuffled together
-    passes: int = 4  # times each block is read before the next
+    passes: int = 4  # times each block is read
+    # Blocks over which the passes of one are spread; 1: a block is read `passes` times in a row
+    spread: int = since("0.3", 8, before=1)
     dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
     store_noise: bool = True  # false: the reader makes it again from the sample id
     batch_size: int = 256  # samples a teacher integrates at once, if its memory suffices
-    ready_ahead: int = free(16)  # shards at most beyond the block that is read
+    ready_ahead: int = free(16)  # shards at most beyond the newest block that is read
     # Of the shards: a folder or an fsspec URL; "" is shards in the run's folder
     location: str = free("")
     max_bytes: int = free(20_000_000_000)  # shards at most on disk, bytes
@@ -76,6 +79,7 @@ class TrajectoryConfig:
             samples_per_shard=self.samples_per_shard,
             block_shards=self.block_shards,
             passes=self.passes,
+            spread=self.spread,
             batch_size=self.batch_size,
             wait_timeout_s=self.wait_timeout_s,
         )
@@ -97,6 +101,10 @@ class TrajectoryConfig:
     def points(self) -> list[int]:
         """The grid points k that are stored, t = k/K; 0 and K are among them."""
         return list(self.store_points) or list(range(self.grid + 1))
+
+    def order(self, seed: int, batch_size: int) -> Order:
+        """The order in which global batches of `batch_size` read the stream of a seed."""
+        return Order(seed, self.block_samples, self.passes, batch_size, self.spread)
 
     @property
     def block_samples(self) -> int:

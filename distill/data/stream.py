@@ -1,9 +1,10 @@
 """The trajectory stream: committed shards -> this rank's part of each global batch.
 
 Position is the global step and nothing else (`distill.data.order`). A block of shards is decoded
-into one array in memory. While the trainer works, one thread loads the next block and another makes
-the next batch; no more than that is held. A shard that is not there yet is waited for, in words
-that others can see; a bad one is set aside, so that it is made again, and waited for too.
+into one array in memory, once: it stays there until its last pass is read. While the trainer works,
+one thread loads the next block and another makes the next batch; no more than that is held. A shard
+that is not there yet is waited for, in words that others can see; a bad one is set aside, so that
+it is made again, and waited for too.
 """
 
 import threading
@@ -94,14 +95,8 @@ class TrajectoryStream:
         self._loading: dict[int, _Loading] = {}
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="batch")
         self._ahead: tuple[int, Future[TrajectoryBatch]] | None = None
-        self._block = 0
         self._wait_s = 0.0
         self._waiting_for = ""
-
-    @property
-    def block(self) -> int:
-        """The block being read."""
-        return self._block
 
     @property
     def wait_s(self) -> float:
@@ -121,13 +116,13 @@ class TrajectoryStream:
             StreamError: no shard came for `trajectory.wait_timeout_s`.
         """
         began = time.monotonic()
-        needed = self._order.blocks_of(step)
-        self._block = needed[0]
-        self._load(range(needed[0], needed[-1] + 2))
+        at_hand = self._order.blocks_of(step)
+        self._load(range(at_hand[0], at_hand[-1] + 2))
         try:
             if self._ahead is not None and self._ahead[0] == step:
                 batch = self._ahead[1].result()
             else:
+                needed = self._order.blocks_read(step)
                 batch = self._make(step, {number: self._wait(number) for number in needed})
         except _ToldToStop:
             return None
@@ -143,7 +138,7 @@ class TrajectoryStream:
     def _make_ahead(self, step: int) -> tuple[int, Future[TrajectoryBatch]] | None:
         """The batch of `step` on its way; None when a block of it is not in memory yet."""
         blocks = {}
-        for number in self._order.blocks_of(step):
+        for number in self._order.blocks_read(step):
             block = self._loading[number].block if number in self._loading else None
             if block is None:
                 return None
@@ -153,13 +148,14 @@ class TrajectoryStream:
     def _make(self, step: int, blocks: Mapping[int, Block]) -> TrajectoryBatch:
         """This rank's part of global batch `step`, from the blocks that it reads."""
         ids = torch.from_numpy(self._order.entries(step)[0][self._positions])
-        of_sample = ids // self._order.block_samples  # rises, so parts in the order of the blocks
+        of_sample = ids // self._order.block_samples
+        by_block = torch.argsort(of_sample, stable=True)
         parts = [(block, ids[of_sample == number]) for number, block in sorted(blocks.items())]
         return TrajectoryBatch(
-            states=torch.cat([block.trajectories(part) for block, part in parts]),
+            states=placed([block.trajectories(part) for block, part in parts], by_block),
             times=self._times,
             weights=self._weights,
-            labels=torch.cat([block.labels[part - block.first_id] for block, part in parts]),
+            labels=placed([block.labels[part - block.first_id] for block, part in parts], by_block),
             ids=ids,
             positions=torch.from_numpy(self._positions),
             global_size=self._order.batch_size,
@@ -195,6 +191,14 @@ class TrajectoryStream:
                 )
         self._waiting_for = ""
         return loading.result()
+
+
+def placed(parts: list[Tensor], places: Int[Tensor, "B"]) -> Tensor:
+    """The rows of all parts, each at its place."""
+    whole = torch.empty(len(places), *parts[0].shape[1:], dtype=parts[0].dtype)
+    for part, rows in zip(parts, places.split([len(part) for part in parts]), strict=True):
+        whole[rows] = part
+    return whole
 
 
 class _ToldToStop(Exception):

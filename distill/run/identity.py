@@ -21,13 +21,14 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class StreamRecord:
-    """What the reading order follows from."""
+    """What the reading order follows from. Runs of version 0.2 have no `spread`."""
 
     seed: int
     samples_per_shard: int
     block_shards: int
     passes: int
     batch_size: int
+    spread: int = 1
 
 
 @dataclass(frozen=True)

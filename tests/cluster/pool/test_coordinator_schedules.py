@@ -86,14 +86,15 @@ class Schedule:
         self.per_shard = rng.randint(1, 3)
         block_shards, batch = rng.randint(1, 3), rng.randint(1, 8)
         per_block = self.per_shard * block_shards
-        self.order = Order(rng.randrange(99), per_block, passes=rng.randint(1, 3), batch_size=batch)
+        passes, spread = rng.randint(1, 4), rng.choice([1, 1, 2, 3, 5])
+        self.order = Order(rng.randrange(99), per_block, passes, batch, spread)
         self.train = TrainConfig(
             batch_size=batch,
             max_steps=rng.randint(5, 30),
             save_every=rng.randint(1, 6),
             keep_last=rng.randint(1, 3),
         )
-        reach = -(-batch // self.order.block_entries) * block_shards
+        reach = self.order.most_ahead(batch) * block_shards
         trajectory = TrajectoryConfig(
             samples_per_shard=self.per_shard,
             block_shards=block_shards,
@@ -271,10 +272,9 @@ class Schedule:
         for _ in range(self.rng.randint(0, 3)):
             if self.step == self.train.max_steps:
                 return
-            blocks = self.order.blocks_of(self.step)
-            self.cursor = blocks[0] * self.limits.block_shards
-            self.memory &= set(blocks)
-            for block in blocks:
+            self.cursor = self.order.newest_block(self.step) * self.limits.block_shards
+            self.memory &= set(self.order.blocks_of(self.step))
+            for block in self.order.blocks_read(self.step):
                 if block not in self.memory and not self.load(block):
                     return
             self.consumed[self.step] = self.order.entries(self.step)

@@ -48,6 +48,12 @@ def test_whatever_is_taken_every_id_is_read_as_planned(way, per_hour):
     assert world.coordinator.is_done
 
 
+def test_passes_that_are_spread_are_read_as_planned_under_preemption():
+    world = World(replace(SMALL, passes=4, block_spread=6, way="killed", per_hour=4.0, spread=0.6))
+    assert world.run()["taken_per_hour"] > 0  # that every id was read as planned is asserted there
+    assert (world.reads == 4).sum() > (world.reads < 4).sum() > 0
+
+
 def test_notice_that_lasts_a_shard_wastes_nothing():
     lasting = replace(SMALL, per_hour=10.0, way="drained", notice_s=SMALL.shard_s)
     found = World(lasting).run()

@@ -33,30 +33,36 @@ def run(tmp_path) -> RunDir:
     return RunDir(tmp_path / "run")
 
 
-def order_of(spec: ShardSpec, batch_size: int = BATCH) -> Order:
-    return Order(spec.seed, BLOCK_SHARDS * spec.samples_per_shard, PASSES, batch_size)
+def order_of(spec: ShardSpec, batch_size: int = BATCH, passes: int = PASSES, spread: int = 1):
+    block_samples = BLOCK_SHARDS * spec.samples_per_shard
+    return Order(spec.seed, block_samples, passes, batch_size, spread)
 
 
 def open_stream(
-    run, spec, rank=0, world_size=1, batch_size=BATCH, timeout_s=30.0, should_stop=lambda: False
+    run, spec, rank=0, world_size=1, timeout_s=30.0, should_stop=lambda: False, **order
 ):
     trajectory = TrajectoryConfig(wait_timeout_s=timeout_s)
-    order = order_of(spec, batch_size)
+    order = order_of(spec, **order)
     weights = [1.0] * len(spec.teachers)
     return TrajectoryStream(run, spec, trajectory, order, rank, world_size, weights, should_stop)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-@pytest.mark.parametrize("batch_size", [12, 60])
-def test_global_batches_do_not_depend_on_the_ranks(run, world_size, batch_size):
+@pytest.mark.parametrize(
+    ("batch_size", "passes", "spread"), [(12, 2, 1), (60, 2, 1), (12, 4, 4), (60, 3, 2)]
+)
+def test_global_batches_do_not_depend_on_the_ranks(run, world_size, batch_size, passes, spread):
     """Interleaving the ranks' parts gives the planned sequence with the right content."""
     spec = tiny_spec()  # blocks of 12 samples: a batch of 60 spans several passes and blocks
     write_tiny_shards(run, spec, range(12))
-    order = order_of(spec, batch_size)
+    order = order_of(spec, batch_size, passes, spread)
     made = [tiny_shard(spec, shard) for shard in range(12)]
     states = torch.cat([shard.states for shard in made]).half().float()
     labels = torch.from_numpy(np.concatenate([shard.labels for shard in made]))
-    streams = [open_stream(run, spec, r, world_size, batch_size) for r in range(world_size)]
+    streams = [
+        open_stream(run, spec, r, world_size, batch_size=batch_size, passes=passes, spread=spread)
+        for r in range(world_size)
+    ]
     for step in range(96 // batch_size):
         parts = [stream.read(step) for stream in streams]
         ids = torch.stack([part.ids for part in parts], dim=1).reshape(-1)
@@ -71,16 +77,18 @@ def test_global_batches_do_not_depend_on_the_ranks(run, world_size, batch_size):
             assert part.times.tolist() == [0.0, 0.5, 1.0] and part.weights.sum() == 1
 
 
-def test_a_new_stream_at_any_step_continues_exactly(run):
+@pytest.mark.parametrize("spread", [1, 3])
+def test_a_new_stream_at_any_step_continues_exactly(run, spread):
     spec = tiny_spec()
-    write_tiny_shards(run, spec, range(12))
-    uninterrupted = open_stream(run, spec)
+    write_tiny_shards(run, spec, range(18))
+    uninterrupted = open_stream(run, spec, spread=spread)
     for step in range(8):
-        expected, resumed = uninterrupted.read(step), open_stream(run, spec).read(step)
+        expected = uninterrupted.read(step)
+        resumed = open_stream(run, spec, spread=spread).read(step)
         assert torch.equal(expected.ids, resumed.ids)
         assert torch.equal(expected.states, resumed.states)
     again = uninterrupted.read(1)  # also back in time, as after a fall-back to an older checkpoint
-    assert torch.equal(again.states, open_stream(run, spec).read(1).states)
+    assert torch.equal(again.states, open_stream(run, spec, spread=spread).read(1).states)
 
 
 def test_noise_that_is_not_stored_is_made_again_in_float32(run):
@@ -145,7 +153,7 @@ def test_the_next_block_is_loaded_while_this_one_is_read(run):
     waited = stream.wait_s
     for step in range(4):
         stream.read(step)
-    assert stream.wait_s < waited + 1 and stream.block == 1  # else it would wait for the files
+    assert stream.wait_s < waited + 1  # else it would wait for the files
     stream.close()
 
 
@@ -155,7 +163,7 @@ def test_the_next_batch_is_made_while_this_one_is_used(run):
     stream = open_stream(run, spec)
     first = stream.read(0)
     step, ahead = stream._ahead
-    assert step == 1 and stream.read(1) is ahead.result(10) and stream.block == 0
+    assert step == 1 and stream.read(1) is ahead.result(10)
     assert stream._ahead is None  # of step 2 nothing is there
     write_tiny_shards(run, spec, range(3, 6))
     expected = open_stream(run, spec)
@@ -188,13 +196,24 @@ def test_a_file_server_that_was_away_while_a_block_was_loaded_ahead_costs_nothin
     expected.close()
 
 
-def test_no_more_than_one_block_is_loaded_ahead(run):
-    spec = tiny_spec()
-    write_tiny_shards(run, spec, range(12))
-    stream = open_stream(run, spec)
-    for step in range(6):
+@pytest.mark.parametrize("spread", [1, 2, 4])
+def test_no_more_than_one_block_is_loaded_ahead_and_each_once(run, spread, monkeypatch):
+    """Of the others as many are held as the passes are spread over, until the last pass."""
+    spec, read = tiny_spec(), []
+    write_tiny_shards(run, spec, range(30))
+    read_shard = stream_module.read_shard
+    monkeypatch.setattr(
+        stream_module, "read_shard", lambda *args: read.append(args[2]) or read_shard(*args)
+    )
+    order = order_of(spec, passes=4, spread=spread)
+    stream = open_stream(run, spec, passes=4, spread=spread)
+    for step in range(28):
         stream.read(step)
-        assert sorted(stream._loading) == [stream.block, stream.block + 1]
+        assert sorted(stream._loading) == [*order.blocks_of(step), order.num_blocks(step + 1)]
+        assert len(stream._loading) <= spread + 1  # a batch is a pass here, and ends with it
+    for loading in stream._loading.values():
+        loading.join(10)
+    assert sorted(read) == [shard for shard in range(BLOCK_SHARDS * (max(stream._loading) + 1))]
     stream.close()
 
 
