@@ -23,7 +23,7 @@ from distill.config import ConfigError, ImageSpec, check
 from distill.export.student import latest_student
 from distill.flow import paths, solvers
 from distill.flow.noise import sample_labels, sample_noise
-from distill.flow.times import sampler_times
+from distill.flow.times import DRILLED, EVEN, sampler_times
 from distill.networks.files import load_model
 from distill.report.pictures import tile, write_npz, write_png
 from distill.run.files import RunDir
@@ -31,10 +31,14 @@ from distill.run.files import RunDir
 
 @torch.no_grad()
 def few_step(
-    u: paths.MeanVelocity, noise: Float[Tensor, "B *S"], labels: Int[Tensor, "B"], nfe: int
+    u: paths.MeanVelocity,
+    noise: Float[Tensor, "B *S"],
+    labels: Int[Tensor, "B"],
+    nfe: int,
+    middle: float = EVEN,
 ) -> Float[Tensor, "B *S"]:
     """x_1 after `nfe` jumps from `noise`, at the times of `sampler_times`: `nfe` evaluations."""
-    times = torch.tensor(sampler_times(nfe), dtype=torch.float64)
+    times = torch.tensor(sampler_times(nfe, middle), dtype=torch.float64)
     return solvers.solve_by_jumps(u, noise, times, labels)[-1]
 
 
@@ -80,6 +84,11 @@ class Student:
     meta: dict[str, Any]
     device: torch.device
 
+    @property
+    def middle(self) -> float:
+        """Where the second of two jumps begins."""
+        return self.meta.get("middle", DRILLED)
+
     def sample(
         self,
         num: int,
@@ -116,7 +125,7 @@ class Student:
             ids = np.arange(first, min(first + batch_size, num))
             noise = torch.from_numpy(sample_noise(seed, ids, self.image.shape)).to(self.device)
             label = chosen[first : first + batch_size].to(self.device)
-            x = few_step(self.network, noise, label, nfe)
+            x = few_step(self.network, noise, label, nfe, self.middle)
             parts.append((to_uint8(x) if self.image.is_picture else x).cpu())
         return torch.cat(parts), chosen
 

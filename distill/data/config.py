@@ -62,6 +62,7 @@ class TrajectoryConfig:
     passes: int = 4  # times each block is read before the next
     dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
     store_noise: bool = True  # false: the reader makes it again from the sample id
+    store_velocity: bool = False  # the teacher's velocity at every stored point: twice the bytes
     batch_size: int = 256  # samples a teacher integrates at once, if its memory suffices
     ready_ahead: int = free(16)  # shards at most beyond the block that is read
     # Of the shards: a folder or an fsspec URL; "" is shards in the run's folder

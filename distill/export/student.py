@@ -12,6 +12,7 @@ from distill.config import ConfigError, ImageSpec, check
 from distill.networks.build import empty_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.files import DESCRIPTION, load_weights, save_model
+from distill.objectives.config import OBJECTIVES, name_now
 from distill.run import files, identity
 
 
@@ -53,10 +54,11 @@ def export_run(run: files.RunDir, out: Path) -> Path:
     step, folder = found
     record = identity.record_of(run)
     settings = record.identity
-    data = settings["data"]
+    data, name = settings["data"], name_now(settings["objective"])
     meta = {
         "kind": "student",
-        "objective": settings["objective"]["name"],
+        "objective": name,
+        "middle": OBJECTIVES[name].middle,
         "step": step,
         "run": run.root.name,
         "config_sha256": record.hash,
