@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.config import ConfigError, ImageSpec, check
 from distill.data.config import TrajectoryConfig
 from distill.flow import paths, solvers
+from distill.flow.curve import own_error
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.times import sampler_times
 from distill.flow.trajectory import GeneratedShard
@@ -99,6 +100,15 @@ def generate_shard(
     for values in (states,) if velocities is None else (states, velocities):
         check_finite(values, ids, list(teachers))
     return GeneratedShard(states, labels, ids, nfe, forwards, batch_size, velocities)
+
+
+def curve_error(shard: GeneratedShard, times: tuple[float, ...]) -> float:
+    """What the curve of the worst teacher is off by between the stored states, an estimate."""
+    at = torch.tensor(times)
+    given = [None] * shard.states.shape[1]
+    velocities = given if shard.velocities is None else shard.velocities.unbind(dim=1)
+    paths = zip(shard.states.unbind(dim=1), velocities, strict=True)
+    return max(own_error(states, at, slopes) for states, slopes in paths)
 
 
 def unless_out_of_memory(
