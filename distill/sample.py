@@ -24,7 +24,7 @@ from distill.config import ConfigError, ImageSpec, check
 from distill.export.student import latest_student
 from distill.flow import paths
 from distill.flow.noise import sample_labels, sample_noise
-from distill.flow.times import sampler_times
+from distill.flow.times import DRILLED, EVEN, sampler_times
 from distill.networks.files import load_model
 from distill.report.pictures import tile, write_npz, write_png
 from distill.run.files import RunDir
@@ -32,7 +32,11 @@ from distill.run.files import RunDir
 
 @torch.no_grad()
 def few_step(
-    u: paths.MeanVelocity, noise: Float[Tensor, "B *S"], labels: Int[Tensor, "B"], nfe: int
+    u: paths.MeanVelocity,
+    noise: Float[Tensor, "B *S"],
+    labels: Int[Tensor, "B"],
+    nfe: int,
+    middle: float = EVEN,
 ) -> Float[Tensor, "B *S"]:
     """x_1 after `nfe` jumps from `noise`, at the times of `sampler_times`: `nfe` evaluations.
 
@@ -41,7 +45,7 @@ def few_step(
     """
     wide = torch.float32 if noise.device.type == "mps" else torch.float64  # which has no other
     x = noise
-    for t, s in itertools.pairwise(sampler_times(nfe)):
+    for t, s in itertools.pairwise(sampler_times(nfe, middle)):
         u_mean = u(x, x.new_full((len(x),), t), x.new_full((len(x),), s), labels)
         x = (x.to(wide) + ((1 - t) - (1 - s)) * u_mean.to(wide)).to(x.dtype)
     return x
@@ -89,6 +93,11 @@ class Student:
     meta: dict[str, Any]
     device: torch.device
 
+    @property
+    def middle(self) -> float:
+        """Where the second of two jumps begins."""
+        return self.meta.get("middle", DRILLED)
+
     def sample(
         self,
         num: int,
@@ -125,7 +134,7 @@ class Student:
             ids = np.arange(first, min(first + batch_size, num))
             noise = torch.from_numpy(sample_noise(seed, ids, self.image.shape)).to(self.device)
             label = chosen[first : first + batch_size].to(self.device)
-            x = few_step(self.network, noise, label, nfe)
+            x = few_step(self.network, noise, label, nfe, self.middle)
             parts.append((to_uint8(x) if self.image.is_picture else x).cpu())
         return torch.cat(parts), chosen
 

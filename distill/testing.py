@@ -145,7 +145,7 @@ def batch_of(
     return TrajectoryBatch(
         states=states,
         times=torch.linspace(0, 1, points, dtype=states.dtype),
-        weights=torch.tensor(weights or [1 / teachers] * teachers, dtype=states.dtype),
+        weights=torch.tensor([weights or [1 / teachers] * teachers] * count, dtype=states.dtype),
         labels=torch.arange(count) % 3,
         ids=torch.arange(count),
         positions=torch.arange(count),
@@ -262,6 +262,7 @@ def tiny_spec(
     dtype: str = "float16",
     store_noise: bool = True,
     seed: int = 3,
+    store_velocity: bool = False,
 ) -> sidecar.ShardSpec:
     """What shards of images [1, 2, 2] share; teacher k is called "teacher<k>"."""
     return sidecar.ShardSpec(
@@ -271,6 +272,7 @@ def tiny_spec(
         store_noise=store_noise,
         image=(1, 2, 2),
         samples_per_shard=samples_per_shard,
+        store_velocity=store_velocity,
         teachers=tuple(
             sidecar.TeacherSpec(f"teacher{k}", 64 * str(k), "euler", grid, 1.0)
             for k in range(teachers)
@@ -287,7 +289,8 @@ def tiny_shard(spec: sidecar.ShardSpec, shard: int) -> GeneratedShard:
     teacher = torch.arange(len(spec.teachers))
     ends = ((torch.from_numpy(labels)[:, None] + teacher) / 10)[:, :, None, None, None, None]
     states = (1 - times) * noise[:, None, None] + times * ends
-    return GeneratedShard(states, labels, ids, len(ids), 2 * len(ids), len(ids))
+    velocities = (ends - noise[:, None, None]).expand_as(states) if spec.store_velocity else None
+    return GeneratedShard(states, labels, ids, len(ids), 2 * len(ids), len(ids), velocities)
 
 
 def write_tiny_shards(run: files.RunDir, spec: sidecar.ShardSpec, numbers: Iterable[int]) -> None:

@@ -22,12 +22,14 @@ def choices(kind: type[ObjectiveConfig], setting: str) -> list[str]:
 
 
 def settings_of(kind: type[ObjectiveConfig]) -> dict[str, list]:
-    """By name, the values of every choice, and 0 and 1 for every weight; not the distance, which
-    calls no student."""
+    """By name, the values of every choice, 0 and 1 for every weight, 0 and a quarter for every
+    share; not the distance, which calls no student."""
     found = {}
     for field in fields(kind):
         if field.name.startswith("weight_"):
             found[field.name] = [0.0, 1.0]
+        elif field.name.startswith("share_"):
+            found[field.name] = [0.0, 0.25]
         elif field.type == "str" and field.name not in ("name", "distance", "lpips_backbone"):
             found[field.name] = choices(kind, field.name)
             assert len(found[field.name]) > 1, f"{kind.__name__}.{field.name} offers no choice"
@@ -49,7 +51,7 @@ def variants(kind: type[ObjectiveConfig]) -> dict[str, ObjectiveConfig]:
     default = kind()
     found = {default.name: default}
     for name, values in settings_of(kind).items():
-        is_on = name.startswith("weight_") and getattr(default, name) > 0
+        is_on = name.startswith(("weight_", "share_")) and getattr(default, name) > 0
         for value in [0.0] if is_on else [v for v in values if v != getattr(default, name)]:
             found[f"{default.name}-{name}={value}"] = kind(**{name: value})
     return found

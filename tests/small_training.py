@@ -17,7 +17,7 @@ from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective
-from distill.objectives.config import TraFlowConfig
+from distill.objectives.config import SummedConfig
 from distill.run.files import RunDir, read_lines
 from distill.testing import GaussianFlow
 from distill.training.build import build_callbacks
@@ -34,7 +34,7 @@ OFFLOADED = [  # (stage, what lies in host memory)
 ]
 PLACES = [(stage, "none") for stage in range(4)] + OFFLOADED
 # Every term, whatever the defaults are; a grid of four holds the times of two and four steps.
-EVERY_TERM = TraFlowConfig(
+EVERY_TERM = SummedConfig(
     weight_output=1.0,
     weight_states=1.0,
     weight_velocity=1.0,
@@ -60,7 +60,7 @@ def read_share(step: int, rank: int, world_size: int, size: int = 8) -> Trajecto
     return TrajectoryBatch(
         states=torch.stack([flow.map(x_0, 0.0, float(t)) for t in times], dim=1)[:, None],
         times=times,
-        weights=torch.ones(1),
+        weights=torch.ones(len(ids), 1),
         labels=torch.from_numpy(ids % 3),
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),

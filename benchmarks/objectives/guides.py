@@ -24,33 +24,33 @@ from safetensors.torch import load_file, save_file
 from benchmarks.objectives.problems import MIXTURES, Field, Problem, Solved, mixture_problem
 from benchmarks.objectives.student import train_student
 from distill.config import TrainConfig
-from distill.objectives.config import BezierConfig, ObjectiveConfig, ReflowConfig
+from distill.objectives.config import GuidesConfig, ObjectiveConfig, ReflowConfig
 from distill.teachers.analytic import MixtureTeacher
 
 NOISE_OF_TEACHERS = 0.2  # standard deviation of the error of every mean, per axis
 NUM_NOISY = 4
 STEPS, PAIRS = 240, 16_384  # of every student here
 
-STRAIGHT = BezierConfig(variant="straight")
+STRAIGHT = GuidesConfig(variant="straight")
 SETS: dict[str, dict[str, ObjectiveConfig]] = {
     "exact": {
         "straight": STRAIGHT,
-        "path 2": BezierConfig(variant="path", degree=2),
-        "path 3": BezierConfig(variant="path", degree=3),
+        "path 2": GuidesConfig(variant="path", degree=2),
+        "path 3": GuidesConfig(variant="path", degree=3),
     },
-    "twice": {"endpoint 2": BezierConfig(variant="endpoint")},
-    "cheap": {"endpoint 2": BezierConfig(variant="endpoint")},
+    "twice": {"endpoint 2": GuidesConfig(variant="endpoint")},
+    "cheap": {"endpoint 2": GuidesConfig(variant="endpoint")},
     "noisy": {
         "straight, last alone": STRAIGHT,
-        "path 1, mean of four": BezierConfig(variant="path", degree=1),
-        "path 2, mean of four": BezierConfig(variant="path", degree=2),
-        "endpoint 4": BezierConfig(variant="endpoint"),
+        "path 1, mean of four": GuidesConfig(variant="path", degree=1),
+        "path 2, mean of four": GuidesConfig(variant="path", degree=2),
+        "endpoint 4": GuidesConfig(variant="endpoint"),
     },
     "reflowed": {
         "straight, last alone": STRAIGHT,
-        "path 1, mean of two": BezierConfig(variant="path", degree=1),
-        "path 2, mean of two": BezierConfig(variant="path", degree=2),
-        "endpoint 2": BezierConfig(variant="endpoint"),
+        "path 1, mean of two": GuidesConfig(variant="path", degree=1),
+        "path 2, mean of two": GuidesConfig(variant="path", degree=2),
+        "endpoint 2": GuidesConfig(variant="endpoint"),
     },
     "reflowed3": {"straight": STRAIGHT},
 }

@@ -187,7 +187,7 @@ class Pairs:
         return TrajectoryBatch(
             states=self._states[ids],
             times=torch.linspace(0, 1, GRID + 1),
-            weights=torch.full((teachers,), 1 / teachers),
+            weights=torch.full((len(ids), teachers), 1 / teachers),
             labels=self._labels[ids],
             ids=ids,
             positions=torch.arange(len(ids)),

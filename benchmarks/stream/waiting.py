@@ -63,7 +63,7 @@ def waiting(
     num_shards = order.num_blocks(steps) * BLOCK_SHARDS
     image = ImageSpec(shape.image[0], shape.image[1], 10)
     engine = TorchEngine(build_network(network, image, 0), config, torch.device("cpu"))
-    stream = TrajectoryStream(run, spec, TrajectoryConfig(), order, 0, 1, [1.0], lambda: False)
+    stream = TrajectoryStream(run, spec, TrajectoryConfig(), order, 0, 1, [[1.0]], lambda: False)
     context = multiprocessing.get_context("spawn")
     ready = context.Event()
     producer = context.Process(target=produce, args=(shape, num_shards, root, ready))

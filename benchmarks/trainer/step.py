@@ -34,24 +34,24 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.objectives.build import build_objective
 from distill.objectives.config import (
-    BezierConfig,
     Calls,
     ConsistencyConfig,
     EndpointConfig,
+    GuidesConfig,
     MeanFlowConfig,
     ObjectiveConfig,
     ReflowConfig,
-    TraFlowConfig,
+    SummedConfig,
 )
 
 IMAGE = ImageSpec(1, 8, 10)
 NETWORK = DiTConfig(patch_size=2, width=96, depth=4, num_heads=4, mlp_ratio=2.0)  # dit_digits
 BATCH, GRID = 128, 8
 OBJECTIVES: dict[str, ObjectiveConfig] = {
-    "traflow": TraFlowConfig(),
-    "traflow, consistency too": TraFlowConfig(weight_consistency=1.0),
+    "traflow": SummedConfig(),
+    "traflow, consistency too": SummedConfig(weight_consistency=1.0),
     "scot": compose(["experiment=digits", "objective=scot"])[0].objective,
-    "bezier": BezierConfig(variant="path"),
+    "bezier": GuidesConfig(variant="path"),
     "endpoint": EndpointConfig(),
     "reflow": ReflowConfig(),
     "consistency": ConsistencyConfig(),
@@ -64,7 +64,7 @@ def random_batch(size: int = BATCH) -> TrajectoryBatch:
     return TrajectoryBatch(
         states=torch.randn(size, 2, GRID + 1, *IMAGE.shape),
         times=torch.linspace(0, 1, GRID + 1),
-        weights=torch.full((2,), 0.5),
+        weights=torch.full((size, 2), 0.5),
         labels=torch.arange(size) % IMAGE.num_classes,
         ids=torch.arange(size),
         positions=torch.arange(size),

@@ -29,9 +29,10 @@ from distill.teachers.config import TeacherConfig
 # Counts and bytes
 
 
-def teacher_forwards(teacher: TeacherConfig) -> int:
-    """Network forwards of one trajectory."""
-    return teacher.steps * NFE_PER_STEP[teacher.solver] * forwards_per_evaluation(teacher)
+def teacher_forwards(teacher: TeacherConfig, with_velocity: bool = False) -> int:
+    """Network forwards of one trajectory; the velocity at its end is one more evaluation."""
+    evaluations = teacher.steps * NFE_PER_STEP[teacher.solver] + with_velocity
+    return evaluations * forwards_per_evaluation(teacher)
 
 
 def forwards_per_evaluation(teacher: TeacherConfig) -> int:
@@ -91,11 +92,15 @@ def stages(config: RunConfig, speed: float) -> dict[str, Stage]:
     if own_teachers(config):
         seen = config.pretrain.train.max_steps * config.pretrain.train.batch_size
         found["pretrain"] = _stage(seen, 3 * seen, network, ranks, speed)
-    forwards = plan.samples * sum(teacher_forwards(teacher) for teacher in config.teacher.values())
+    forwards = plan.samples * sum(
+        teacher_forwards(teacher, config.trajectory.store_velocity)
+        for teacher in config.teacher.values()
+    )
     found["generate"] = _stage(forwards, forwards, network, teachers, speed)
     calls = config.objective.calls()
     seen = config.train.max_steps * config.train.batch_size
-    found["train"] = _stage(seen * calls.forwards, seen * calls.in_forwards, network, ranks, speed)
+    forwards, work = round(seen * calls.forwards), seen * calls.in_forwards
+    found["train"] = _stage(forwards, work, network, ranks, speed)
     forwards = evaluation_forwards(config)
     found["evaluate"] = _stage(forwards, forwards, network, 1, speed)
     return found

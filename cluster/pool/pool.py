@@ -27,6 +27,7 @@ from distill.run import events, files, records
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
 PAUSE_PER_ROUND = 20  # times as long as the round took a core
+COARSE = 1e-4  # error of a curve that is said: a tenth of what is left of a good student's
 DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
 
 
@@ -46,6 +47,7 @@ class TeacherPool:
     trainer_reads: bool  # whether a trainer moves the cursor; without one all shards are made
     members: list[Member] = field(default_factory=list)
     deaths: int = 0  # since the last commit
+    notes: list[str] = field(default_factory=list)  # what the user should hear; who says it clears
 
     def __post_init__(self) -> None:
         view = self.view
@@ -199,6 +201,13 @@ class TeacherPool:
             shard, member.shard = member.shard, None
             self.deaths = 0
             self._log.add(events.Commit(shard, member.name, **result))
+            if (error := result.get("curve_error", 0.0)) > COARSE:
+                self.notes.append(
+                    f"trajectory.grid={self.config.trajectory.grid} is coarse: between its stored "
+                    f"states the curve of a trajectory is off by about {error:.1g} (relative "
+                    "squared distance), and a student cannot be nearer to its teacher; raise "
+                    "trajectory.grid, or set trajectory.store_velocity=true"
+                )
             self._handle(messages.Committed(shard, result["bytes"]))
         if not member.leaves:
             self._handle(messages.Asked(member.name))

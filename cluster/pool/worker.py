@@ -14,6 +14,7 @@ import torch
 from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
 from distill.data import generate, shards, sidecar
+from distill.objectives.config import DrawnConfig
 from distill.run.files import RunDir
 from distill.teachers import base, build
 from distill.training.memory import keep_freed_memory
@@ -50,7 +51,8 @@ class TeacherWorker:
     def produce(self, shard: int) -> dict[str, Any]:
         """Makes and commits one shard; its size in bytes, and seconds.
 
-        Also the batch from now on, if this shard was the one that did not fit into memory.
+        Also the batch from now on, if this shard was the one that did not fit into memory, and of
+        the first shard the error of the curve, where the objective asks between the states.
         """
         started = time.monotonic()
         generated = generate.generate_shard(
@@ -68,6 +70,8 @@ class TeacherWorker:
         result = {"bytes": standing.num_bytes, "seconds": round(seconds, 3)}
         if generated.batch_size < self._batch_size:
             self._batch_size = result["batch_size"] = generated.batch_size
+        if shard == 0 and isinstance(self._config.objective, DrawnConfig):
+            result["curve_error"] = generate.curve_error(generated, self._spec.times)
         return result
 
     def progress(self) -> tuple[str, int]:

@@ -15,7 +15,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf, errors
 from cluster.settings.schema import RunConfig
 from distill.config import ConfigError, check, check_choice, lacking
 from distill.networks.config import NETWORKS
-from distill.objectives.config import OBJECTIVES
+from distill.objectives.config import OBJECTIVES, name_now
 from distill.run import files, identity
 from distill.teachers.config import TEACHERS, TeacherConfig
 
@@ -268,6 +268,8 @@ def read_tree(path: Path) -> DictConfig:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     check(isinstance(tree, DictConfig) and len(tree) > 0, f"{path} holds no configuration")
     assert isinstance(tree, DictConfig)
+    if OmegaConf.select(tree, "objective.name"):
+        tree.objective.name = name_now(tree.objective)
     return tree
 
 

@@ -13,7 +13,7 @@ from distill.evaluation.config import EvalConfig
 from distill.networks.config import NetworkConfig
 from distill.objectives.config import ObjectiveConfig
 from distill.run.files import RunDir
-from distill.teachers.config import TeacherConfig
+from distill.teachers.config import TeacherConfig, weight_table
 
 
 @dataclass
@@ -258,6 +258,12 @@ class RunConfig:
                 f"teacher.{name}.steps={teacher.steps} must be a multiple of "
                 f"trajectory.grid={self.trajectory.grid}",
             )
+            check(
+                teacher.solver != "jumps" or not self.trajectory.store_velocity,
+                f"trajectory.store_velocity=true with teacher.{name}.solver=jumps: a student that "
+                "jumps has no velocity; set trajectory.store_velocity=false",
+            )
+        weight_table(self.teacher, self.data.num_classes)
         trajectory = self.trajectory
         self.objective.check_run(self.train, trajectory.grid, trajectory.points)
         self.cluster.trainer.sizes(self.train)

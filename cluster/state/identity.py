@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from cluster.plan.stream import stream_of
 from cluster.settings import file, schema
 from distill.config import ConfigError, before, is_free
+from distill.objectives.config import name_now
 from distill.run import files, identity as run_json
 
 PACKAGES = (
@@ -124,6 +125,9 @@ def difference(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> 
 
     `asked` is of the dataclass `settings`.
     """
+    if "name" in stored.get("objective", {}):
+        objective = stored["objective"]
+        stored = stored | {"objective": objective | {"name": name_now(objective)}}
     written, new = flatten(stored), flatten(asked)
     old = flatten(completed(stored, asked, settings))
     lines = []

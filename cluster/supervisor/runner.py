@@ -142,6 +142,8 @@ def _work(session: Session, work: stages.Work) -> None:
                 produced = pool is None or pool.poll()
                 trained = group is None or group.poll()
                 _show(session, pool, group, before)
+                while pool is not None and pool.notes:
+                    session.bars.say(pool.notes.pop(0))
                 if session.stop_signal:
                     raise Stopped
                 if lost := session.lost_daemon():

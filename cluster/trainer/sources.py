@@ -18,6 +18,7 @@ from distill.data.stream import TrajectoryStream
 from distill.engine.engine import Peers
 from distill.flow.trajectory import TrajectoryBatch
 from distill.run.files import RunDir
+from distill.teachers.config import weight_table
 
 PERIOD_S = 1.0  # a change of the waiting reason is written this often at most
 
@@ -111,7 +112,7 @@ def build_source(
         return Source(stream, beat)
     assert job.spec is not None
     order = stream_order(config)
-    weights = [teacher.weight for teacher in config.teacher.values()]
+    weights = weight_table(config.teacher, config.data.num_classes)
     trajectories = TrajectoryStream(
         job.run, job.spec, config.trajectory, order, rank, world_size, weights, should_stop_waiting
     )

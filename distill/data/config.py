@@ -65,6 +65,7 @@ class TrajectoryConfig:
     spread: int = since("0.3", 8, before=1)
     dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
     store_noise: bool = True  # false: the reader makes it again from the sample id
+    store_velocity: bool = False  # the teacher's velocity at every stored point: twice the bytes
     batch_size: int = 256  # samples a teacher integrates at once, if its memory suffices
     ready_ahead: int = free(16)  # shards at most beyond the newest block that is read
     # Of the shards: a folder or an fsspec URL; "" is shards in the run's folder

@@ -16,6 +16,7 @@ from torch import Tensor
 from distill.config import ConfigError, ImageSpec, check
 from distill.data.config import TrajectoryConfig
 from distill.flow import paths, solvers
+from distill.flow.curve import own_error
 from distill.flow.noise import sample_labels, sample_noise
 from distill.flow.times import sampler_times
 from distill.flow.trajectory import GeneratedShard
@@ -68,6 +69,7 @@ def generate_shard(
     labels = sample_labels(seed, ids, image.num_classes)
     fields = {name: build.build_field(teacher, configs[name]) for name, teacher in teachers.items()}
     states = torch.empty(count, len(teachers), len(trajectory.points), *image.shape)
+    velocities = torch.empty_like(states) if trajectory.store_velocity else None
 
     def fill(part: slice) -> tuple[int, int]:
         """Evaluations and forwards that the states of some samples took."""
@@ -76,8 +78,12 @@ def generate_shard(
         label = torch.from_numpy(labels[part]).to(device)
         for index, (name, field) in enumerate(fields.items()):
             before = field.evaluations, field.forwards
-            path = integrate(field, noise, label, configs[name], trajectory.grid, beat)
+            slopes: list[Tensor] | None = None if velocities is None else []
+            path = integrate(field, noise, label, configs[name], trajectory.grid, beat, slopes)
             states[part, index] = path[trajectory.points].transpose(0, 1).float().cpu()
+            if velocities is not None and slopes is not None:
+                chosen = torch.stack([slopes[k] for k in trajectory.points], dim=1)
+                velocities[part, index] = chosen.float().cpu()
             nfe += (field.evaluations - before[0]) * len(noise)
             forwards += (field.forwards - before[1]) * len(noise)
         return nfe, forwards
@@ -91,8 +97,18 @@ def generate_shard(
             batch_size //= 2
         else:
             first, nfe, forwards = part.stop, nfe + spent[0], forwards + spent[1]
-    check_finite(states, ids, list(teachers))
-    return GeneratedShard(states, labels, ids, nfe, forwards, batch_size)
+    for values in (states,) if velocities is None else (states, velocities):
+        check_finite(values, ids, list(teachers))
+    return GeneratedShard(states, labels, ids, nfe, forwards, batch_size, velocities)
+
+
+def curve_error(shard: GeneratedShard, times: tuple[float, ...]) -> float:
+    """What the curve of the worst teacher is off by between the stored states, an estimate."""
+    at = torch.tensor(times)
+    given = [None] * shard.states.shape[1]
+    velocities = given if shard.velocities is None else shard.velocities.unbind(dim=1)
+    paths = zip(shard.states.unbind(dim=1), velocities, strict=True)
+    return max(own_error(states, at, slopes) for states, slopes in paths)
 
 
 def unless_out_of_memory(
@@ -132,8 +148,11 @@ def integrate(
     config: TeacherConfig,
     grid: int,
     beat: Callable[[], None],
+    velocities: list[Tensor] | None = None,
 ) -> Float[Tensor, "K1 B *S"]:
     """States of the teacher's ODE, or of its jumps, at t = 0, 1/K .. 1 from `noise`, K = `grid`.
+
+    `velocities`, an empty list, gets those of the ODE at the same times; jumps have none.
 
     Raises:
         ConfigError: teacher.steps is not a multiple of the grid, or its jumps leave a time out.
@@ -151,8 +170,9 @@ def integrate(
 
     times = torch.linspace(0, 1, grid + 1, dtype=torch.float64)
     if not isinstance(field, base.Jumps):
-        return solvers.solve(velocity, noise, times, config.solver, substeps)
-    visited = torch.tensor(sampler_times(config.steps), dtype=torch.float64)
+        return solvers.solve(velocity, noise, times, config.solver, substeps, velocities)
+    assert velocities is None, "a student that jumps has no velocity"
+    visited = torch.tensor(sampler_times(config.steps, field.middle), dtype=torch.float64)
     kept = visited[::substeps]
     check(
         bool((kept - times).abs().max() < 1e-9),

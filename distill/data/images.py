@@ -93,7 +93,7 @@ class ImageStream:
         return TrajectoryBatch(
             states=torch.stack([noise, self._images[chosen]], dim=1)[:, None],
             times=torch.tensor([0.0, 1.0]),
-            weights=torch.ones(1),
+            weights=torch.ones(len(ids), 1),
             labels=labels,
             ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions),

@@ -2,7 +2,8 @@
 
 Members of sample i, key `<id, 12 digits>`: `meta.json` {"id", "label", "dtype"} and `states.npy`
 [M, points, C, H, W] in the stored dtype (`distill.data.layout`), without state 0 when noise is not
-stored. No pickle. Equal states give equal bytes: names, order, times and headers are fixed.
+stored; velocities, if stored, come behind the states. No pickle. Equal states give equal bytes:
+names, order, times and headers are fixed.
 """
 
 import errno
@@ -66,8 +67,11 @@ def write_shard(
 
 
 def _to_stored(spec: ShardSpec, generated: GeneratedShard) -> np.typing.NDArray[Any]:
-    """[N, M, stored points, C, H, W] as `stored_dtype`."""
-    states = generated.states if spec.store_noise else generated.states[:, :, 1:]
+    """[N, *spec.sample_shape] as `stored_dtype`."""
+    states = generated.states[:, :, -spec.num_states :]
+    if spec.store_velocity:
+        assert generated.velocities is not None
+        states = torch.cat([states, generated.velocities], dim=2)
     assert states.shape == (spec.samples_per_shard, *spec.sample_shape), states.shape
     dtype = getattr(torch, spec.dtype)
     stored = states.to(dtype).contiguous()

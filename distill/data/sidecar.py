@@ -67,6 +67,7 @@ class ShardSpec:
         image: (C, H, W).
         samples_per_shard: number of consecutive ids in a shard.
         teachers: weakest first.
+        store_velocity: whether the velocities follow the states, at all of `times`.
     """
 
     seed: int
@@ -76,12 +77,18 @@ class ShardSpec:
     image: tuple[int, int, int]
     samples_per_shard: int
     teachers: tuple[TeacherSpec, ...]
+    store_velocity: bool = False
+
+    @property
+    def num_states(self) -> int:
+        """Stored states of a trajectory: the noise only if it is stored."""
+        return len(self.times) - (0 if self.store_noise else 1)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        """Shape of a sample's stored states: (M, points, C, H, W), the noise only if stored."""
-        points = len(self.times) - (0 if self.store_noise else 1)
-        return (len(self.teachers), points, *self.image)
+        """Shape of what is stored of a sample: (M, states and then velocities, C, H, W)."""
+        velocities = len(self.times) if self.store_velocity else 0
+        return (len(self.teachers), self.num_states + velocities, *self.image)
 
     def ids(self, shard: int) -> range:
         """The sample ids of a shard."""
@@ -110,6 +117,7 @@ def shard_spec(
         times=tuple(k / trajectory.grid for k in trajectory.points),
         dtype=trajectory.dtype,
         store_noise=trajectory.store_noise,
+        store_velocity=trajectory.store_velocity,
         image=image.shape,
         samples_per_shard=trajectory.samples_per_shard,
         teachers=tuple(
@@ -168,6 +176,8 @@ class Sidecar:
         tree["bytes"] = tree.pop("num_bytes")
         for key in [key for key in OPTIONAL if not tree[key]]:
             del tree[key]
+        if not tree["spec"]["store_velocity"]:
+            del tree["spec"]["store_velocity"]
         tree |= {"count": len(self.ids), "first_id": self.ids[0], "last_id": self.ids[-1]}
         tree["sidecar_sha256"] = records.tree_sha256(tree)
         return (json.dumps(tree) + "\n").encode()

@@ -9,7 +9,7 @@ it is made again, and waited for too.
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -41,24 +41,30 @@ class Block:
 
     Attributes:
         first_id: id of the first sample.
-        states: [n, M, points, C, H, W] in the stored dtype.
+        states: [n, M, points, C, H, W] in the stored dtype; behind them the velocities, if stored.
         labels: [n].
         noise: [n, C, H, W] float32 when the shards do not hold it.
+        num_states: points that are states.
     """
 
     first_id: int
     states: Float[Tensor, "n M P *S"]
     labels: Int[Tensor, "n"]
     noise: Float[Tensor, "n *S"] | None
+    num_states: int
 
-    def trajectories(self, ids: Int[Tensor, "B"]) -> Float[Tensor, "B M K1 *S"]:
-        """States 0 .. K of some samples, float32."""
+    def trajectories(
+        self, ids: Int[Tensor, "B"]
+    ) -> tuple[Float[Tensor, "B M K1 *S"], Float[Tensor, "B M V *S"]]:
+        """States 0 .. K of some samples and as many velocities, or none; float32."""
         rows = ids - self.first_id
-        states = self.states[rows].float()
-        if self.noise is None:
-            return states
-        noise = self.noise[rows][:, None, None]
-        return torch.cat([noise.expand(-1, states.shape[1], *noise.shape[2:]), states], dim=2)
+        stored = self.states[rows].float()
+        states, velocities = stored[:, :, : self.num_states], stored[:, :, self.num_states :]
+        if self.noise is not None:
+            noise = self.noise[rows][:, None, None]
+            noise = noise.expand(-1, states.shape[1], *noise.shape[2:])
+            states = torch.cat([noise, states], dim=2)
+        return states, velocities
 
 
 class TrajectoryStream:
@@ -72,10 +78,11 @@ class TrajectoryStream:
         order: Order,
         rank: int,
         world_size: int,
-        weights: list[float],
+        weights: list[list[float]],
         should_stop: Callable[[], bool],
     ) -> None:
-        """`weights` has one weight per teacher, before normalisation; `should_stop` ends a wait.
+        """`weights` has those of the teachers for each class, or one row for all (`weight_table` of
+        the teachers' settings); `should_stop` ends a wait.
 
         Raises:
             ConfigError: the batch cannot be divided among the ranks.
@@ -84,13 +91,12 @@ class TrajectoryStream:
             order.batch_size % world_size == 0,
             f"train.batch_size={order.batch_size} must be a multiple of the {world_size} ranks",
         )
-        assert (
-            len(weights) == len(spec.teachers) and order.block_samples % spec.samples_per_shard == 0
-        )
+        assert len(weights[0]) == len(spec.teachers)
+        assert order.block_samples % spec.samples_per_shard == 0
         self._run, self._spec, self._order = run, spec, order
         self._timeout_s, self._should_stop = trajectory.wait_timeout_s, should_stop
         self._positions = np.arange(rank, order.batch_size, world_size)
-        self._weights = torch.tensor(weights) / sum(weights)
+        self._weights = torch.tensor(weights)
         self._times = torch.tensor(spec.times)
         self._loading: dict[int, _Loading] = {}
         self._maker = ThreadPoolExecutor(1, thread_name_prefix="batch")
@@ -151,11 +157,15 @@ class TrajectoryStream:
         of_sample = ids // self._order.block_samples
         by_block = torch.argsort(of_sample, stable=True)
         parts = [(block, ids[of_sample == number]) for number, block in sorted(blocks.items())]
+        labels = placed([block.labels[part - block.first_id] for block, part in parts], by_block)
+        paths = [block.trajectories(part) for block, part in parts]
+        states, velocities = zip(*paths, strict=True)
         return TrajectoryBatch(
-            states=placed([block.trajectories(part) for block, part in parts], by_block),
+            states=placed(states, by_block),
+            velocities=placed(velocities, by_block) if self._spec.store_velocity else None,
             times=self._times,
-            weights=self._weights,
-            labels=placed([block.labels[part - block.first_id] for block, part in parts], by_block),
+            weights=self._weights[labels.clamp(0, len(self._weights) - 1)],
+            labels=labels,
             ids=ids,
             positions=torch.from_numpy(self._positions),
             global_size=self._order.batch_size,
@@ -193,7 +203,7 @@ class TrajectoryStream:
         return loading.result()
 
 
-def placed(parts: list[Tensor], places: Int[Tensor, "B"]) -> Tensor:
+def placed(parts: Sequence[Tensor], places: Int[Tensor, "B"]) -> Tensor:
     """The rows of all parts, each at its place."""
     whole = torch.empty(len(places), *parts[0].shape[1:], dtype=parts[0].dtype)
     for part, rows in zip(parts, places.split([len(part) for part in parts]), strict=True):
@@ -266,6 +276,7 @@ class _Loading(threading.Thread):
             states=as_tensor(spec, states),
             labels=torch.from_numpy(labels),
             noise=None if noise is None else torch.from_numpy(noise),
+            num_states=self._spec.num_states,
         )
 
     def _read(self, shard: int, states: np.ndarray, labels: np.ndarray) -> bool:

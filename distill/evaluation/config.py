@@ -23,7 +23,7 @@ class EvalConfig:
     num_samples: int = 2000
     seed: int = 12345
     batch_size: int = 500
-    nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    nfe: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 8])
     teacher_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
     euler_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     reference_steps: int = 32  # Heun steps of the teacher's fine solution, the truth

@@ -22,7 +22,6 @@ from distill.data.images import load_images
 from distill.evaluation import curves, metrics, sampling
 from distill.evaluation.config import EvalConfig
 from distill.export.student import latest_student
-from distill.flow.paths import MeanVelocity
 from distill.networks.files import WEIGHTS, fingerprint
 from distill.report import cost, pictures
 from distill.run import files, identity, measured, records
@@ -105,7 +104,8 @@ def teacher_samplers(
     field = build.build_field(teacher, config)
     if isinstance(field, base.Jumps):
         u = interrupt.watch(field.mean_velocity)
-        return lambda solver, nfe: sampling.student_sampler(u, nfe)
+        middle = field.middle
+        return lambda solver, nfe: sampling.student_sampler(u, nfe, middle)
     velocity = interrupt.watch(field)
     return lambda solver, nfe: sampling.teacher_sampler(velocity, solver, nfe)
 
@@ -129,7 +129,7 @@ def picture_grid(
     run: files.RunDir,
     evaluator: Evaluator,
     image: ImageSpec,
-    u: MeanVelocity,
+    draw_student: Callable[[int], sampling.Sampler],
     samplers: TeacherSamplers,
     teacher: TeacherConfig,
 ) -> None:
@@ -140,9 +140,7 @@ def picture_grid(
     if image.num_classes > 0:  # every class once, in order
         labels = torch.arange(num)
     rows = {
-        f"{who},{how},{nfe}": samplers(how, nfe)
-        if who == "teacher"
-        else sampling.student_sampler(u, nfe)
+        f"{who},{how},{nfe}": samplers(how, nfe) if who == "teacher" else draw_student(nfe)
         for who, how, nfe in curves.grid_rows(teacher)
     }
     chosen = sampling.Samples(evaluator.samples.noise[:num], labels)
@@ -190,15 +188,18 @@ def evaluate(
         evaluator = Evaluator(data, evaluation, place, progress)
         samplers = teacher_samplers(teacher, config, evaluator.interrupt)
         u = evaluator.interrupt.watch(student.network)
+
+        def draw_student(nfe: int) -> sampling.Sampler:
+            return sampling.student_sampler(u, nfe, student.middle)
+
         solver, nfe = curves.truth(config, evaluation)
         evaluator.set_reference(samplers(solver, nfe))
         student_rows = tuple(
-            evaluator.row(sampling.student_sampler(u, n), f"student, {n} NFE", n)
-            for n in evaluation.nfe
+            evaluator.row(draw_student(n), f"student, {n} NFE", n) for n in evaluation.nfe
         )
         solvers = teacher_rows(evaluator, samplers, config, evaluation)
         if student.image.is_picture:
-            picture_grid(run, evaluator, student.image, u, samplers, config)
+            picture_grid(run, evaluator, student.image, draw_student, samplers, config)
     features = evaluator.features
     extractor = (
         measured.Extractor(**features.description) if features else measured.Extractor("none", "")

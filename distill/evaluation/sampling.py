@@ -41,9 +41,9 @@ def evaluation_samples(evaluation: EvalConfig, image: ImageSpec) -> Samples:
     return Samples(torch.from_numpy(noise), torch.from_numpy(labels))
 
 
-def student_sampler(u: paths.MeanVelocity, nfe: int) -> Sampler:
-    """Samples of the student at `nfe` jumps."""
-    return lambda noise, labels: few_step(u, noise, labels, nfe)
+def student_sampler(u: paths.MeanVelocity, nfe: int, middle: float) -> Sampler:
+    """Samples of a student at `nfe` jumps; with two of them the second begins at `middle`."""
+    return lambda noise, labels: few_step(u, noise, labels, nfe, middle)
 
 
 def teacher_sampler(velocity: TeacherVelocity, solver: str, nfe: int) -> Sampler:

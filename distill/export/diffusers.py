@@ -87,10 +87,10 @@ def export_diffusers(
             "scheduler": ["diffusers", type(scheduler).__name__],
             **parts,
             part: [code.stem, MODEL],
-            "sigmas": _uneven_sigmas(),
+            "sigmas": _uneven_sigmas(student.middle),
         }
         write_json(folder / INDEX, index)
-        _check_images(folder, index, part, network)
+        _check_images(folder, index, part, network, student.middle)
         write_card(folder, run, student, _use(network), license_id)
     return out
 
@@ -126,11 +126,11 @@ def _check_installed() -> None:
     )
 
 
-def _uneven_sigmas() -> dict[str, list[float]]:
+def _uneven_sigmas(middle: float) -> dict[str, list[float]]:
     """Sigmas by number of evaluations, where our sampler's times are not evenly spaced."""
     found = {}
     for nfe in range(1, 17):
-        times = sampler_times(nfe)
+        times = sampler_times(nfe, middle)
         if times != [n / nfe for n in range(nfe + 1)]:
             found[str(nfe)] = [1 - t for t in times[:-1]]
     return found
@@ -166,7 +166,9 @@ def _loaded(path: Path) -> Iterator[ModuleType]:
         del sys.modules[name]
 
 
-def _check_images(folder: Path, index: dict[str, Any], part: str, network: AbstractNetwork) -> None:
+def _check_images(
+    folder: Path, index: dict[str, Any], part: str, network: AbstractNetwork, middle: float
+) -> None:
     """Opens the folder and compares what it draws with `few_step` of the network.
 
     Raises:
@@ -186,7 +188,7 @@ def _check_images(folder: Path, index: dict[str, Any], part: str, network: Abstr
         noise = torch.from_numpy(sample_noise(0, np.arange(2), network.image.shape))
         labels = [network.image.num_classes - 1, -1]
         for nfe in COMPARED:
-            expected = few_step(network, noise, torch.tensor(labels), nfe)
+            expected = few_step(network, noise, torch.tensor(labels), nfe, middle)
             (got,) = pipeline(
                 labels, num_inference_steps=nfe, latents=noise, output_type="latent",
                 return_dict=False,

@@ -148,7 +148,7 @@ def _samples(
     stored = np.empty((spec.samples_per_shard, *spec.sample_shape), dtype=layout.stored_dtype(spec))
     labels = np.empty(spec.samples_per_shard, dtype=np.int64)
     read_shard(run, spec, shard, stored, labels)
-    paths = as_tensor(spec, stored)[:, -1]
+    paths = as_tensor(spec, stored)[:, -1, : spec.num_states]
     if not spec.store_noise:
         noise = sample_noise(spec.seed, np.array(spec.ids(shard)), spec.image)
         paths = torch.cat([torch.from_numpy(noise).to(paths.dtype)[:, None], paths], dim=1)

@@ -175,7 +175,7 @@ def _describe(
         },
         "time": "t = 0 noise, t = 1 data; output: x at time s",
         "labels": f"0 to {image.num_classes - 1}, -1 for none" if image.num_classes else "-1",
-        "times": {str(nfe): sampler_times(nfe) for nfe in (1, 2, 4, 8)},
+        "times": {str(nfe): sampler_times(nfe, student.middle) for nfe in (1, 2, 3, 4, 8)},
         "meta": student.meta,
     }
     write_json(folder / DESCRIPTION, description)

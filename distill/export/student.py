@@ -25,6 +25,7 @@ from distill.networks import files
 from distill.networks.build import empty_network
 from distill.networks.config import NetworkConfig, network_config
 from distill.networks.layers import AbstractNetwork
+from distill.objectives.config import OBJECTIVES, name_now
 from distill.run.files import RunDir
 from distill.run.identity import RunRecord, record_of
 from distill.teachers.config import SiTConfig
@@ -45,6 +46,11 @@ class TrainedStudent:
 
     network: AbstractNetwork
     meta: dict[str, Any]
+
+    @property
+    def middle(self) -> float:
+        """Where the second of two jumps begins (`distill.flow.times`)."""
+        return float(self.meta["middle"])
 
 
 def trained_network(
@@ -152,13 +158,14 @@ def read_student(run: RunDir) -> TrainedStudent:
                 soft_wrap=True,
             )
     record = record_of(run)
-    data = record.identity["data"]
+    data, name = record.identity["data"], name_now(record.identity["objective"])
     image = ImageSpec(data["channels"], data["size"], data["num_classes"])
     fixed = _fixed_at_start(record) if manifest.read_manifest(folder).fixed is None else None
     network = trained_network(folder, network_config(record.identity["student"]), image, fixed)
     meta = {
         "kind": "student",
-        "objective": record.identity["objective"]["name"],
+        "objective": name,
+        "middle": OBJECTIVES[name].middle,
         "step": step,
         "run": run.root.name,
         "config_sha256": record.hash,

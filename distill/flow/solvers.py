@@ -33,8 +33,12 @@ def solve(
     times: Float[Tensor, "K1"],
     solver: str,
     substeps: int = 1,
+    velocities: list[Tensor] | None = None,
 ) -> Float[Tensor, "K1 B *S"]:
     """States at `times`, from `x` at the first, by `substeps` equal steps in each interval.
+
+    `velocities`, an empty list, gets dx/dt at all of `times`. The solver has them for nothing, but
+    for the last one, which takes one more evaluation.
 
     The steps are computed in float64 and rounded to the dtype of `x`, so the grid is the same for
     every dtype.
@@ -44,22 +48,29 @@ def solve(
     """
     check_choice("solver", solver, ODE_SOLVERS)
     check_positive("solver", substeps=substeps)
-    states = [x]
-    for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-        h = (end - start) / substeps
-        for index in range(substeps):
-            x = _step(velocity, x, start + index * h, h, solver)
-        states.append(x)
-    return torch.stack(states)
-
-
-def _step(velocity: Velocity, x: Tensor, t: float, h: float, solver: str) -> Tensor:
-    """The state at t + h."""
 
     def v(x: Tensor, t: float) -> Tensor:
         return velocity(x, torch.tensor(t, dtype=x.dtype, device=x.device))
 
-    k_1 = v(x, t)
+    states = [x]
+    for start, end in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
+        h = (end - start) / substeps
+        for index in range(substeps):
+            t = start + index * h
+            k_1 = v(x, t)
+            if velocities is not None and index == 0:
+                velocities.append(k_1)
+            x = _step(v, x, k_1, t, h, solver)
+        states.append(x)
+    if velocities is not None:
+        velocities.append(v(x, times[-1].item()))
+    return torch.stack(states)
+
+
+def _step(
+    v: Callable[[Tensor, float], Tensor], x: Tensor, k_1: Tensor, t: float, h: float, solver: str
+) -> Tensor:
+    """The state at t + h; k_1 is the velocity at t."""
     if solver == "euler":
         return x + h * k_1
     if solver == "heun":

@@ -11,11 +11,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from distill.flow.noise import uniform
+from distill.flow.noise import permutation, uniform
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.flow.trajectory import TrajectoryBatch
 
@@ -116,10 +118,20 @@ def draw(seed: int, purpose: str, step: int, batch: TrajectoryBatch) -> Float[Te
     A pure function of (seed, purpose, step, position in the global batch): the same on any number
     of ranks and for any split into micro-batches.
     """
-    whole = torch.from_numpy(uniform(seed, f"objective/{purpose}", step, batch.global_size))
+    return _of_batch(uniform(seed, f"objective/{purpose}", step, batch.global_size), batch)
+
+
+def draw_strata(seed: int, purpose: str, step: int, batch: TrajectoryBatch) -> Float[Tensor, "B"]:
+    """As `draw`, and of a global batch of n there is one in each [k/n, (k + 1)/n)."""
+    purpose, n = f"objective/{purpose}", batch.global_size
+    order = permutation(seed, f"{purpose}/order", step, n)
+    return _of_batch((order + uniform(seed, purpose, step, n)) / n, batch)
+
+
+def _of_batch(whole: NDArray[np.float64], batch: TrajectoryBatch) -> Float[Tensor, "B"]:
+    """This rank's part of the draws of a global batch."""
     # Rounding to float32 can reach 1.0, which is outside the range.
-    whole = whole.to(batch.times).clamp(max=1 - 2**-24)
-    return whole[batch.positions]
+    return torch.from_numpy(whole).to(batch.times).clamp(max=1 - 2**-24)[batch.positions]
 
 
 def draw_index(

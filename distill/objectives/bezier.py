@@ -1,50 +1,40 @@
-"""Multi-teacher Bezier distillation (arXiv 2503.16562; docs/method.md for what we chose).
+"""Bezier distillation of several teachers (arXiv 2503.16562; docs/method.md for what we chose).
 
-    B(t) = sum_k C(n,k) (1-t)^(n-k) t^k P_k,   P_0 = x_0, P_1 .. P_{n-1} guides, P_n = end point
+    P = sum_m a_m(y) P^m
 
-    drift = D( u(B(t), t, t), B'(t) )
-    map   = D( u(B(t), t, s), sg[ B'(t) + (s - t) d/dt u ] ),  tangent (B', 1, 0)
-    end   = D( G(B(t), t, 1), P_n )
+P^m are the control points of teacher m's curve (`distill.flow.curve`): a composite Bezier curve of
+degree 3 through its states, from the noise that all teachers share. Their convex mixture is such a
+curve again. a_m(y) is the weight of teacher m for a sample of class y: a number, or a table, with
+which a student has of each teacher the classes that it is good at. The drawn targets of
+`distill.objectives.drawn` are asked on the mixed curve; of one teacher they are those of TraFlow.
 
-Control points, by variant:
-    endpoint  P_k = output of teacher k from the same noise, weakest first; P_n = the best output
-    path      the curve of degree n fitted through the states, a convex mixture over teachers
-    straight  n = 1: x_0 and the best output. The control; with distance and times of
-              `reflow` its drift is the same.
-
-Sampling goes through the map G: a single Euler step of the drift does not land on P_n.
+One curve of degree n from noise to data, with outputs of teachers as guides, is
+`distill.objectives.guides`.
 """
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
 
-from distill.flow.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity
+from distill.flow.curve import Curve, curve_through
+from distill.flow.paths import MeanVelocity
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import Call, LossTerms, Term, draw, loss_terms
+from distill.objectives.base import LossTerms
 from distill.objectives.config import BezierConfig
-from distill.objectives.derivatives import eulerian_target
 from distill.objectives.distances import Distances
+from distill.objectives.drawn import drawn_terms
 
 
-def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[Tensor, "B n1 *S"]:
-    """P_0 .. P_n of every sample.
+def mixed_curve(batch: TrajectoryBatch) -> Curve:
+    """The curve whose control points are the mixtures of the teachers'.
 
-    n is `degree` for `path`, the number of teachers for `endpoint`, and 1 for `straight`.
+    They are linear in states and velocities, so these are mixed.
     """
-    if variant == "straight":
-        return torch.stack([batch.noise, batch.best[:, -1]], dim=1)
-    if variant == "endpoint":
-        return torch.cat([batch.noise[:, None], batch.outputs], dim=1)
-    fitted = [
-        weight * bezier_fit(batch.states[:, m], batch.times, degree)
-        for m, weight in enumerate(batch.weights)
-    ]
-    return torch.stack(fitted).sum(dim=0)
+    parts = [batch.states] if batch.velocities is None else [batch.states, batch.velocities]
+    states, *velocities = (torch.einsum("bm,bmk...->bk...", batch.weights, p) for p in parts)
+    return curve_through(states, batch.times, *velocities)
 
 
 class Bezier:
-    """Drift, map and end losses on the curve."""
+    """Drawn targets on the mixed curve of all teachers."""
 
     def __init__(self, config: BezierConfig, distances: Distances, seed: int) -> None:
         self.config, self.distances, self.seed = config, distances, seed
@@ -52,48 +42,7 @@ class Bezier:
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> LossTerms:
-        config, terms = self.config, {}
-        points = control_points(batch, config.variant, config.degree)
-        t = draw(self.seed, "bezier/t", step, batch)
-        if config.weight_drift > 0:
-            terms["drift"] = self.drift_term(points, t)
-        if config.weight_map > 0:
-            s = t + (1 - t) * draw(self.seed, "bezier/s", step, batch)
-            terms["map"] = self.map_term(points, t, s, student, batch.labels)
-        if config.weight_end > 0:
-            full = draw(self.seed, "bezier/full", step, batch) < config.p_full
-            terms["end"] = self.end_term(points, t.where(~full, torch.zeros_like(t)))
-        return loss_terms(terms, student, batch.labels)
-
-    def drift_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> Term:
-        """D( u(B(t), t, t), B'(t) )."""
-        v = bezier_velocity(points, t)
-        call = Call(bezier_point(points, t), t, t)
-        return Term(self.config.weight_drift, [call], lambda u: self.distances.velocities(u, v))
-
-    def map_term(
-        self,
-        points: Float[Tensor, "B n1 *S"],
-        t: Float[Tensor, "B"],
-        s: Float[Tensor, "B"],
-        student: MeanVelocity,
-        label: Int[Tensor, "B"],
-    ) -> Term:
-        """D( u(B(t), t, s), sg[ B'(t) + (s - t) d/dt u ] )."""
-        v = bezier_velocity(points, t)
-        call = Call(bezier_point(points, t), t, s)
-
-        def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-            goal = eulerian_target(student, u, call, v, label, self.config.derivative)
-            return self.distances.velocities(u, goal)
-
-        return Term(self.config.weight_map, [call], value)
-
-    def end_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> Term:
-        """D( G(B(t), t, 1), P_n )."""
-        call = Call(bezier_point(points, t), t, torch.ones_like(t))
-        return Term(
-            self.config.weight_end,
-            [call],
-            lambda u: self.distances.states(call.landing(u), points[:, -1]),
+        curve = mixed_curve(batch)
+        return drawn_terms(
+            self.config, self.distances, self.seed, curve, batch, student, target, step
         )

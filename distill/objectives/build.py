@@ -8,16 +8,20 @@ from distill.objectives.config import (
     BezierConfig,
     ConsistencyConfig,
     EndpointConfig,
+    GuidesConfig,
     MeanFlowConfig,
     ObjectiveConfig,
     ReflowConfig,
+    SummedConfig,
     TraFlowConfig,
 )
 from distill.objectives.consistency import Consistency
 from distill.objectives.distances import build_distances
 from distill.objectives.endpoint import Endpoint
+from distill.objectives.guides import Guides
 from distill.objectives.meanflow import MeanFlow
 from distill.objectives.reflow import Reflow
+from distill.objectives.summed import Summed
 from distill.objectives.traflow import TraFlow
 
 
@@ -37,9 +41,13 @@ def build_objective(
     distances = build_distances(config, device)
     match config:
         case TraFlowConfig():
-            return TraFlow(config, distances, seed, gradient_norms)
+            return TraFlow(config, distances, seed)
         case BezierConfig():
             return Bezier(config, distances, seed)
+        case SummedConfig():
+            return Summed(config, distances, seed, gradient_norms)
+        case GuidesConfig():
+            return Guides(config, distances, seed)
         case EndpointConfig():
             return Endpoint(config, distances)
         case ReflowConfig():

@@ -4,11 +4,12 @@ what it calls, and what it cannot be trained with. No torch.
 
 from abc import ABC, abstractmethod
 from dataclasses import astuple, dataclass, field
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
 from distill.config import TrainConfig, check, check_choice, check_positive
-from distill.flow.times import sampler_times
+from distill.flow.times import DRILLED, EVEN, sampler_times
 
 # -----------------------------------------------------------------------------------------------
 # What a loss calls
@@ -19,23 +20,25 @@ class Calls:
     """Network calls of one training sample: with gradient to the weights, without, with gradient
     to the input, and forward-mode derivatives (a value and its tangent, two forwards).
 
+    What only some samples call counts by their share.
+
     `passes` are no calls: adaptive weights go back through a call once more, for the gradient of
     its term at the last layer.
     """
 
-    weights: int = 0
-    plain: int = 0
-    inputs: int = 0
-    tangents: int = 0
-    passes: int = 0
+    weights: int | float = 0
+    plain: int | float = 0
+    inputs: int | float = 0
+    tangents: int | float = 0
+    passes: int | float = 0
 
     @property
-    def forwards(self) -> int:
+    def forwards(self) -> int | float:
         """All of them, in forwards."""
         return self.weights + self.plain + self.inputs + 2 * self.tangents
 
     @property
-    def in_forwards(self) -> int:
+    def in_forwards(self) -> int | float:
         """Work in units of one forward: a backward pass costs one for the inputs and one for the
         weights.
         """
@@ -63,7 +66,13 @@ def counted(*weighted: tuple[float, Calls]) -> Calls:
 
 @dataclass
 class ObjectiveConfig(ABC):
-    """Base of the objectives. `distance` is the pointwise distance D of the loss terms."""
+    """Base of the objectives. `distance` is the pointwise distance D of the loss terms.
+
+    Attributes:
+        middle: where the second of two jumps of its student begins.
+    """
+
+    middle: ClassVar[float] = EVEN
 
     name: str = MISSING
     distance: str = "pseudo_huber"  # l2 | pseudo_huber | lpips (RGB images only)
@@ -106,15 +115,72 @@ def check_weights(**weights: float) -> None:
     check(any(weights.values()), f"all weights of the objective are 0: {', '.join(weights)}")
 
 
+# Of drawn targets (`distill.objectives.drawn`), in the order in which they are drawn
+KINDS = ("output", "start", "end", "change", "consistency")
+
+
 @dataclass
-class TraFlowConfig(ObjectiveConfig):
-    """Trajectory distillation: output, states on the sampler's jumps, velocity.
+class DrawnConfig(ObjectiveConfig, ABC):
+    """Drawn targets: the share of samples that draw a kind; `change` has what the others leave."""
+
+    share_output: float = 0.15
+    share_start: float = 0.1
+    share_end: float = 0.2
+    share_consistency: float = 0.05
+    power: float = 0.3  # of the length of a jump, in the loss: 0 velocities, 1 landings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = {name: share for name, share in self.shares().items() if name != "change"}
+        for name, share in given.items():
+            check(share >= 0, f"objective.share_{name}={share} must not be below 0; 0 is off")
+        words = " + ".join(f"objective.share_{name}={share}" for name, share in given.items())
+        check(
+            sum(given.values()) <= 1 + 1e-9,
+            f"{words} are more than 1, the whole batch; what they leave are jumps between any two "
+            "times. Lower some",
+        )
+        check(0 <= self.power <= 1, f"objective.power={self.power} must be between 0 and 1")
+
+    def shares(self) -> dict[str, float]:
+        """The share of every kind; they sum to 1."""
+        given = {name: getattr(self, f"share_{name}") for name in KINDS if name != "change"}
+        rest = 1 - sum(given.values())
+        given["change"] = rest if rest > 1e-9 else 0.0
+        return {name: given[name] for name in KINDS}
+
+    def calls(self) -> Calls:
+        return Calls(weights=1, plain=self.share_consistency)
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """It takes no derivative. Two stored states make a straight line."""
+
+
+@dataclass
+class TraFlowConfig(DrawnConfig):
+    """TraFlow: the teacher's output, its change and self-consistency, drawn on its curve."""
+
+    name: str = "traflow"
+
+
+@dataclass
+class BezierConfig(DrawnConfig):
+    """Bezier distillation: TraFlow's drawn targets on the mixed curve of several teachers."""
+
+    name: str = "bezier"
+
+
+@dataclass
+class SummedConfig(ObjectiveConfig):
+    """TraFlow as a sum of terms: output, states on the sampler's jumps, velocity.
 
     Self-consistency and a flow-matching anchor are there, and off: they cost more than they gain
     (docs/log.md).
     """
 
-    name: str = "traflow"
+    middle: ClassVar[float] = DRILLED
+
+    name: str = "traflow_summed"
     weight_output: float = 1.0
     weight_states: float = 0.5
     weight_velocity: float = 0.15
@@ -164,24 +230,27 @@ class TraFlowConfig(ObjectiveConfig):
     def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
         """The sampler's jumps go between stored states. A difference over one survives 16 bits."""
         for nfe in self.sampler_nfe:
-            visited = {time * grid for time in sampler_times(nfe)}
+            times = sampler_times(nfe, self.middle)
+            visited = {time * grid for time in times}
             check(
                 visited <= set(points),
                 f"objective.sampler_nfe={self.sampler_nfe}: {nfe} jumps go through t = "
-                f"{sampler_times(nfe)}, and not all of these states are stored; choose another "
+                f"{times}, and not all of these states are stored; choose another "
                 f"trajectory.grid={grid}, keep those points in trajectory.store_points, or leave "
                 f"{nfe} out of objective.sampler_nfe",
             )
 
 
 @dataclass
-class BezierConfig(ObjectiveConfig):
-    """Multi-teacher Bezier distillation: teachers' outputs or states as control points.
+class GuidesConfig(ObjectiveConfig):
+    """One Bezier curve from noise to data: teachers' outputs or states as control points.
 
     Degree 1 of a path is the line to the teachers' mean output: it helped most (docs/method.md).
     """
 
-    name: str = "bezier"
+    middle: ClassVar[float] = DRILLED
+
+    name: str = "bezier_guides"
     variant: str = "path"  # endpoint | path | straight
     degree: int = 1  # of `path`; that of `endpoint` is the number of teachers, of `straight` 1
     weight_drift: float = 0.0
@@ -288,9 +357,22 @@ class MeanFlowConfig(ObjectiveConfig):
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "traflow": TraFlowConfig,
+    "traflow_summed": SummedConfig,
     "bezier": BezierConfig,
+    "bezier_guides": GuidesConfig,
     "endpoint": EndpointConfig,
     "reflow": ReflowConfig,
     "consistency": ConsistencyConfig,
     "meanflow": MeanFlowConfig,
 }
+
+# Objectives that version 0.1 called otherwise, by its name and a setting that only they have
+EARLIER = {("traflow", "weight_output"): "traflow_summed", ("bezier", "variant"): "bezier_guides"}
+
+
+def name_now(stored: Any) -> str:
+    """What an objective is called now, from its settings as a run has stored them."""
+    for (name, setting), now in EARLIER.items():
+        if stored["name"] == name and setting in stored:
+            return now
+    return stored["name"]

@@ -75,6 +75,9 @@ class Commit(Event, kind="commit"):
     bytes: int  # of its tar
     seconds: float  # that it took to sample
     batch_size: int | None = None  # samples at once from now on, when memory ran out
+    # Of the first shard, where the objective asks between the stored states
+    # (`distill.flow.curve.own_error`)
+    curve_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ImageSpec, check
+from distill.flow.times import EVEN
 from distill.networks.layers import AbstractNetwork
 
 
@@ -97,8 +98,11 @@ def guided(teacher: FrozenTeacher, scale: float) -> Guided:
 class NetworkTeacher:
     """A teacher that is a network of ours: its velocity is the diagonal u(x, t, t)."""
 
-    def __init__(self, network: AbstractNetwork, description: TeacherDescription) -> None:
-        self.network = network
+    def __init__(
+        self, network: AbstractNetwork, description: TeacherDescription, middle: float = EVEN
+    ) -> None:
+        """`middle` is where the second of two jumps begins, of a student."""
+        self.network, self.middle = network, middle
         self.image, self.fingerprint = description.image, description.fingerprint
         self.is_student = description.is_student
 
@@ -115,7 +119,7 @@ class Jumps(Guided):
 
     def __init__(self, teacher: NetworkTeacher) -> None:
         super().__init__(teacher, 1.0)
-        self._network = teacher.network
+        self._network, self.middle = teacher.network, teacher.middle
 
     @torch.no_grad()
     def mean_velocity(

@@ -1,7 +1,7 @@
 """Settings of the teachers, one dataclass per kind. No torch."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
@@ -26,7 +26,8 @@ class TeacherConfig:
     solver: str = "heun"  # euler | heun | rk4 | jumps (of a student)
     steps: int = 16  # fixed solver steps from noise to data; a multiple of trajectory.grid
     guidance: float = 1.0  # scale w of v = v_null + w (v_label - v_null); 1 is off
-    weight: float = 1.0  # convex weight among several teachers, before normalisation
+    # Among several teachers, before normalisation: a number, or a list of one for each class
+    weight: Any = 1.0
 
     is_from_run: ClassVar[bool] = False
     may_be_name: ClassVar[bool] = False
@@ -40,7 +41,13 @@ class TeacherConfig:
             f"{self.guidance} cannot work: only a student jumps, and guidance is in it already; "
             "set teacher.kind=native and teacher.guidance=1",
         )
-        check_positive("teacher", steps=self.steps, weight=self.weight)
+        check_positive("teacher", steps=self.steps)
+        given = self.weight if isinstance(self.weight, list) else [self.weight]
+        check(
+            all(type(one) in (int, float) and one >= 0 for one in given) and any(given),
+            f"teacher.weight={self.weight} must be a number above 0, or a list with one for each "
+            "class, in which 0 leaves that class to the other teachers",
+        )
 
 
 @dataclass
@@ -91,3 +98,31 @@ TEACHERS: dict[str, type[TeacherConfig]] = {
     "diffusers": DiffusersConfig,
     "edm": EdmConfig,
 }
+
+
+def weight_table(teachers: dict[str, TeacherConfig], num_classes: int) -> list[list[float]]:
+    """Convex weights of the teachers, in their order: a row for each class; one row for all where
+    no weight depends on the class.
+
+    Raises:
+        ConfigError: a list is not as long as there are classes, or nobody teaches one of them.
+    """
+    if not any(isinstance(teacher.weight, list) for teacher in teachers.values()):
+        total = sum(teacher.weight for teacher in teachers.values())
+        return [[teacher.weight / total for teacher in teachers.values()]]
+    columns = []
+    for name, teacher in teachers.items():
+        given = teacher.weight if isinstance(teacher.weight, list) else None
+        check(
+            given is None or len(given) == num_classes,
+            f"teacher.{name}.weight={given} must have one number for each of the {num_classes} "
+            "classes, or be one number",
+        )
+        columns.append(given or [teacher.weight] * num_classes)
+    rows = list(zip(*columns, strict=True))
+    for label, row in enumerate(rows):
+        check(
+            sum(row) > 0,
+            f"teacher.*.weight is 0 for class {label} of every teacher; give one of them a weight",
+        )
+    return [[weight / sum(row) for weight in row] for row in rows]

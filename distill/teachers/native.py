@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from distill.config import check
+from distill.flow.times import DRILLED
 from distill.networks.files import WEIGHTS, fingerprint, load_model, open_model
 from distill.teachers.base import NetworkTeacher, TeacherDescription
 from distill.teachers.config import NativeConfig
@@ -34,4 +35,5 @@ def describe_native(config: NativeConfig) -> TeacherDescription:
 def load_native(config: NativeConfig, device: torch.device | str) -> NetworkTeacher:
     """The teacher of a model folder. Raises as `describe_native`."""
     description = describe_native(config)
-    return NetworkTeacher(load_model(Path(config.path), device)[0], description)
+    network, meta = load_model(Path(config.path), device)
+    return NetworkTeacher(network, description, meta.get("middle", DRILLED))

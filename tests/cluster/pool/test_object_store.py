@@ -152,7 +152,7 @@ def test_shards_of_a_killed_run_in_s3_are_those_of_a_local_one(
         assert tar == twin.tar(shard).read_bytes()
     order, trajectory = stream_order(config), config.trajectory
     streams = [
-        TrajectoryStream(place, spec, trajectory, order, 0, 1, [1.0], lambda: False)
+        TrajectoryStream(place, spec, trajectory, order, 0, 1, [[1.0]], lambda: False)
         for place in (run, twin)
     ]
     for step in range(12):

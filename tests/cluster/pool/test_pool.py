@@ -167,6 +167,19 @@ def test_a_worker_that_dies_is_replaced_and_its_shard_made_again(ray, tmp_path, 
     assert kinds.count("lease") == pool.plan.shards + 1
 
 
+@pytest.mark.parametrize(("error", "is_said"), [(2e-3, True), (2e-6, False)])
+def test_a_grid_that_is_too_coarse_for_the_curve_is_said_once(ray, tmp_path, error, is_said):
+    facts = {"bytes": 100, "seconds": 0.0}
+    ray.behaviour = lambda name, shard: facts | ({} if shard else {"curve_error": error})
+    pool = make_pool(tmp_path)
+    finish(pool)
+    assert len(pool.notes) == is_said
+    for words in ("trajectory.grid=8 is coarse", "about 0.002 ", "raise trajectory.grid"):
+        assert not is_said or words in pool.notes[0]
+    (first,) = (e for e in read_lines(pool.run.events) if e["kind"] == "commit" and not e["shard"])
+    assert first["curve_error"] == error
+
+
 def test_workers_that_keep_dying_stop_the_pool(ray, tmp_path):
     ray.behaviour = lambda name, shard: ActorDiedError()
     with pytest.raises(PoolError, match="6 teacher workers died without making a shard"):

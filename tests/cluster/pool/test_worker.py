@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.hydra import compose
@@ -17,6 +18,7 @@ from distill.data.layout import stored_dtype
 from distill.data.shards import read_shard
 from distill.data.sidecar import shard_spec
 from distill.data.stores.store import read_sidecar
+from distill.flow.curve import own_error
 from distill.run.files import RunDir
 from distill.teachers.build import build_teacher
 from distill.testing import run_ranks
@@ -98,6 +100,15 @@ def test_a_worker_with_little_memory_halves_its_batch_and_makes_the_same_samples
             assert getattr(ours[0], key) == getattr(theirs[0], key)
         assert (ours[1][:, :, 0] == theirs[1][:, :, 0]).all()  # the noise
         np.testing.assert_allclose(ours[1], theirs[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_first_shard_tells_what_the_curve_between_its_states_is_off_by(tmp_path):
+    worker, spec = make_worker(tmp_path, components=4)
+    told = [worker.produce(shard) for shard in range(2)]
+    states = torch.from_numpy(read(RunDir(tmp_path), spec, 0)[1])[:, 0]
+    expected = own_error(states, torch.tensor(spec.times))
+    assert told[0]["curve_error"] == pytest.approx(expected, rel=1e-5) and expected > 0
+    assert "curve_error" not in told[1]
 
 
 def read(run, spec, shard):

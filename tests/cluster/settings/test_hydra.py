@@ -84,7 +84,7 @@ def test_every_objective_has_a_run_of_its_own_also_one_that_is_a_setting_of_anot
 
 @pytest.mark.parametrize(("experiment", "teacher"), FOREIGN.items())
 def test_a_teacher_from_elsewhere_stays_with_any_objective(experiment, teacher):
-    config = one(f"experiment={experiment}", "objective=bezier", "objective.derivative=jvp")
+    config = one(f"experiment={experiment}", "objective=bezier")
     assert isinstance(config.objective, BezierConfig)
     assert config.run.dir == f"runs/{experiment}-bezier"
     assert list(config.teacher) == [teacher]
@@ -129,7 +129,10 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
     [
         ([], f"experiment=NAME, with NAME one of: {', '.join(EXPERIMENTS)}"),
         (["experiment=nope"], f"experiment/nope.*{', '.join(EXPERIMENTS)}"),
-        (["objective=nope", "experiment=tiny"], "objective/nope.*options: .*bezier, consistency"),
+        (
+            ["objective=nope", "experiment=tiny"],
+            "objective/nope.*options: bezier, bezier_guides, consistency",
+        ),
         (["experiment=tiny", "train.max_step=3"], "no setting train.max_step; .*train.max_steps"),
         (["experiment=tiny", "trian.lr=3"], "no setting trian; did you mean train"),
         (["experiment=tiny", "+train.foo=3"], "no setting train.foo; train has: max_steps"),
@@ -147,7 +150,7 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             "train.precision=bf16 is too coarse .* set objective.derivative=jvp",
         ),
         (
-            ["experiment=tiny", "objective=bezier", "train.precision=fp16"],
+            ["experiment=tiny", "objective=bezier_guides", "train.precision=fp16"],
             "train.precision=fp16 is too coarse .* set objective.derivative=jvp",
         ),
         (["experiment=tiny", "train.zero_stage=4"], "train.zero_stage=4 must be 0, 1, 2 or 3"),
@@ -165,7 +168,7 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
             "train.offload=optimizer_and_parameters does not .*; set train.zero_stage=3, or",
         ),
         (
-            ["experiment=tiny", "objective.derivative=double_backward"],
+            ["experiment=tiny", "objective=scot", "objective.derivative=double_backward"],
             "objective.derivative=double_backward, which is no more since bowstring 0.2: .* a new",
         ),
         (
@@ -175,28 +178,41 @@ def test_a_file_of_the_user_is_an_experiment(in_empty_folder):
         (
             [
                 "experiment=tiny",
-                "objective=bezier",
+                "objective=bezier_guides",
                 "objective.degree=2",
                 "trajectory.store_points=[0,8]",
             ],
             "objective.degree=2 of a path needs 1 stored states between the ends, not 0",
         ),
         (
-            ["experiment=tiny", "trajectory.store_points=[0,4,8]"],
+            ["experiment=tiny", "objective=traflow_summed", "trajectory.store_points=[0,4,8]"],
             "2 jumps go through t = .*, and not all of these states are stored",
         ),
         (
-            ["experiment=tiny", "objective.weight_velocity=-1"],
+            ["experiment=tiny", "objective=traflow_summed", "objective.weight_velocity=-1"],
             "weight_velocity=-1.0 must not be below 0",
         ),
         (
             [
                 "experiment=tiny",
-                "objective=bezier",
+                "objective=bezier_guides",
                 "objective.weight_map=0",
                 "objective.weight_end=0",
             ],
             "all weights of the objective are 0: drift, map, end",
+        ),
+        (
+            ["experiment=tiny", "objective.share_output=0.9"],
+            "share_output=0.9 .* are more than 1, the whole batch",
+        ),
+        (
+            [
+                "experiment=tiny",
+                "objective=bezier",
+                "teacher=early_late",
+                "teacher.early.weight=[1,0]",
+            ],
+            "teacher.early.weight=.*1, 0.* must have one number for each of the 10 classes",
         ),
         (["experiment=tiny", "foo"], "'foo'"),
     ],

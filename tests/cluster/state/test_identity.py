@@ -142,7 +142,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path):
 
 
 @pytest.mark.parametrize("settings", HASHES)
-def test_the_hash_of_a_run_is_that_of_version_0_1(settings):
+def test_the_hash_of_a_run_is_the_one_on_file(settings):
     (config,) = compose(settings.split())
     assert hash_of(identity_of(config)) == HASHES[settings]
 
@@ -160,6 +160,19 @@ def rewritten(run, change):
 
 
 @pytest.mark.parametrize(
+    ("now", "then"), [("traflow_summed", "traflow"), ("bezier_guides", "bezier")]
+)
+def test_an_objective_that_version_0_1_called_otherwise_is_the_same_run(now, then):
+    config, run = tiny(f"objective={now}", "run.name=tiny")
+    check_or_write(config, run)
+    before = rewritten(run, lambda identity: identity["objective"].update(name=then))
+    assert check_or_write(config, run)[1] == [] and run.identity.read_bytes() == before
+    drawn, _ = tiny(f"objective={then}", "run.name=tiny")
+    with pytest.raises(ConfigError, match=f"name: the run has {now}, asked for {then}"):
+        check_or_write(drawn, run)
+
+
+@pytest.mark.parametrize(
     ("key", "default", "other"),
     [
         ("train.grad_clip", "1.0", "2.0"),
@@ -168,7 +181,8 @@ def rewritten(run, change):
         ("data.num_classes", "0", "5"),
         ("student.mlp_ratio", "4.0", "2.0"),
         ("teacher.pretrained.guidance", "1.0", "3.0"),
-        ("objective.weights", "fixed", "adaptive"),
+        ("objective.power", "0.3", "0.5"),
+        ("trajectory.store_velocity", "False", "True"),
         ("pretrain.train.weight_decay", "0.0", "0.5"),
     ],
 )

@@ -26,7 +26,7 @@ from small_training import (
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError, TrainConfig
 from distill.objectives.build import build_objective
-from distill.objectives.config import OBJECTIVES, BezierConfig, MeanFlowConfig
+from distill.objectives.config import OBJECTIVES, GuidesConfig, MeanFlowConfig
 from distill.run.files import RunDir
 from distill.testing import run_ranks
 from distill.training.loop import TrainingError
@@ -107,18 +107,18 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_before_the_weights_
 
 EVERY = {
     **{name: kind() for name, kind in OBJECTIVES.items()},
-    "traflow": EVERY_TERM,
-    "traflow-adaptive": replace(EVERY_TERM, weights="adaptive"),
-    "traflow-jvp": replace(EVERY_TERM, derivative="jvp"),
-    "bezier": BezierConfig(variant="path", weight_drift=1.0),
-    "bezier-jvp": BezierConfig(variant="path", derivative="jvp"),
+    "traflow_summed": EVERY_TERM,
+    "traflow_summed-adaptive": replace(EVERY_TERM, weights="adaptive"),
+    "traflow_summed-jvp": replace(EVERY_TERM, derivative="jvp"),
+    "bezier_guides": GuidesConfig(variant="path", weight_drift=1.0),
+    "bezier_guides-jvp": GuidesConfig(variant="path", derivative="jvp"),
     "meanflow-jvp": MeanFlowConfig(derivative="jvp"),
 }
 CASES = [(stage, name) for stage in range(4) for name in EVERY]
 # Accumulation and recomputation on top, at two of the stages; not where a micro-batch sets the
 # weights of the terms.
 EXTRAS = {2: {"micro_batch": 2}, 3: {"micro_batch": 1, "activation_checkpointing": True}}
-PLAIN = ("traflow-adaptive",)
+PLAIN = ("traflow_summed-adaptive",)
 
 
 def fit_objective(engine, root: Path, config: TrainConfig, name: str) -> int:

@@ -56,6 +56,23 @@ def test_the_stored_points_are_those_of_the_whole_grid_bit_for_bit(points):
     assert torch.equal(generate(trajectory=some).states, generate().states[:, :, points])
 
 
+@pytest.mark.parametrize("points", [[], [0, 1, 4]])
+@pytest.mark.parametrize("solver", ["euler", "heun", "rk4"])
+def test_stored_velocities_are_the_teachers_at_the_stored_states(solver, points):
+    """States and noise stay, bit for bit; the solver has all velocities but that at t = 1."""
+    config = replace(CONFIG, solver=solver)
+    trajectory = replace(TRAJECTORY, store_points=points, store_velocity=True)
+    shard = generate(trajectory=trajectory, config=config)
+    plain = generate(trajectory=replace(TRAJECTORY, store_points=points), config=config)
+    assert torch.equal(shard.states, plain.states) and plain.velocities is None
+    assert (shard.nfe, shard.forwards) == (plain.nfe + 10, plain.forwards + 10)
+    teacher, label = tiny_teacher(), torch.from_numpy(shard.labels)
+    for k, point in enumerate(trajectory.points):
+        t = torch.full((10,), point / 4)
+        expected = teacher.velocity(shard.states[:, 0, k], t, label)
+        torch.testing.assert_close(shard.velocities[:, 0, k], expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("points", [[0], [4], [1, 4], [0, 3], [0, 2, 2, 4], [0, 3, 1, 4], [-1, 4]])
 def test_stored_points_go_from_noise_to_image(points):
     with pytest.raises(ConfigError, match=r"trajectory.store_points=.* must rise from 0"):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,22 @@ def test_round_trip_is_bit_exact(run, dtype, store_noise):
     assert verify_shard(run, 5) == read_sidecar(run, 5) == sidecar
     assert names(run) == ["00000005.json", "00000005.tar"]
     assert committed(run) == {5: run.tar(5).stat().st_size}
+
+
+@pytest.mark.parametrize("store_noise", [True, False])
+def test_velocities_lie_behind_the_states_and_without_them_the_bytes_are_as_before(
+    run, store_noise
+):
+    spec = tiny_spec(store_noise=store_noise)
+    plain = write_shard(run, spec, 5, tiny_shard(spec, 5), 1.5, "test").to_bytes()
+    assert b"store_velocity" not in plain  # so a shard of an older version reads the same
+    spec = replace(spec, store_velocity=True)
+    made = tiny_shard(spec, 6)
+    sidecar = write_shard(run, spec, 6, made, 1.5, "test")
+    assert read_sidecar(run, 6) == sidecar and sidecar.spec.store_velocity
+    stored = as_tensor(spec, read(run, spec, 6)[0])
+    assert torch.equal(stored[:, :, -3:], made.velocities.half())
+    assert torch.equal(stored[:, :, :-3], made.states[:, :, -spec.num_states :].half())
 
 
 def test_opens_with_plain_webdataset(run):

@@ -39,11 +39,18 @@ def order_of(spec: ShardSpec, batch_size: int = BATCH, passes: int = PASSES, spr
 
 
 def open_stream(
-    run, spec, rank=0, world_size=1, timeout_s=30.0, should_stop=lambda: False, **order
+    run,
+    spec,
+    rank=0,
+    world_size=1,
+    timeout_s=30.0,
+    should_stop=lambda: False,
+    weights=None,
+    **order,
 ):
     trajectory = TrajectoryConfig(wait_timeout_s=timeout_s)
     order = order_of(spec, **order)
-    weights = [1.0] * len(spec.teachers)
+    weights = weights or [[0.25, 0.75]]
     return TrajectoryStream(run, spec, trajectory, order, rank, world_size, weights, should_stop)
 
 
@@ -74,7 +81,17 @@ def test_global_batches_do_not_depend_on_the_ranks(run, world_size, batch_size, 
             assert part.global_size == batch_size and part.states.dtype == torch.float32
             assert torch.equal(part.states, states[part.ids])
             assert torch.equal(part.labels, labels[part.ids])
-            assert part.times.tolist() == [0.0, 0.5, 1.0] and part.weights.sum() == 1
+            assert part.times.tolist() == [0.0, 0.5, 1.0]
+            assert torch.equal(part.weights, torch.tensor([[0.25, 0.75]]).expand(len(part.ids), -1))
+
+
+def test_each_sample_has_the_weights_of_its_class(run):
+    spec = tiny_spec()
+    write_tiny_shards(run, spec, range(3))
+    table = [[label / 10, 1 - label / 10] for label in range(10)]
+    batch = open_stream(run, spec, weights=table).read(0)
+    assert len(set(batch.labels.tolist())) > 3
+    assert torch.equal(batch.weights, torch.tensor(table)[batch.labels])
 
 
 @pytest.mark.parametrize("spread", [1, 3])
@@ -110,11 +127,26 @@ def test_a_batch_has_the_times_of_the_stored_points(run, store_noise):
     spec = replace(spec, samples_per_shard=4)
     assert spec.sample_shape == (1, 3 if store_noise else 2, 1, 2, 2)
     write_tiny_shards(run, spec, range(3))
-    batch = open_stream(run, spec).read(0)
+    batch = open_stream(run, spec, weights=[[1.0]]).read(0)
     batch.check()
     assert batch.times.tolist() == [0.0, 0.75, 1.0]
     made = torch.cat([tiny_shard(spec, shard).states for shard in range(3)])[batch.ids]
     torch.testing.assert_close(batch.states, made, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("store_noise", [True, False])
+def test_velocities_come_with_the_batch_where_they_are_stored(run, store_noise):
+    spec = tiny_spec(store_noise=store_noise, store_velocity=True)
+    write_tiny_shards(run, spec, range(3))
+    batch = open_stream(run, spec).read(0)
+    batch.check()
+    made = [tiny_shard(spec, shard) for shard in range(3)]
+    velocities = torch.cat([shard.velocities for shard in made])[batch.ids]
+    assert torch.equal(batch.velocities, velocities.half().float())
+    states = torch.cat([shard.states for shard in made])[batch.ids]
+    torch.testing.assert_close(batch.states, states, rtol=1e-3, atol=1e-3)
+    parts = batch.split(2)
+    assert torch.equal(torch.cat([part.velocities for part in parts]), batch.velocities)
 
 
 def test_bfloat16_states_come_back_as_they_were_rounded(run):

@@ -22,10 +22,13 @@ from distill.objectives.config import (
     BezierConfig,
     Calls,
     ConsistencyConfig,
+    DrawnConfig,
     EndpointConfig,
+    GuidesConfig,
     MeanFlowConfig,
     ObjectiveConfig,
     ReflowConfig,
+    SummedConfig,
     TraFlowConfig,
 )
 from distill.testing import GaussianFlow, flow_batch
@@ -40,20 +43,20 @@ class Counting:
     def __init__(self, is_trained: bool) -> None:
         self.body = torch.tensor(1.1, dtype=torch.float64, requires_grad=is_trained)
         self.last = torch.tensor(0.9, dtype=torch.float64, requires_grad=is_trained)
-        self.rows: list[int] = []
+        self.rows: list[float] = []
         self.is_dual: list[bool] = []
         self.passes_back: Counter[int] = Counter()  # through the body, by call
 
     def __call__(self, x, t, s, label):
         call = len(self.rows)
-        self.rows.append(len(x) // len(BATCH.ids))
+        self.rows.append(len(x) / len(BATCH.ids))
         self.is_dual.append(any(forward_ad.unpack_dual(v).tangent is not None for v in (x, t, s)))
         hidden = torch.sin(self.body * x + expand_as(t - 2 * s, x))
         if hidden.requires_grad:
             hidden.register_hook(lambda _: self.passes_back.update([call]))
         return self.last * hidden
 
-    def sums(self, is_dual: bool, passes: int) -> int:
+    def sums(self, is_dual: bool, passes: int) -> float:
         """Rows of the calls in forward mode or not that gradient went back through so often."""
         return sum(
             rows
@@ -91,9 +94,14 @@ def test_the_calls_of_a_loss_are_those_that_it_makes(name):
         assert config.calls() == calls_made(config), config
 
 
-ALL_TERMS = TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0)
+ALL_TERMS = SummedConfig(weight_consistency=1.0, weight_flow_matching=1.0)
 # torch's counter does not see forward mode rightly.
 COUNTED = {name: config for name, config in EVERY.items() if not config.calls().tangents}
+COUNTED |= {  # one of the four samples
+    name: replace(config, share_consistency=0.25)
+    for name, config in COUNTED.items()
+    if isinstance(config, DrawnConfig) and config.share_consistency > 0
+}
 COUNTED |= {"all": ALL_TERMS, "all-adaptive": replace(ALL_TERMS, weights="adaptive")}
 
 
@@ -169,14 +177,17 @@ def test_a_refusal_names_a_way_out(name):
         is_refused(EVERY[name], train)
 
 
-@pytest.mark.parametrize("kind", [BezierConfig, MeanFlowConfig])
+@pytest.mark.parametrize("kind", [GuidesConfig, MeanFlowConfig])
 def test_a_difference_over_a_small_step_is_refused_in_16_bits(kind):
     for train in ways_to_train():
         assert is_refused(kind(), train) == (train.precision != "fp32")
         assert not is_refused(kind(derivative="jvp"), train)
 
 
-@pytest.mark.parametrize("kind", [TraFlowConfig, EndpointConfig, ReflowConfig, ConsistencyConfig])
+@pytest.mark.parametrize(
+    "kind",
+    [TraFlowConfig, BezierConfig, SummedConfig, EndpointConfig, ReflowConfig, ConsistencyConfig],
+)
 def test_other_losses_train_at_every_precision_and_stage(kind):
     assert not any(is_refused(c, t) for c in variants(kind).values() for t in ways_to_train())
 

@@ -11,10 +11,10 @@ from distill.flow.paths import jump
 from distill.objectives import derivatives
 from distill.objectives.base import Call, pick
 from distill.objectives.build import build_objective
-from distill.objectives.config import BezierConfig, MeanFlowConfig, TraFlowConfig
+from distill.objectives.config import GuidesConfig, MeanFlowConfig, SummedConfig
 from distill.objectives.derivatives import eulerian_target, time_derivative
 from distill.objectives.distances import l2
-from distill.objectives.traflow import finite_change_term, jvp_term, last_change, state_derivative
+from distill.objectives.summed import finite_change_term, jvp_term, last_change, state_derivative
 from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, random_network
 
 IMAGE = ImageSpec(1, 4, 3)
@@ -31,8 +31,8 @@ VELOCITY_ALONE = {
 both_networks = pytest.mark.parametrize("name", NETWORKS)
 
 
-def velocity_config(derivative: str, mode: str = "trajectory") -> TraFlowConfig:
-    return TraFlowConfig(**VELOCITY_ALONE, derivative=derivative, velocity_mode=mode)
+def velocity_config(derivative: str, mode: str = "trajectory") -> SummedConfig:
+    return SummedConfig(**VELOCITY_ALONE, derivative=derivative, velocity_mode=mode)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -249,7 +249,7 @@ def test_the_finite_step_never_leaves_the_unit_interval():
 
 @pytest.mark.parametrize(
     "config",
-    [MeanFlowConfig(), BezierConfig(variant="path"), BezierConfig(variant="straight")],
+    [MeanFlowConfig(), GuidesConfig(variant="path"), GuidesConfig(variant="straight")],
     ids=["meanflow", "path", "straight"],
 )
 def test_no_objective_asks_the_student_outside_the_unit_interval(config):

@@ -10,21 +10,21 @@ from torch import nn
 from distill.config import ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.objectives.build import build_objective
-from distill.objectives.config import BezierConfig, ConsistencyConfig, TraFlowConfig
+from distill.objectives.config import ConsistencyConfig, GuidesConfig, SummedConfig
 from distill.testing import NETWORKS, GaussianFlow, flow_batch, random_network
 
 CLASSES, NO_CLASSES = ImageSpec(1, 4, 3), ImageSpec(1, 4, 0)
 ONES = torch.ones(CLASSES.shape, dtype=torch.float64)
 FLOW, OTHER = GaussianFlow(0.5 * ONES, 0.3), GaussianFlow(-0.5 * ONES, 0.6)
-EVERY_TERM = TraFlowConfig(weight_consistency=1.0, weight_flow_matching=1.0)
+EVERY_TERM = SummedConfig(weight_consistency=1.0, weight_flow_matching=1.0)
 # Every objective that exists, and settings of some together. Adaptive weights are no part of a
-# term, and test_traflow has them.
-ALL = {name: config for name, config in EVERY.items() if name != "traflow-weights=adaptive"}
+# term, and test_summed has them.
+ALL = {name: config for name, config in EVERY.items() if name != "traflow_summed-weights=adaptive"}
 ALL |= {
-    "traflow-every-term": EVERY_TERM,
-    "traflow-any-jump": TraFlowConfig(sampler_nfe=[]),
-    "traflow-straight": replace(EVERY_TERM, velocity_mode="straight", distance="l2"),
-    "bezier-cubic-jvp": BezierConfig(degree=3, derivative="jvp"),
+    "summed-every-term": EVERY_TERM,
+    "summed-any-jump": SummedConfig(sampler_nfe=[]),
+    "summed-straight": replace(EVERY_TERM, velocity_mode="straight", distance="l2"),
+    "guides-cubic-jvp": GuidesConfig(degree=3, derivative="jvp"),
 }
 
 both_networks = pytest.mark.parametrize("name", NETWORKS)
@@ -58,7 +58,7 @@ def test_a_weaker_teacher_is_heard_by_the_objectives_that_take_several(config):
         float(objective.loss(flow_batch(weak, FLOW), student, target, 0).total)
         for weak in (FLOW, OTHER)
     ]
-    takes_several = config.name == "bezier" and config.variant != "straight"
+    takes_several = config.name.startswith("bezier") and "straight" not in vars(config).values()
     assert (losses[0] != losses[1]) == takes_several
 
 

@@ -19,7 +19,7 @@ from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.layers import AbstractNetwork
 from distill.objectives.build import build_objective
-from distill.objectives.config import BezierConfig, MeanFlowConfig, ObjectiveConfig, TraFlowConfig
+from distill.objectives.config import GuidesConfig, MeanFlowConfig, ObjectiveConfig, SummedConfig
 
 IMAGE = ImageSpec(channels=2, size=8, num_classes=3)
 NETWORKS = {
@@ -32,8 +32,8 @@ NETWORKS = {
 VELOCITY = {"weight_output": 0.0, "weight_states": 0.0, "weight_velocity": 1.0}
 OBJECTIVES = {
     **EVERY,
-    "traflow velocity, difference": TraFlowConfig(**VELOCITY),
-    "traflow velocity, jvp": TraFlowConfig(**VELOCITY, derivative="jvp"),
+    "summed velocity, difference": SummedConfig(**VELOCITY),
+    "summed velocity, jvp": SummedConfig(**VELOCITY, derivative="jvp"),
 }
 SAMPLES = 32
 
@@ -66,7 +66,7 @@ def batch(network) -> TrajectoryBatch:
     return TrajectoryBatch(
         states=torch.stack(trajectories[::-1], dim=1),
         times=times,
-        weights=torch.tensor([0.5, 0.5]),
+        weights=torch.full((SAMPLES, 2), 0.5),
         labels=labels,
         ids=torch.arange(SAMPLES),
         positions=torch.arange(SAMPLES),
@@ -124,7 +124,7 @@ def test_loss_and_gradient_in_bf16_are_those_in_fp32_or_it_is_refused(network, b
         assert turn < 0.005
 
 
-@pytest.mark.parametrize("kind", [MeanFlowConfig, BezierConfig])
+@pytest.mark.parametrize("kind", [MeanFlowConfig, GuidesConfig])
 def test_a_difference_over_a_small_step_is_what_bf16_loses(network, batch, kind):
     difference, _ = gap(network, kind(derivative="finite_difference"), batch)
     exact, _ = gap(network, kind(derivative="jvp"), batch)

@@ -119,7 +119,7 @@ def test_batches_cost_and_export_are_those_of_a_local_folder(run, local):
         write_tiny_record(place, {"data": {"num_classes": 10}})
     trajectory = TrajectoryConfig(wait_timeout_s=30.0)
     streams = [
-        TrajectoryStream(place, spec, trajectory, order, 1, 2, [1.0, 1.0], lambda: False)
+        TrajectoryStream(place, spec, trajectory, order, 1, 2, [[0.5, 0.5]], lambda: False)
         for place in (run, local)
     ]
     for step in range(4):
@@ -286,7 +286,7 @@ def test_a_bad_shard_is_set_aside_and_the_good_one_is_read(run, monkeypatch):
     store = open_store(run)
     seen = store.mark(1)
     trajectory, order = TrajectoryConfig(wait_timeout_s=30.0), Order(3, 3 * 4, 2, 12)
-    stream = TrajectoryStream(run, spec, trajectory, order, 0, 1, [1.0, 1.0], lambda: False)
+    stream = TrajectoryStream(run, spec, trajectory, order, 0, 1, [[0.5, 0.5]], lambda: False)
     batches = []
     thread = threading.Thread(target=lambda: batches.append(stream.read(0)))
     thread.start()

@@ -11,8 +11,8 @@ from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.objectives.base import LossTerms
 from distill.objectives.build import build_objective
-from distill.objectives.config import TraFlowConfig
-from distill.objectives.traflow import ADAPTIVE_RANGE, balanced, draw_jump
+from distill.objectives.config import SummedConfig
+from distill.objectives.summed import ADAPTIVE_RANGE, balanced, draw_jump
 from distill.sample import few_step
 from distill.testing import NETWORKS, GaussianFlow, StraightFlow, flow_batch, random_network
 
@@ -24,9 +24,9 @@ TERMS = ("output", "states", "velocity", "consistency", "flow_matching")
 both_networks = pytest.mark.parametrize("name", NETWORKS)
 
 
-def traflow(*terms: str, **settings) -> TraFlowConfig:
+def summed(*terms: str, **settings) -> SummedConfig:
     weights = {f"weight_{term}": float(term in terms) for term in TERMS}
-    return TraFlowConfig(**{**weights, "distance": "l2", **settings})
+    return SummedConfig(**{**weights, "distance": "l2", **settings})
 
 
 # -----------------------------------------------------------------------------------------------
@@ -35,7 +35,7 @@ def traflow(*terms: str, **settings) -> TraFlowConfig:
 
 @pytest.mark.parametrize("sampler_nfe", [[], [1, 2, 4, 8]], ids=["any", "sampler"])
 def test_the_exact_flow_map_has_no_loss(sampler_nfe):
-    config = traflow("output", "states", "velocity", "consistency", sampler_nfe=sampler_nfe)
+    config = summed("output", "states", "velocity", "consistency", sampler_nfe=sampler_nfe)
     result = build_objective(config, 0).loss(flow_batch(FLOW), FLOW.student, FLOW.student, 3)
     assert set(result.terms) == {"output", "states", "velocity", "consistency"}
     assert all(float(value) < 1e-24 for value in result.terms.values())
@@ -43,14 +43,14 @@ def test_the_exact_flow_map_has_no_loss(sampler_nfe):
 
 @pytest.mark.parametrize("mode", ["trajectory", "straight"])
 def test_on_straight_paths_every_term_agrees_on_the_straight_map(mode):
-    objective = build_objective(traflow(*TERMS, velocity_mode=mode), 0)
+    objective = build_objective(summed(*TERMS, velocity_mode=mode), 0)
     result = objective.loss(flow_batch(STRAIGHT), STRAIGHT.student, STRAIGHT.student, 1)
     assert set(result.terms) == set(TERMS)
     assert all(float(value) < 1e-24 for value in result.terms.values())
 
 
 def test_on_curved_paths_the_anchor_and_the_flow_map_disagree():
-    objective = build_objective(traflow("flow_matching"), 0)
+    objective = build_objective(summed("flow_matching"), 0)
     assert float(objective.loss(flow_batch(FLOW), FLOW.student, FLOW.student, 1).total) > 1e-3
 
 
@@ -102,7 +102,7 @@ def test_an_empty_list_draws_any_two_times_of_the_grid():
 
 
 def test_a_grid_without_the_times_of_the_sampler_is_refused():
-    objective = build_objective(traflow("states", sampler_nfe=[2, 4]), 0)
+    objective = build_objective(summed("states", sampler_nfe=[2, 4]), 0)
     batch = flow_batch(FLOW, grid=6)
     with pytest.raises(ConfigError, match=r"sampler_nfe=\[2, 4\] visits times that are not stored"):
         objective.loss(batch, FLOW.student, FLOW.student, 0)
@@ -121,10 +121,10 @@ def test_all_terms_together_are_the_terms_alone_and_cost_one_call(name):
         sizes.append(len(x) // len(batch.ids))
         return student(x, t, s, label)
 
-    whole = build_objective(traflow(*TERMS), 0).loss(batch, counted, target, 4)
+    whole = build_objective(summed(*TERMS), 0).loss(batch, counted, target, 4)
     assert sizes == [5]  # one for each term: the velocity shares the jump of the states
     for term in TERMS:
-        alone = build_objective(traflow(term), 0).loss(batch, student, target, 4)
+        alone = build_objective(summed(term), 0).loss(batch, student, target, 4)
         assert set(alone.terms) == {term}
         torch.testing.assert_close(alone.total, whole.terms[term], rtol=1e-10, atol=1e-12)
     total = sum(float(value) for value in whole.terms.values())
@@ -135,7 +135,7 @@ def test_a_term_of_weight_zero_is_not_computed():
     def forbidden(x, t, s, label):
         raise AssertionError("called")
 
-    objective = build_objective(traflow("output"), 0)
+    objective = build_objective(summed("output"), 0)
     result = objective.loss(flow_batch(FLOW), FLOW.student, forbidden, 0)
     assert set(result.terms) == {"output"}
 
@@ -152,7 +152,7 @@ def engine_of(name: str) -> TorchEngine:
 @both_networks
 def test_adapted_terms_pull_equally_hard_on_the_last_layer(name):
     engine, batch = engine_of(name), flow_batch(FLOW)
-    config = traflow(*TERMS, weights="adaptive")
+    config = summed(*TERMS, weights="adaptive")
     objective = build_objective(config, 0, gradient_norms=engine.gradient_norms)
     result = objective.loss(batch, engine.student, engine.target, 1)
     weights = [float(weight) for weight in result.weights.values()]
@@ -188,7 +188,7 @@ def test_a_term_without_gradient_leaves_the_weights_finite(norms, expected):
 def test_scot_is_a_configuration_and_runs(name):
     (config,) = compose(["experiment=tiny", "objective=scot"])
     objective_config = config.objective
-    assert isinstance(objective_config, TraFlowConfig)
+    assert isinstance(objective_config, SummedConfig)
     assert objective_config.weights == "adaptive"
     assert objective_config.velocity_mode == "straight"
     engine = engine_of(name)

@@ -1,0 +1,113 @@
+"""Targets drawn on a curve: every sample of a batch is asked one question about the mean change.
+
+    L = mean_i D( (w - t)^p u(x, t, w), (w - t)^p c ),   x = X(t),  t <= w
+
+X is the curve of `distill.flow.curve`, u the student. A sample draws one kind of target, with its
+share as chance, and the times of one jump; t < s are two sorted uniform times.
+
+    kind          jump      c                                                 what it teaches
+    output        0 -> 1    (X(1) - X(0)) / 1                                 the output
+    start         0 -> s    (X(s) - X(0)) / s                                 the first jump of many
+    end           t -> 1    (X(1) - X(t)) / (1 - t),  t uniform               the last one
+    change        t -> s    (X(s) - X(t)) / (s - t);  dX/dt at s = t          the amount of change
+    consistency   t -> 1    (X(s) + (1 - s) u'(X(s), s, 1) - X(t)) / (1 - t)  self-consistency
+
+u' is the average of the student: its jump s -> 1 must end where the student's own t -> 1 does, if
+the teacher goes from X(t) to X(s). So one evaluation of the student and a share of one of the
+average is all that a sample costs; no derivative is taken, and every jump is trained.
+
+p lies between the regression of velocities (0), in which short jumps count as much as long ones,
+and of landings (1), in which they count nothing.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from distill.flow.curve import Curve
+from distill.flow.paths import MeanVelocity, expand_as, jump
+from distill.flow.trajectory import TrajectoryBatch
+from distill.objectives.base import LossTerms, draw, draw_strata
+from distill.objectives.config import KINDS, DrawnConfig
+from distill.objectives.distances import Distances
+
+SHORTEST = 1e-4  # of a jump whose change is a difference; below it is dX/dt
+
+
+def drawn_terms(
+    config: DrawnConfig,
+    distances: Distances,
+    seed: int,
+    curve: Curve,
+    batch: TrajectoryBatch,
+    student: MeanVelocity,
+    target: MeanVelocity,
+    step: int,
+) -> LossTerms:
+    """The loss, a term for every kind that is drawn: its mean over the samples that drew it, and
+    its share as weight.
+    """
+    shares = config.shares()
+    kind = draw_kind(list(shares.values()), seed, step, batch)
+    t, s, w = draw_times(kind, seed, step, batch)
+    x, slope = curve.at(t)
+    goal, _ = curve.at(s)
+    if shares["consistency"] > 0:
+        by_average = kind == KINDS.index("consistency")
+        goal = carried_on(goal, s, w, by_average, target, batch.labels)
+    gap = expand_as(w - t, x)
+    change = torch.where(gap > SHORTEST, (goal - x) / gap.clamp_min(SHORTEST), slope)
+    u = student(x, t, w, batch.labels)
+    off = distances.velocities(gap**config.power * u, gap**config.power * change)
+    # Over the expected number of samples, so that the whole is the mean over the batch.
+    terms = {
+        name: (off * (kind == index)).mean() / shares[name]
+        for index, name in enumerate(KINDS)
+        if shares[name] > 0
+    }
+    return LossTerms({name: shares[name] for name in terms}, terms)
+
+
+def draw_kind(
+    shares: list[float], seed: int, step: int, batch: TrajectoryBatch
+) -> Int[Tensor, "B"]:
+    """The kind of each sample; of a global batch every kind gets its share, up to one sample."""
+    edges = torch.tensor(shares, dtype=torch.float64).cumsum(0)[:-1].to(batch.times)
+    return torch.searchsorted(edges, draw_strata(seed, "drawn/kind", step, batch), right=True)
+
+
+def draw_times(
+    kind: Int[Tensor, "B"], seed: int, step: int, batch: TrajectoryBatch
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """t, s and w: the jump is t -> w, and the teacher's state at s is known; s = w but for
+    `consistency`.
+    """
+    one_time = draw(seed, "drawn/t", step, batch)
+    other = draw(seed, "drawn/s", step, batch)
+    zero, one = torch.zeros_like(one_time), torch.ones_like(one_time)
+    early, late = torch.minimum(one_time, other), torch.maximum(one_time, other)
+    is_kind = [kind == index for index in range(len(KINDS))]
+    output, start, end, _, consistency = is_kind
+    t = torch.where(output | start, zero, torch.where(end, one_time, early))
+    s = torch.where(output | end, one, torch.where(start, other, late))
+    return t, s, torch.where(consistency, one, s)
+
+
+@torch.no_grad()
+def carried_on(
+    x: Float[Tensor, "B *S"],
+    s: Float[Tensor, "B"],
+    w: Float[Tensor, "B"],
+    which: Bool[Tensor, "B"],
+    target: MeanVelocity,
+    label: Int[Tensor, "B"],
+) -> Float[Tensor, "B *S"]:
+    """`x` at s; where `which` says so, carried on to w by a jump of the average.
+
+    The average is called on these samples alone, and on one at least: it may be in parts on all
+    ranks, which must call it equally often.
+    """
+    rows = which.nonzero()[:, 0]
+    taken = rows if len(rows) else torch.zeros_like(s[:1], dtype=torch.int64)
+    landed = jump(target, x[taken], s[taken], w[taken], label[taken])
+    return x.index_copy(0, rows, landed[: len(rows)])
