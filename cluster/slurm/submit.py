@@ -6,6 +6,7 @@ slurm/stop                               `bowstring stop` was here: a job that i
 """
 
 import math
+from pathlib import Path
 
 from cluster.plan.estimate import estimate
 from cluster.settings import file, schema
@@ -73,7 +74,7 @@ def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -
     try:
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
         for kind, text in texts.items():
-            files.write_atomic(run.slurm / f"{kind}.sbatch", text.encode())
+            files.write_atomic(_script(run, kind), text.encode())
         for left in ("stop", "head", "progress"):
             (run.slurm / left).unlink(missing_ok=True)
     except OSError as error:
@@ -86,11 +87,11 @@ def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -
 
 def _submit_all(run: files.RunDir, kinds: list[str]) -> None:
     for kind in kinds:  # partition, limits, account: refused before anything runs
-        _sbatch(run, kind, "--test-only")
+        jobs.ask("sbatch", "--test-only", str(_script(run, kind)), str(run.root))
     ids: dict[str, str] = {}
     try:
         for kind in kinds:
-            ids[kind] = _sbatch(run, kind, "--parsable", *_after(kind, ids)).partition(";")[0]
+            ids[kind] = jobs.submit(_script(run, kind), *_after(kind, ids), str(run.root))
             files.write_json(run.slurm / "jobs.json", ids)
             print(f"{kind}: job {ids[kind]}")
     except OSError:  # SlurmError too
@@ -108,8 +109,8 @@ def _after(kind: str, ids: dict[str, str]) -> list[str]:
     return [f"--dependency=afterok:{ids['train']}", "--kill-on-invalid-dep=yes"]
 
 
-def _sbatch(run: files.RunDir, kind: str, *options: str) -> str:
-    return jobs.ask("sbatch", *options, str(run.slurm / f"{kind}.sbatch"), str(run.root))
+def _script(run: files.RunDir, kind: str) -> Path:
+    return run.slurm / f"{kind}.sbatch"
 
 
 # -----------------------------------------------------------------------------------------------

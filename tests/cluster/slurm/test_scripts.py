@@ -10,10 +10,8 @@ from ray._private.parameter import RayParams
 
 from cluster.cli.main import dispatch
 from cluster.settings.hydra import compose
-from cluster.slurm.jobs import read_ids
 from cluster.slurm.scripts import KINDS, render
 from distill.config import ConfigError
-from distill.run.files import RunDir
 
 FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
@@ -151,10 +149,90 @@ def test_a_dry_run_prints_all_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_job_ids_that_cannot_be_read_are_not_taken_for_none(tmp_path):
-    run = RunDir(tmp_path)
-    assert read_ids(run) == {}
-    run.slurm.mkdir()
-    (run.slurm / "jobs.json").write_text('{"train": "12')
-    with pytest.raises(ConfigError, match="is corrupt"):
-        read_ids(run)
+# -----------------------------------------------------------------------------------------------
+# Functions of the scripts, with stand-ins for what they ask
+
+
+def functions(kind: str, *names: str) -> str:
+    """Some functions of a script."""
+    text = (SCRIPTS / f"{kind}.sbatch").read_text()
+    return "".join(
+        re.search(rf"^{name}\(\) {{.*?^}}\n", text, re.MULTILINE | re.DOTALL)[0] for name in names
+    )
+
+
+def bash(text: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(["bash", "-c", text], capture_output=True, text=True, cwd=folder)
+
+
+ASKS = """
+state=$PWD id=7.0 SLURM_JOB_ID=7 SLURM_RESTART_COUNT=0
+say() {{ echo "said: $*"; }}
+nap() {{ echo . >>naps; }}
+timeout() {{ shift; "$@"; }}
+squeue() {{
+  n=$(cat calls 2>/dev/null || echo 0); echo $((n + 1)) >calls
+  {answers}
+}}
+{functions}
+if is_running; then echo yes; else echo no; fi
+"""
+AWAY = 'echo "slurm_load_jobs error: Unable to contact slurm controller" >&2; return 1'
+
+
+@pytest.mark.parametrize(
+    ("answers", "found", "naps"),
+    [
+        ("echo RUNNING 0", "yes", 0),
+        ("echo COMPLETING 0", "no", 0),
+        ("echo RUNNING 1", "no", 0),  # it runs elsewhere, started once more
+        ("echo; echo 'Welcome to the machine'; echo 'RUNNING   0'; echo bye", "yes", 0),
+        (f"if ((n < 5)); then {AWAY}; fi; echo RUNNING 0", "yes", 5),
+        (f"if ((n < 5)); then {AWAY}; fi; echo COMPLETING 0", "no", 5),
+        (AWAY, "yes", 40),  # what nobody knows is not "no"
+        ("echo 'slurm_load_jobs error: Invalid job id specified' >&2; return 1", "yes", 0),
+    ],
+)
+def test_a_job_asks_again_whether_it_is_running(tmp_path, answers, found, naps):
+    """A controller that was away for 25 s at the time limit made a saved run FAILED."""
+    asked = functions("train", "patiently", "is_running")
+    done = bash(ASKS.format(answers=answers, functions=asked), tmp_path)
+    assert done.stdout.splitlines()[-1] == found
+    there = tmp_path / "naps"
+    assert (len(there.read_text().split()) if there.exists() else 0) == naps
+    assert not list(tmp_path.glob(".asked*"))
+
+
+ADDRESS = """
+hostname() {{ if [ "${{1:-}}" = -I ]; then echo "{words}"; else echo node1; fi; }}
+getent() {{ {named}; }}
+ip() {{ {devices}; }}
+{functions}
+address
+"""
+
+
+@pytest.mark.parametrize("kind", ["train", "teachers"])
+@pytest.mark.parametrize(
+    ("named", "words", "devices", "found"),
+    [
+        ("echo 10.1.0.4", "172.17.0.1 10.1.0.4", "true", "10.1.0.4"),
+        ("echo 127.0.1.1", "172.17.0.1 10.77.1.1", "true", "10.77.1.1"),
+        ("echo 127.0.1.1", "2001:db8::7 fe80::1", "true", "2001:db8::7"),
+        ("true", "169.254.3.1 192.168.122.1 10.0.0.9", "true", "10.0.0.9"),
+        (
+            "true",
+            "10.88.0.1 10.0.0.9",
+            "echo '3: cni-podman0 inet 10.88.0.1/16 brd'; echo '2: eth0 inet 10.0.0.9/8 brd'",
+            "10.0.0.9",
+        ),
+        ("true", "172.17.0.1", "true", ""),
+    ],
+)
+def test_a_node_is_known_by_an_address_that_others_reach(
+    tmp_path, kind, named, words, devices, found
+):
+    text = ADDRESS.format(
+        words=words, named=named, devices=devices, functions=functions(kind, "address")
+    )
+    assert bash(text, tmp_path).stdout.strip() == found
