@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import ray
+import ray.exceptions
 
 from cluster.plan.placement import most_workers
 from cluster.settings.schema import RunConfig
@@ -40,6 +41,8 @@ RAY_ENVIRONMENT = {
 
 
 ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+START_TRIES = 3
+START_ERRORS = (RuntimeError, OSError, ray.exceptions.RayError)
 DAEMONS = ("gcs_server", "raylet")  # Ray's processes without which none of its calls ends
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -107,7 +110,7 @@ class Session:
             )
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
-            self._start_local_ray()
+            self._try_local_ray()
 
     def _missing(self) -> list[str]:
         """What the cluster lacks. Nodes of a Slurm job join one after the other: these wait."""
@@ -119,6 +122,27 @@ class Session:
                 return missing
             time.sleep(JOIN_PERIOD_S)
 
+    def _try_local_ray(self) -> None:
+        """Starts Ray here. A raylet gives up when its agents need more than 15 s to start, as on a
+        busy machine; the next try finds their files in memory.
+
+        Raises:
+            ConnectionError: it did not start, nor the tries before.
+        """
+        for left in reversed(range(START_TRIES)):
+            try:
+                return self._start_local_ray()
+            except START_ERRORS as error:
+                ray.shutdown()
+                if self.stop_signal or not left:
+                    load, cores = os.getloadavg()[0], os.cpu_count()
+                    raise ConnectionError(
+                        f"Ray did not start on this machine in {START_TRIES - left} tries "
+                        f"({str(error).strip().splitlines()[-1]:.200}); its load is {load:.1f} on "
+                        f"{cores} cores. Try again when less is going on here, or ask for fewer "
+                        "workers; `bowstring doctor` looks at memory, ports and shared memory"
+                    ) from error
+
     def _start_local_ray(self) -> None:
         cluster = self.config.cluster
         teachers, trainer = most_workers(cluster) or 0, cluster.trainer.max_workers
@@ -129,6 +153,7 @@ class Session:
         gpus = cluster.teachers.gpus_per_worker + cluster.trainer.gpus_per_worker
         shutil.rmtree(self._ray_temp, ignore_errors=True)
         ray.init(
+            address="local",  # whatever cluster RAY_ADDRESS names
             num_cpus=max(1, math.ceil(cpus)),
             num_gpus=None if gpus > 0 else 0,
             resources={"teacher": float(teachers), "trainer": float(trainer)},

@@ -53,6 +53,27 @@ def test_sigterm_while_ray_starts_is_a_stop(config, tmp_path, monkeypatch):
         assert signal.getsignal(signal.SIGTERM) == session._on_signal
 
 
+@pytest.mark.parametrize("failures", [0, 2, 3])
+def test_a_ray_that_does_not_start_is_started_again(config, tmp_path, monkeypatch, failures):
+    """And never the cluster that somebody's RAY_ADDRESS names is joined in its place."""
+    starts = []
+
+    def init(**options):
+        starts.append(options["address"])
+        if len(starts) <= failures:
+            raise RuntimeError("long story\nthe raylet did not register in time")
+
+    monkeypatch.setattr("ray.init", init)
+    with open_session(config, RunDir(tmp_path / "run")) as session:
+        if failures < 3:
+            session._try_local_ray()
+        else:
+            words = r"in 3 tries \(the raylet did not register in time\); its load is"
+            with pytest.raises(ConnectionError, match=words):
+                session._try_local_ray()
+    assert starts == ["local"] * min(failures + 1, 3)
+
+
 def test_what_a_cluster_lacks_is_said_in_numbers(config):
     assert missing_resources(config, {"trainer": 2.0, "CPU": 8.0}) == []
     assert missing_resources(config, {"CPU": 1.0, "trainer": 2.0}) == ["CPU: 3 asked for, 1 there"]
