@@ -19,10 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, check
-from distill.data import layout, sidecar
-from distill.data.config import TrajectoryConfig
+from distill.data import config, layout, shards, sidecar
 from distill.data.order import Order
-from distill.data.shards import as_tensor, read_shard
 from distill.data.stores.store import open_store
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
@@ -74,7 +72,7 @@ class TrajectoryStream:
         self,
         run: RunDir,
         spec: sidecar.ShardSpec,
-        trajectory: TrajectoryConfig,
+        trajectory: config.TrajectoryConfig,
         order: Order,
         rank: int,
         world_size: int,
@@ -273,7 +271,7 @@ class _Loading(threading.Thread):
         noise = None if spec.store_noise else sample_noise(spec.seed, ids, spec.image)
         self.block = Block(
             first_id=int(ids[0]),
-            states=as_tensor(spec, states),
+            states=shards.as_tensor(spec, states),
             labels=torch.from_numpy(labels),
             noise=None if noise is None else torch.from_numpy(noise),
             num_states=self._spec.num_states,
@@ -286,7 +284,7 @@ class _Loading(threading.Thread):
             return False
         try:
             seen = store.mark(shard)
-            read_shard(self._run, self._spec, shard, states, labels)
+            shards.read_shard(self._run, self._spec, shard, states, labels)
         except FileNotFoundError:  # another rank has set it aside meanwhile
             return False
         except sidecar.CorruptShard as error:

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from distill.config import LossyExport, check
 from distill.export.card import Use, write_card
 from distill.export.student import TrainedStudent
-from distill.flow import paths
-from distill.flow.noise import sample_noise
-from distill.flow.times import sampler_times
+from distill.flow import noise, paths, times
 from distill.networks.layers import AbstractNetwork
 from distill.run.files import RunDir, replaced, write_json
 
@@ -129,7 +127,7 @@ def _write_onnx(network: AbstractNetwork, path: Path) -> None:
 
 def _inputs(network: AbstractNetwork, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A fixed batch: jumps of every length, the last class and "none" in turn."""
-    x = torch.from_numpy(sample_noise(0, np.arange(count), network.image.shape))
+    x = torch.from_numpy(noise.sample_noise(0, np.arange(count), network.image.shape))
     t = torch.linspace(0, 0.75, count)
     label = torch.where(torch.arange(count) % 2 == 0, network.image.num_classes - 1, -1)
     return x, t, 1 - 0.2 * t, label
@@ -175,7 +173,7 @@ def _describe(
         },
         "time": "t = 0 noise, t = 1 data; output: x at time s",
         "labels": f"0 to {image.num_classes - 1}, -1 for none" if image.num_classes else "-1",
-        "times": {str(nfe): sampler_times(nfe, student.middle) for nfe in (1, 2, 3, 4, 8)},
+        "times": {str(nfe): times.sampler_times(nfe, student.middle) for nfe in (1, 2, 3, 4, 8)},
         "meta": student.meta,
     }
     write_json(folder / DESCRIPTION, description)
