@@ -3,17 +3,12 @@
 `distill.objectives.lpips` has the third one, by the features of a network.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.objectives.base import Distances
 from distill.objectives.config import ObjectiveConfig
-
-# D(a, b) per sample
-Distance = Callable[[Float[Tensor, "B *S"], Float[Tensor, "B *S"]], Float[Tensor, "B"]]
 
 
 def squared_gap(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
@@ -34,14 +29,6 @@ def pseudo_huber(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Te
     """
     c = 0.00054 * a[0].numel()
     return (squared_gap(a, b) + c * c).sqrt() - c
-
-
-@dataclass(frozen=True)
-class Distances:
-    """D of an objective: between states of a path, which are images, and between velocities."""
-
-    states: Distance
-    velocities: Distance
 
 
 def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
