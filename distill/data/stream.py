@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from distill.config import ConfigError, check
 from distill.data import config, layout, shards, sidecar
@@ -46,14 +45,14 @@ class Block:
     """
 
     first_id: int
-    states: Float[Tensor, "n M P *S"]
-    labels: Int[Tensor, "n"]
-    noise: Float[Tensor, "n *S"] | None
+    states: Float[torch.Tensor, "n M P *S"]
+    labels: Int[torch.Tensor, "n"]
+    noise: Float[torch.Tensor, "n *S"] | None
     num_states: int
 
     def trajectories(
-        self, ids: Int[Tensor, "B"]
-    ) -> tuple[Float[Tensor, "B M K1 *S"], Float[Tensor, "B M V *S"]]:
+        self, ids: Int[torch.Tensor, "B"]
+    ) -> tuple[Float[torch.Tensor, "B M K1 *S"], Float[torch.Tensor, "B M V *S"]]:
         """States 0 .. K of some samples and as many velocities, or none; float32."""
         rows = ids - self.first_id
         stored = self.states[rows].float()
@@ -201,7 +200,7 @@ class TrajectoryStream:
         return loading.result()
 
 
-def placed(parts: Sequence[Tensor], places: Int[Tensor, "B"]) -> Tensor:
+def placed(parts: Sequence[torch.Tensor], places: Int[torch.Tensor, "B"]) -> torch.Tensor:
     """The rows of all parts, each at its place."""
     whole = torch.empty(len(places), *parts[0].shape[1:], dtype=parts[0].dtype)
     for part, rows in zip(parts, places.split([len(part) for part in parts]), strict=True):

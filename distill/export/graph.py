@@ -7,11 +7,10 @@ Sampling is a loop outside: x <- jump(x, t_n, t_n+1, label), from noise at 0 to 
 """
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
-from importlib.metadata import version
+from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +66,7 @@ def export_onnx(run: RunDir, student: TrainedStudent, out: Path, license_id: str
         ConfigError: a package is not installed.
         LossyExport: onnxruntime computes something else.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if util.find_spec(name) is None]
     check(not missing, f"--format onnx needs {', '.join(missing)}: pip install 'bowstring[onnx]'")
     import onnxruntime
 
@@ -164,7 +163,7 @@ def _describe(
     image = student.network.image
     description = {
         "format": "bowstring-graph-1",
-        "bowstring": version("bowstring"),
+        "bowstring": metadata.version("bowstring"),
         "inputs": {
             "x": ["batch", *image.shape],
             "t": ["batch"],

@@ -9,7 +9,6 @@ compared as images; gradient reaches the student's jump through the input of tha
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, jump
 from distill.flow.trajectory import TrajectoryBatch
@@ -34,7 +33,7 @@ def consistency_term(
     s, one = times[c], torch.ones_like(times[c])
     from_a = base.Call(base.pick(batch.best, a), times[a], s)
 
-    def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+    def value(u: Float[torch.Tensor, "B *S"]) -> Float[torch.Tensor, "B"]:
         with torch.no_grad():
             goal = jump(target, base.pick(batch.best, b), times[b], s, label)
             goal = jump(target, goal, s, one, label)

@@ -8,7 +8,6 @@ from math import sinh
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, interpolate
 from distill.flow.trajectory import TrajectoryBatch
@@ -18,7 +17,7 @@ from distill.objectives.config import ReflowConfig
 U_SHAPE = 4.0  # a in p(t) ~ cosh(a (t - 1/2)) (Lee et al., 2024, section 4.1)
 
 
-def u_shaped(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+def u_shaped(u: Float[torch.Tensor, "B"]) -> Float[torch.Tensor, "B"]:
     """Times with density ~ e^(a t) + e^(a (1 - t)), more near both ends, from uniform `u`.
 
     The inverse of the distribution function: t = (1 + asinh((2u - 1) sinh(a/2)) / (a/2)) / 2.
@@ -28,7 +27,7 @@ def u_shaped(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 
 
 def flow_matching_term(
-    batch: TrajectoryBatch, t: Float[Tensor, "B"], distance: base.Distance, weight: float
+    batch: TrajectoryBatch, t: Float[torch.Tensor, "B"], distance: base.Distance, weight: float
 ) -> base.Term:
     """D( u(x_t, t, t), x_1 - x_0 )."""
     x_0, x_1 = batch.noise, batch.best[:, -1]
