@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from cluster.settings.schema import RunConfig
-from distill.data.layout import sidecar_bytes, tar_bytes
+from distill.data import layout
 from distill.data.order import Order
 from distill.data.sidecar import shard_spec
 from distill.run.identity import StreamRecord
@@ -37,7 +37,7 @@ def stream_plan(config: RunConfig) -> StreamPlan:
     shards = blocks * trajectory.block_shards
     fingerprints = {name: 64 * "0" for name in config.teacher}
     spec = shard_spec(config.seed, config.data.image, trajectory, config.teacher, fingerprints)
-    tar, sidecar = tar_bytes(spec), sidecar_bytes(spec, shards - 1)
+    tar, sidecar = layout.tar_bytes(spec), layout.sidecar_bytes(spec, shards - 1)
     return StreamPlan(
         order=order,
         blocks=blocks,

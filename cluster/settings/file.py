@@ -101,9 +101,14 @@ def register_resolvers() -> None:
 # makes of each the dataclass of its own kind once the tree is whole.
 
 
+def setting_names(kind: Any) -> list[str]:
+    """Names of the settings of a dataclass; none of another type."""
+    return [one.name for one in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else []
+
+
 def _own_settings() -> dict[str, tuple[str, Any, dataclasses.Field[Any]]]:
     """Name, type and field of every setting that only some kinds have, by name."""
-    shared = {field.name for field in dataclasses.fields(TeacherConfig)}
+    shared = setting_names(TeacherConfig)
     own: dict[str, tuple[str, Any, dataclasses.Field[Any]]] = {}
     for kind in TEACHERS.values():
         types = get_type_hints(kind)
@@ -139,7 +144,7 @@ def settled(tree: RunConfig) -> RunConfig:
     Raises:
         ConfigError: a teacher has a setting that its kind has not, or a value that cannot work.
     """
-    values = {field.name: getattr(tree, field.name) for field in dataclasses.fields(RunConfig)}
+    values = {name: getattr(tree, name) for name in setting_names(RunConfig)}
     values["teacher"] = {name: _of_kind(name, given) for name, given in tree.teacher.items()}
     return RunConfig(**values)
 
@@ -151,12 +156,11 @@ def _of_kind(name: str, given: TeacherConfig) -> TeacherConfig:
     """
     check_choice("teacher.kind", given.kind, tuple(TEACHERS))
     kind, blank = TEACHERS[given.kind], AnyTeacher()
-    known = [field.name for field in dataclasses.fields(kind)]
-    for field in dataclasses.fields(given):
-        value = getattr(given, field.name)
+    known = setting_names(kind)
+    for setting in setting_names(type(given)):
         check(
-            field.name in known or value == getattr(blank, field.name),
-            f"there is no setting teacher.{name}.{field.name} with teacher.{name}.kind="
+            setting in known or getattr(given, setting) == getattr(blank, setting),
+            f"there is no setting teacher.{name}.{setting} with teacher.{name}.kind="
             f"{given.kind}, which has: {', '.join(known)}",
         )
     return kind(**{key: getattr(given, key) for key in known})
@@ -188,25 +192,17 @@ def sentence(error: errors.OmegaConfBaseException) -> str:
     unknown = "not in struct" in message or "not in '" in message or "not found" in message
     if not unknown:
         return message if key and key in message else f"{key}: {message}" if key else message
-    known: list[str] = []
-    if dataclasses.is_dataclass(error.object_type):
-        known = [field.name for field in dataclasses.fields(error.object_type)]
-    return unknown_key(key, known)
+    return unknown_key(key, setting_names(error.object_type))
 
 
 def check_known(tree: DictConfig, prefix: str = "") -> None:
     """Raises ConfigError for a key that `+key=value` added beside the schema, or a value that is no
     more.
     """
-    schema = OmegaConf.get_type(tree)
-    known = (
-        [field.name for field in dataclasses.fields(schema)]
-        if dataclasses.is_dataclass(schema)
-        else None
-    )
+    known = setting_names(OmegaConf.get_type(tree))
     for key, value in tree.items_ex(resolve=False):
         name = str(key)
-        if known is not None and name not in known:
+        if known and name not in known:
             raise ConfigError(unknown_key(f"{prefix}{name}", known))
         is_there = not OmegaConf.is_missing(tree, name) and tree[name] is not None
         if isinstance(value, DictConfig) and is_there:

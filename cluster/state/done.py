@@ -4,8 +4,7 @@ A start reads each of them once, into a `RunView`, and passes that down. The poo
 trainer group follow the files from there on.
 """
 
-import dataclasses
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -25,15 +24,15 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
     def teacher(value: TeacherConfig) -> TeacherConfig:
         is_path = not value.may_be_name or Path(value.path).exists()
-        return dataclasses.replace(value, path=_absolute(value.path)) if is_path else value
+        return replace(value, path=_absolute(value.path)) if is_path else value
 
     location = config.trajectory.location
     location = location if "://" in location else _absolute(location)
-    return dataclasses.replace(
+    return replace(
         config,
-        run=dataclasses.replace(config.run, dir=_absolute(config.run.dir)),
-        trajectory=dataclasses.replace(config.trajectory, location=location),
-        data=dataclasses.replace(config.data, path=_absolute(config.data.path)),
+        run=replace(config.run, dir=_absolute(config.run.dir)),
+        trajectory=replace(config.trajectory, location=location),
+        data=replace(config.data, path=_absolute(config.data.path)),
         teacher={name: teacher(value) for name, value in config.teacher.items()},
     )
 
@@ -69,7 +68,7 @@ class RunView:
 
     def again(self) -> "RunView":
         """The files as they are now. run.json is as it was."""
-        return dataclasses.replace(self)
+        return replace(self)
 
     @cached_property
     def plan(self) -> StreamPlan:
@@ -124,7 +123,7 @@ class RunView:
             results = measured.read_results(self.run)
         except ConfigError:  # of another version
             return False
-        asked = dataclasses.asdict(self.config.eval)
+        asked = asdict(self.config.eval)
         return results is not None and (results.step, results.settings) == (self.step, asked)
 
     @property

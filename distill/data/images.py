@@ -3,24 +3,24 @@
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 from torch.nn import functional as F
 
 from distill.config import check
-from distill.data.config import DataConfig
-from distill.data.sets import SETS
+from distill.data import config, sets
 from distill.flow.noise import permutation, sample_noise, uniform
 from distill.flow.trajectory import TrajectoryBatch
 
 
-def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor, "N"]]:
+def load_images(
+    data: config.DataConfig,
+) -> tuple[Float[torch.Tensor, "N C H W"], Int[torch.Tensor, "N"]]:
     """All training images in [-1, 1], and their classes (-1 when data.num_classes is 0).
 
     Raises:
         ConfigError: files absent, cut or of another kind; settings that do not describe the images.
     """
     check_files(data)
-    pixels, classes_of = SETS[data.name].load(data.path)
+    pixels, classes_of = sets.SETS[data.name].load(data.path)
     images = torch.from_numpy(np.ascontiguousarray(pixels))
     labels = torch.from_numpy(classes_of)
     channels, size = images.shape[1], images.shape[2]
@@ -43,9 +43,9 @@ def load_images(data: DataConfig) -> tuple[Float[Tensor, "N C H W"], Int[Tensor,
     return images, labels
 
 
-def check_files(data: DataConfig) -> None:
+def check_files(data: config.DataConfig) -> None:
     """Raises ConfigError when a file of the data set is absent, so that it is known early."""
-    SETS[data.name].check(data.path)
+    sets.SETS[data.name].check(data.path)
 
 
 # Noise of the images' stream starts here, so that no trajectory of the same seed starts from noise
@@ -64,8 +64,8 @@ class ImageStream:
 
     def __init__(
         self,
-        images: Float[Tensor, "N C H W"],
-        labels: Int[Tensor, "N"],
+        images: Float[torch.Tensor, "N C H W"],
+        labels: Int[torch.Tensor, "N"],
         seed: int,
         batch_size: int,
         rank: int,

@@ -16,13 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from distill.config import ConfigError, check
-from distill.data import layout, sidecar
-from distill.data.config import TrajectoryConfig
+from distill.data import config, layout, shards, sidecar
 from distill.data.order import Order
-from distill.data.shards import as_tensor, read_shard
 from distill.data.stores.store import open_store
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
@@ -48,14 +45,14 @@ class Block:
     """
 
     first_id: int
-    states: Float[Tensor, "n M P *S"]
-    labels: Int[Tensor, "n"]
-    noise: Float[Tensor, "n *S"] | None
+    states: Float[torch.Tensor, "n M P *S"]
+    labels: Int[torch.Tensor, "n"]
+    noise: Float[torch.Tensor, "n *S"] | None
     num_states: int
 
     def trajectories(
-        self, ids: Int[Tensor, "B"]
-    ) -> tuple[Float[Tensor, "B M K1 *S"], Float[Tensor, "B M V *S"]]:
+        self, ids: Int[torch.Tensor, "B"]
+    ) -> tuple[Float[torch.Tensor, "B M K1 *S"], Float[torch.Tensor, "B M V *S"]]:
         """States 0 .. K of some samples and as many velocities, or none; float32."""
         rows = ids - self.first_id
         stored = self.states[rows].float()
@@ -74,7 +71,7 @@ class TrajectoryStream:
         self,
         run: RunDir,
         spec: sidecar.ShardSpec,
-        trajectory: TrajectoryConfig,
+        trajectory: config.TrajectoryConfig,
         order: Order,
         rank: int,
         world_size: int,
@@ -203,7 +200,7 @@ class TrajectoryStream:
         return loading.result()
 
 
-def placed(parts: Sequence[Tensor], places: Int[Tensor, "B"]) -> Tensor:
+def placed(parts: Sequence[torch.Tensor], places: Int[torch.Tensor, "B"]) -> torch.Tensor:
     """The rows of all parts, each at its place."""
     whole = torch.empty(len(places), *parts[0].shape[1:], dtype=parts[0].dtype)
     for part, rows in zip(parts, places.split([len(part) for part in parts]), strict=True):
@@ -273,7 +270,7 @@ class _Loading(threading.Thread):
         noise = None if spec.store_noise else sample_noise(spec.seed, ids, spec.image)
         self.block = Block(
             first_id=int(ids[0]),
-            states=as_tensor(spec, states),
+            states=shards.as_tensor(spec, states),
             labels=torch.from_numpy(labels),
             noise=None if noise is None else torch.from_numpy(noise),
             num_states=self._spec.num_states,
@@ -286,7 +283,7 @@ class _Loading(threading.Thread):
             return False
         try:
             seen = store.mark(shard)
-            read_shard(self._run, self._spec, shard, states, labels)
+            shards.read_shard(self._run, self._spec, shard, states, labels)
         except FileNotFoundError:  # another rank has set it aside meanwhile
             return False
         except sidecar.CorruptShard as error:

@@ -26,8 +26,7 @@ from distill.networks.files import WEIGHTS, fingerprint
 from distill.report import cost, pictures
 from distill.run import files, identity, measured, records
 from distill.sample import load_student, to_uint8
-from distill.teachers import base, build
-from distill.teachers.config import TeacherConfig
+from distill.teachers import base, build, config
 
 LINE_PERIOD_S = 30.0  # between lines of progress, where there is no terminal
 
@@ -98,10 +97,10 @@ TeacherSamplers = Callable[[str, int], sampling.Sampler]
 
 
 def teacher_samplers(
-    teacher: base.FrozenTeacher, config: TeacherConfig, interrupt: sampling.Interrupt
+    teacher: base.FrozenTeacher, settings: config.TeacherConfig, interrupt: sampling.Interrupt
 ) -> TeacherSamplers:
     """The samplers of a teacher: solvers of its guided field, or a student's own jumps."""
-    field = build.build_field(teacher, config)
+    field = build.build_field(teacher, settings)
     if isinstance(field, base.Jumps):
         u = interrupt.watch(field.mean_velocity)
         middle = field.middle
@@ -111,7 +110,10 @@ def teacher_samplers(
 
 
 def teacher_rows(
-    evaluator: Evaluator, samplers: TeacherSamplers, teacher: TeacherConfig, evaluation: EvalConfig
+    evaluator: Evaluator,
+    samplers: TeacherSamplers,
+    teacher: config.TeacherConfig,
+    evaluation: EvalConfig,
 ) -> tuple[measured.Row, ...]:
     """The teacher's curves (`distill.evaluation.curves`).
 
@@ -131,7 +133,7 @@ def picture_grid(
     image: ImageSpec,
     draw_student: Callable[[int], sampling.Sampler],
     samplers: TeacherSamplers,
-    teacher: TeacherConfig,
+    teacher: config.TeacherConfig,
 ) -> None:
     """Writes samples/grid.npz and a PNG: a row per sampler, the same noise and label down a
     column."""
@@ -159,7 +161,7 @@ def picture_grid(
 def evaluate(
     run: files.RunDir,
     data: DataConfig,
-    teachers: dict[str, TeacherConfig],
+    teachers: dict[str, config.TeacherConfig],
     evaluation: EvalConfig,
     objective: str,
     device: str | None = None,
@@ -182,24 +184,24 @@ def evaluate(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder = latest_student(run)
     student = load_student(folder, place)
-    name, config = list(teachers.items())[-1]
-    teacher = build.build_teacher(config, place)
+    name, settings = list(teachers.items())[-1]
+    teacher = build.build_teacher(settings, place)
     with progress_bar() as progress:
         evaluator = Evaluator(data, evaluation, place, progress)
-        samplers = teacher_samplers(teacher, config, evaluator.interrupt)
+        samplers = teacher_samplers(teacher, settings, evaluator.interrupt)
         u = evaluator.interrupt.watch(student.network)
 
         def draw_student(nfe: int) -> sampling.Sampler:
             return sampling.student_sampler(u, nfe, student.middle)
 
-        solver, nfe = curves.truth(config, evaluation)
+        solver, nfe = curves.truth(settings, evaluation)
         evaluator.set_reference(samplers(solver, nfe))
         student_rows = tuple(
             evaluator.row(draw_student(n), f"student, {n} NFE", n) for n in evaluation.nfe
         )
-        solvers = teacher_rows(evaluator, samplers, config, evaluation)
+        solvers = teacher_rows(evaluator, samplers, settings, evaluation)
         if student.image.is_picture:
-            picture_grid(run, evaluator, student.image, draw_student, samplers, config)
+            picture_grid(run, evaluator, student.image, draw_student, samplers, settings)
     features = evaluator.features
     extractor = (
         measured.Extractor(**features.description) if features else measured.Extractor("none", "")
@@ -217,7 +219,7 @@ def evaluate(
         extractor=extractor,
         frechet_name=metrics.distance_name(extractor.name, evaluation.num_samples),
         reference=evaluator.real,
-        truth=measured.Truth(name, teacher.fingerprint, config.guidance, solver, nfe),
+        truth=measured.Truth(name, teacher.fingerprint, settings.guidance, solver, nfe),
         device=str(place),
         cost=cost.read_cost(run),
     )

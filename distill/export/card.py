@@ -12,9 +12,7 @@ import jinja2
 
 from distill.export.student import TrainedStudent
 from distill.report.sections import duration, number, row_name
-from distill.run.files import RunDir, write_atomic
-from distill.run.identity import RunRecord, record_of
-from distill.run.measured import Results, read_results
+from distill.run import files, identity, measured
 
 CARD, PICTURES = "README.md", "pictures.png"
 
@@ -36,14 +34,14 @@ class Use(NamedTuple):
 
 
 def write_card(
-    folder: Path, run: RunDir, student: TrainedStudent, use: Use, license_id: str = "unknown"
+    folder: Path, run: files.RunDir, student: TrainedStudent, use: Use, license_id: str = "unknown"
 ) -> None:
     """Writes README.md, and beside it the pictures of the evaluation where there are some.
 
     Raises:
         ConfigError: run.json or results.json cannot be read.
     """
-    record, results = record_of(run), read_results(run)
+    record, results = identity.record_of(run), measured.read_results(run)
     pictures = run.samples / "overview.png"
     if pictures.is_file():
         shutil.copyfile(pictures, folder / PICTURES)
@@ -64,14 +62,14 @@ def write_card(
         version=version("bowstring"),
         has_pictures=pictures.is_file(),
     )
-    write_atomic(folder / CARD, text.encode())
+    files.write_atomic(folder / CARD, text.encode())
 
 
-def _about_model(student: TrainedStudent, record: RunRecord) -> dict[str, Any]:
+def _about_model(student: TrainedStudent, record: identity.RunRecord) -> dict[str, Any]:
     """What run.json and the network say."""
-    network, identity = student.network, record.identity
-    image, train = network.image, identity.get("train", {})
-    objective = {key: value for key, value in identity["objective"].items() if key != "name"}
+    network, settings = student.network, record.identity
+    image, train = network.image, settings.get("train", {})
+    objective = {key: value for key, value in settings["objective"].items() if key != "name"}
     versions = [f"{name} {found}" for name, found in record.versions.items()]
     return {
         "network": type(network).__name__,
@@ -79,11 +77,11 @@ def _about_model(student: TrainedStudent, record: RunRecord) -> dict[str, Any]:
         "shape": " x ".join(str(extent) for extent in image.shape),
         "classes": image.num_classes,
         "teachers": [
-            _teacher(name, identity.get("teacher", {}).get(name, {}), found)
+            _teacher(name, settings.get("teacher", {}).get(name, {}), found)
             for name, found in record.teachers.items()
         ],
-        "data": f"`{identity['data']['name']}`",
-        "objective": identity["objective"]["name"],
+        "data": f"`{settings['data']['name']}`",
+        "objective": settings["objective"]["name"],
         "settings": _listed(objective) or "no settings",
         "training": _listed({"steps": student.meta["step"], **train}),
         "hash": record.hash,
@@ -97,7 +95,7 @@ def _teacher(name: str, settings: dict[str, Any], fingerprint: str) -> str:
     return f"`{name}` {settings.get('kind', '')} (sha256 `{fingerprint[:16]}`): {_listed(said)}"
 
 
-def _about_quality(results: Results | None) -> dict[str, Any]:
+def _about_quality(results: measured.Results | None) -> dict[str, Any]:
     """What results.json says: a row for every sampler."""
     if results is None:
         return {"rows": [], "cost": ""}

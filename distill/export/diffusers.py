@@ -11,13 +11,12 @@ it has a second time for images, so network and pipeline lie in the folder as co
 with `trust_remote_code=True`.
 """
 
-import importlib.util
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib import metadata, util
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,7 +113,7 @@ def _use(network: AbstractNetwork) -> Use:
 
 def _check_installed() -> None:
     """Raises ConfigError unless a diffusers with the scheduler is there."""
-    found = importlib.util.find_spec("diffusers") is not None
+    found = util.find_spec("diffusers") is not None
     if found:
         import diffusers
 
@@ -143,7 +142,7 @@ def _model_source(network: AbstractNetwork) -> str:
     )
     source = standalone(ImageSpec, type(network))
     return environment.get_template("model.py.jinja").render(
-        version=version("bowstring"),
+        version=metadata.version("bowstring"),
         imports=source.imports,
         body=source.body,
         network=type(network).__name__,
@@ -155,9 +154,9 @@ def _model_source(network: AbstractNetwork) -> str:
 def _loaded(path: Path) -> Iterator[ModuleType]:
     """A file as a module, under a name of its own while it is in use."""
     name = f"_bowstring_export_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look there
     try:
         spec.loader.exec_module(module)

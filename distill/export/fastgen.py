@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from torch import Tensor
 from webdataset.writer import TarWriter
 
 from distill.config import check
@@ -168,7 +167,7 @@ def _samples(
         yield sample
 
 
-def _saved(tensor: Tensor) -> bytes:
+def _saved(tensor: torch.Tensor) -> bytes:
     """What torch.load(weights_only=True) takes. A copy: a view would be saved with all it views."""
     buffer = io.BytesIO()
     torch.save(tensor.clone(), buffer)

@@ -7,11 +7,10 @@ Sampling is a loop outside: x <- jump(x, t_n, t_n+1, label), from noise at 0 to 
 """
 
 import contextlib
-import importlib.util
 import io
 import logging
 import warnings
-from importlib.metadata import version
+from importlib import metadata, util
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +20,7 @@ from torch import Tensor, nn
 from distill.config import LossyExport, check
 from distill.export.card import Use, write_card
 from distill.export.student import TrainedStudent
-from distill.flow import paths
-from distill.flow.noise import sample_noise
-from distill.flow.times import sampler_times
+from distill.flow import noise, paths, times
 from distill.networks.layers import AbstractNetwork
 from distill.run.files import RunDir, replaced, write_json
 
@@ -69,7 +66,7 @@ def export_onnx(run: RunDir, student: TrainedStudent, out: Path, license_id: str
         ConfigError: a package is not installed.
         LossyExport: onnxruntime computes something else.
     """
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    missing = [name for name in PACKAGES if util.find_spec(name) is None]
     check(not missing, f"--format onnx needs {', '.join(missing)}: pip install 'bowstring[onnx]'")
     import onnxruntime
 
@@ -129,7 +126,7 @@ def _write_onnx(network: AbstractNetwork, path: Path) -> None:
 
 def _inputs(network: AbstractNetwork, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """A fixed batch: jumps of every length, the last class and "none" in turn."""
-    x = torch.from_numpy(sample_noise(0, np.arange(count), network.image.shape))
+    x = torch.from_numpy(noise.sample_noise(0, np.arange(count), network.image.shape))
     t = torch.linspace(0, 0.75, count)
     label = torch.where(torch.arange(count) % 2 == 0, network.image.num_classes - 1, -1)
     return x, t, 1 - 0.2 * t, label
@@ -166,7 +163,7 @@ def _describe(
     image = student.network.image
     description = {
         "format": "bowstring-graph-1",
-        "bowstring": version("bowstring"),
+        "bowstring": metadata.version("bowstring"),
         "inputs": {
             "x": ["batch", *image.shape],
             "t": ["batch"],
@@ -175,7 +172,7 @@ def _describe(
         },
         "time": "t = 0 noise, t = 1 data; output: x at time s",
         "labels": f"0 to {image.num_classes - 1}, -1 for none" if image.num_classes else "-1",
-        "times": {str(nfe): sampler_times(nfe, student.middle) for nfe in (1, 2, 3, 4, 8)},
+        "times": {str(nfe): times.sampler_times(nfe, student.middle) for nfe in (1, 2, 3, 4, 8)},
         "meta": student.meta,
     }
     write_json(folder / DESCRIPTION, description)

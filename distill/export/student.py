@@ -15,16 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from distill.checkpoint import commit, manifest
 from distill.config import ConfigError, ImageSpec, LossyExport, check
-from distill.flow.noise import sample_noise
-from distill.flow.paths import MeanVelocity
-from distill.networks import files
-from distill.networks.build import empty_network
+from distill.flow import noise, paths
+from distill.networks import build, files, layers
 from distill.networks.config import NetworkConfig, network_config
-from distill.networks.layers import AbstractNetwork
 from distill.objectives.config import OBJECTIVES, name_now
 from distill.run.files import RunDir
 from distill.run.identity import RunRecord, record_of
@@ -44,7 +40,7 @@ class TrainedStudent:
         meta: where they come from.
     """
 
-    network: AbstractNetwork
+    network: layers.AbstractNetwork
     meta: dict[str, Any]
 
     @property
@@ -57,8 +53,8 @@ def trained_network(
     checkpoint: Path,
     network: NetworkConfig,
     image: ImageSpec,
-    fixed: dict[str, Tensor] | None = None,
-) -> AbstractNetwork:
+    fixed: dict[str, torch.Tensor] | None = None,
+) -> layers.AbstractNetwork:
     """The evaluation average of a verified checkpoint, with all that was fixed in training.
 
     `fixed` stands in for what a checkpoint of an older version does not hold. Without it those
@@ -67,7 +63,7 @@ def trained_network(
     Raises:
         ConfigError: the checkpoint is of another network.
     """
-    module = empty_network(network, image)
+    module = build.empty_network(network, image)
     average = commit.read_average(checkpoint, "evaluation")
     stored = commit.read_fixed(checkpoint)
     state = average | (stored if stored is not None else fixed or {})
@@ -82,7 +78,7 @@ def trained_network(
 
 def save_trained(
     out: Path,
-    network: AbstractNetwork,
+    network: layers.AbstractNetwork,
     meta: dict[str, Any],
     finish: Callable[[Path], None] = lambda folder: None,
 ) -> Path:
@@ -106,13 +102,13 @@ def save_trained(
 
 
 @torch.no_grad()
-def check_same(found: MeanVelocity, trained: AbstractNetwork, what: object) -> None:
+def check_same(found: paths.MeanVelocity, trained: layers.AbstractNetwork, what: object) -> None:
     """Compares two networks on a fixed batch, a label and "none", a jump from 0 and one from 3/4.
 
     Raises:
         LossyExport: they differ in a bit.
     """
-    x = torch.from_numpy(sample_noise(0, np.arange(2), trained.image.shape))
+    x = torch.from_numpy(noise.sample_noise(0, np.arange(2), trained.image.shape))
     t, s = torch.tensor([0.0, 0.75]), torch.tensor([0.75, 1.0])
     label = torch.tensor([trained.image.num_classes - 1, -1])
     expected, got = trained(x, t, s, label), found(x, t, s, label)
@@ -174,7 +170,7 @@ def read_student(run: RunDir) -> TrainedStudent:
     return TrainedStudent(network, meta)
 
 
-def _fixed_at_start(record: RunRecord) -> dict[str, Tensor]:
+def _fixed_at_start(record: RunRecord) -> dict[str, torch.Tensor]:
     """The tensors that a student took over from a SiT and that are not trained, else none.
 
     A SiT for a higher resolution has other positions than the constructor's.

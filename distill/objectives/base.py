@@ -21,6 +21,8 @@ from distill.flow.noise import permutation, uniform
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.flow.trajectory import TrajectoryBatch
 
+# D(a, b) per sample
+Distance = Callable[[Float[Tensor, "B *S"], Float[Tensor, "B *S"]], Float[Tensor, "B"]]
 # N losses -> |d loss / d w| of each for the last layer's weight w, averaged over ranks
 GradientNorms = Callable[[list[Tensor]], Float[Tensor, "N"]]
 
@@ -44,6 +46,14 @@ class LossTerms:
     def total(self) -> Float[Tensor, ""]:
         """L = sum_k weights[k] terms[k]."""
         return torch.stack([self.weights[name] * term for name, term in self.terms.items()]).sum()
+
+
+@dataclass(frozen=True)
+class Distances:
+    """D of an objective: between states of a path, which are images, and between velocities."""
+
+    states: Distance
+    velocities: Distance
 
 
 @runtime_checkable

@@ -17,10 +17,8 @@ import torch
 from distill.flow.curve import Curve, curve_through
 from distill.flow.paths import MeanVelocity
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import LossTerms
+from distill.objectives import base, drawn
 from distill.objectives.config import BezierConfig
-from distill.objectives.distances import Distances
-from distill.objectives.drawn import drawn_terms
 
 
 def mixed_curve(batch: TrajectoryBatch) -> Curve:
@@ -36,13 +34,13 @@ def mixed_curve(batch: TrajectoryBatch) -> Curve:
 class Bezier:
     """Drawn targets on the mixed curve of all teachers."""
 
-    def __init__(self, config: BezierConfig, distances: Distances, seed: int) -> None:
+    def __init__(self, config: BezierConfig, distances: base.Distances, seed: int) -> None:
         self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
-    ) -> LossTerms:
+    ) -> base.LossTerms:
         curve = mixed_curve(batch)
-        return drawn_terms(
+        return drawn.drawn_terms(
             self.config, self.distances, self.seed, curve, batch, student, target, step
         )

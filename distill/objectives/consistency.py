@@ -9,13 +9,11 @@ compared as images; gradient reaches the student's jump through the input of tha
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, jump
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import Call, LossTerms, Term, draw, draw_index, loss_terms, pick
+from distill.objectives import base
 from distill.objectives.config import ConsistencyConfig
-from distill.objectives.distances import Distance, Distances
 
 
 def consistency_term(
@@ -23,35 +21,35 @@ def consistency_term(
     target: MeanVelocity,
     seed: int,
     step: int,
-    distance: Distance,
+    distance: base.Distance,
     weight: float,
-) -> Term:
+) -> base.Term:
     """L_con, with a < b <= c drawn uniformly on the grid and s = t_c."""
     times, label = batch.times, batch.labels
     last = len(times) - 1
-    a = draw_index(draw(seed, "consistency/a", step, batch), 0, last - 1)
-    b = draw_index(draw(seed, "consistency/b", step, batch), a + 1, last)
-    c = draw_index(draw(seed, "consistency/c", step, batch), b, last)
+    a = base.draw_index(base.draw(seed, "consistency/a", step, batch), 0, last - 1)
+    b = base.draw_index(base.draw(seed, "consistency/b", step, batch), a + 1, last)
+    c = base.draw_index(base.draw(seed, "consistency/c", step, batch), b, last)
     s, one = times[c], torch.ones_like(times[c])
-    from_a = Call(pick(batch.best, a), times[a], s)
+    from_a = base.Call(base.pick(batch.best, a), times[a], s)
 
-    def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+    def value(u: Float[torch.Tensor, "B *S"]) -> Float[torch.Tensor, "B"]:
         with torch.no_grad():
-            goal = jump(target, pick(batch.best, b), times[b], s, label)
+            goal = jump(target, base.pick(batch.best, b), times[b], s, label)
             goal = jump(target, goal, s, one, label)
         return distance(jump(target, from_a.landing(u), s, one, label), goal)
 
-    return Term(weight, [from_a], value)
+    return base.Term(weight, [from_a], value)
 
 
 class Consistency:
     """The baseline: self-consistency alone."""
 
-    def __init__(self, config: ConsistencyConfig, distances: Distances, seed: int) -> None:
+    def __init__(self, config: ConsistencyConfig, distances: base.Distances, seed: int) -> None:
         self.distances, self.seed = distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
-    ) -> LossTerms:
+    ) -> base.LossTerms:
         term = consistency_term(batch, target, self.seed, step, self.distances.states, 1.0)
-        return loss_terms({"consistency": term}, student, batch.labels)
+        return base.loss_terms({"consistency": term}, student, batch.labels)

@@ -4,7 +4,6 @@ small step, which is one more forward and needs float32 (`check_eulerian` of the
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.objectives.base import Call
@@ -15,11 +14,11 @@ FINITE_STEP = 5e-3
 
 def time_derivative(
     u: MeanVelocity,
-    x: Float[Tensor, "B *S"],
-    t: Float[Tensor, "B"],
-    s: Float[Tensor, "B"],
-    label: Int[Tensor, "B"],
-) -> Float[Tensor, "B *S"]:
+    x: Float[torch.Tensor, "B *S"],
+    t: Float[torch.Tensor, "B"],
+    s: Float[torch.Tensor, "B"],
+    label: Int[torch.Tensor, "B"],
+) -> Float[torch.Tensor, "B *S"]:
     """sg[ du(x, t, s)/ds ] by forward mode, tangent 1 on s."""
     with torch.no_grad():
         return torch.func.jvp(lambda s_: u(x, t, s_, label), (s,), (torch.ones_like(s),))[1]
@@ -27,12 +26,12 @@ def time_derivative(
 
 def eulerian_target(
     u: MeanVelocity,
-    here: Float[Tensor, "B *S"],
+    here: Float[torch.Tensor, "B *S"],
     call: Call,
-    v: Float[Tensor, "B *S"],
-    label: Int[Tensor, "B"],
+    v: Float[torch.Tensor, "B *S"],
+    label: Int[torch.Tensor, "B"],
     derivative: str,
-) -> Float[Tensor, "B *S"]:
+) -> Float[torch.Tensor, "B *S"]:
     """sg[ v + (s - t) d/dt u(x_t, t, s) ], the target of here = u(x, t, s), without gradient.
 
     Along a path with dx/dt = v, (s - t) u = int_t^s v, so u = v + (s - t) du/dt with the total

@@ -3,45 +3,35 @@
 `distill.objectives.lpips` has the third one, by the features of a network.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
+from distill.objectives.base import Distances
 from distill.objectives.config import ObjectiveConfig
 
-# D(a, b) per sample
-Distance = Callable[[Float[Tensor, "B *S"], Float[Tensor, "B *S"]], Float[Tensor, "B"]]
 
-
-def squared_gap(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+def squared_gap(
+    a: Float[torch.Tensor, "B *S"], b: Float[torch.Tensor, "B *S"]
+) -> Float[torch.Tensor, "B"]:
     """|a - b|^2, in float32 or better."""
     gap = a - b
     dtype = torch.promote_types(gap.dtype, torch.float32)
     return gap.to(dtype).flatten(1).square().sum(dim=1)
 
 
-def l2(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+def l2(a: Float[torch.Tensor, "B *S"], b: Float[torch.Tensor, "B *S"]) -> Float[torch.Tensor, "B"]:
     """|a - b|^2 / d for the d values of a sample."""
     return squared_gap(a, b) / a[0].numel()
 
 
-def pseudo_huber(a: Float[Tensor, "B *S"], b: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
+def pseudo_huber(
+    a: Float[torch.Tensor, "B *S"], b: Float[torch.Tensor, "B *S"]
+) -> Float[torch.Tensor, "B"]:
     """sqrt(|a - b|^2 + c^2) - c, c = 0.00054 d (Lee et al., 2024, "Improving the Training of
     Rectified Flows"). It grows like |a - b|, so outliers weigh less.
     """
     c = 0.00054 * a[0].numel()
     return (squared_gap(a, b) + c * c).sqrt() - c
-
-
-@dataclass(frozen=True)
-class Distances:
-    """D of an objective: between states of a path, which are images, and between velocities."""
-
-    states: Distance
-    velocities: Distance
 
 
 def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:

@@ -27,23 +27,22 @@ from torch import Tensor
 from distill.flow.curve import Curve
 from distill.flow.paths import MeanVelocity, expand_as, jump
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import LossTerms, draw, draw_strata
+from distill.objectives import base
 from distill.objectives.config import KINDS, DrawnConfig
-from distill.objectives.distances import Distances
 
 SHORTEST = 1e-4  # of a jump whose change is a difference; below it is dX/dt
 
 
 def drawn_terms(
     config: DrawnConfig,
-    distances: Distances,
+    distances: base.Distances,
     seed: int,
     curve: Curve,
     batch: TrajectoryBatch,
     student: MeanVelocity,
     target: MeanVelocity,
     step: int,
-) -> LossTerms:
+) -> base.LossTerms:
     """The loss, a term for every kind that is drawn: its mean over the samples that drew it, and
     its share as weight.
     """
@@ -65,7 +64,7 @@ def drawn_terms(
         for index, name in enumerate(KINDS)
         if shares[name] > 0
     }
-    return LossTerms({name: shares[name] for name in terms}, terms)
+    return base.LossTerms({name: shares[name] for name in terms}, terms)
 
 
 def draw_kind(
@@ -73,7 +72,7 @@ def draw_kind(
 ) -> Int[Tensor, "B"]:
     """The kind of each sample; of a global batch every kind gets its share, up to one sample."""
     edges = torch.tensor(shares, dtype=torch.float64).cumsum(0)[:-1].to(batch.times)
-    return torch.searchsorted(edges, draw_strata(seed, "drawn/kind", step, batch), right=True)
+    return torch.searchsorted(edges, base.draw_strata(seed, "drawn/kind", step, batch), right=True)
 
 
 def draw_times(
@@ -82,8 +81,8 @@ def draw_times(
     """t, s and w: the jump is t -> w, and the teacher's state at s is known; s = w but for
     `consistency`.
     """
-    one_time = draw(seed, "drawn/t", step, batch)
-    other = draw(seed, "drawn/s", step, batch)
+    one_time = base.draw(seed, "drawn/t", step, batch)
+    other = base.draw(seed, "drawn/s", step, batch)
     zero, one = torch.zeros_like(one_time), torch.ones_like(one_time)
     early, late = torch.minimum(one_time, other), torch.maximum(one_time, other)
     is_kind = [kind == index for index in range(len(KINDS))]

@@ -21,10 +21,8 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity, expand_as
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import Call, LossTerms, Term, draw, loss_terms
+from distill.objectives import base, derivatives
 from distill.objectives.config import GuidesConfig
-from distill.objectives.derivatives import eulerian_target
-from distill.objectives.distances import Distances
 
 
 def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[Tensor, "B n1 *S"]:
@@ -46,30 +44,32 @@ def control_points(batch: TrajectoryBatch, variant: str, degree: int) -> Float[T
 class Guides:
     """Drift, map and end losses on the curve."""
 
-    def __init__(self, config: GuidesConfig, distances: Distances, seed: int) -> None:
+    def __init__(self, config: GuidesConfig, distances: base.Distances, seed: int) -> None:
         self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
-    ) -> LossTerms:
+    ) -> base.LossTerms:
         config, terms = self.config, {}
         points = control_points(batch, config.variant, config.degree)
-        t = draw(self.seed, "bezier/t", step, batch)
+        t = base.draw(self.seed, "bezier/t", step, batch)
         if config.weight_drift > 0:
             terms["drift"] = self.drift_term(points, t)
         if config.weight_map > 0:
-            s = t + (1 - t) * draw(self.seed, "bezier/s", step, batch)
+            s = t + (1 - t) * base.draw(self.seed, "bezier/s", step, batch)
             terms["map"] = self.map_term(points, t, s, student, batch.labels)
         if config.weight_end > 0:
-            full = draw(self.seed, "bezier/full", step, batch) < config.p_full
+            full = base.draw(self.seed, "bezier/full", step, batch) < config.p_full
             terms["end"] = self.end_term(points, t.where(~full, torch.zeros_like(t)))
-        return loss_terms(terms, student, batch.labels)
+        return base.loss_terms(terms, student, batch.labels)
 
-    def drift_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> Term:
+    def drift_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> base.Term:
         """D( u(B(t), t, t), B'(t) )."""
         v = bezier_velocity(points, t)
-        call = Call(bezier_point(points, t), t, t)
-        return Term(self.config.weight_drift, [call], lambda u: self.distances.velocities(u, v))
+        call = base.Call(bezier_point(points, t), t, t)
+        return base.Term(
+            self.config.weight_drift, [call], lambda u: self.distances.velocities(u, v)
+        )
 
     def map_term(
         self,
@@ -78,21 +78,21 @@ class Guides:
         s: Float[Tensor, "B"],
         student: MeanVelocity,
         label: Int[Tensor, "B"],
-    ) -> Term:
+    ) -> base.Term:
         """D( u(B(t), t, s), sg[ B'(t) + (s - t) d/dt u ] )."""
         v = bezier_velocity(points, t)
-        call = Call(bezier_point(points, t), t, s)
+        call = base.Call(bezier_point(points, t), t, s)
 
         def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-            goal = eulerian_target(student, u, call, v, label, self.config.derivative)
+            goal = derivatives.eulerian_target(student, u, call, v, label, self.config.derivative)
             return self.distances.velocities(u, goal)
 
-        return Term(self.config.weight_map, [call], value)
+        return base.Term(self.config.weight_map, [call], value)
 
-    def end_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> Term:
+    def end_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> base.Term:
         """D( G(B(t), t, 1), P_n )."""
-        call = Call(bezier_point(points, t), t, torch.ones_like(t))
-        return Term(
+        call = base.Call(bezier_point(points, t), t, torch.ones_like(t))
+        return base.Term(
             self.config.weight_end,
             [call],
             lambda u: self.distances.states(call.landing(u), points[:, -1]),

@@ -9,29 +9,31 @@ from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, interpolate
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import Call, LossTerms, Term, draw, loss_terms
+from distill.objectives import base, derivatives
 from distill.objectives.config import MeanFlowConfig
-from distill.objectives.derivatives import eulerian_target
-from distill.objectives.distances import Distances
 
 
 class MeanFlow:
     """The baseline: the Eulerian flow-map identity."""
 
-    def __init__(self, config: MeanFlowConfig, distances: Distances, seed: int) -> None:
+    def __init__(self, config: MeanFlowConfig, distances: base.Distances, seed: int) -> None:
         self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
-    ) -> LossTerms:
-        t = draw(self.seed, "meanflow/t", step, batch)
-        s = t + (1 - t) * draw(self.seed, "meanflow/s", step, batch)
-        s = s.where(draw(self.seed, "meanflow/diagonal", step, batch) >= self.config.p_diagonal, t)
+    ) -> base.LossTerms:
+        t = base.draw(self.seed, "meanflow/t", step, batch)
+        s = t + (1 - t) * base.draw(self.seed, "meanflow/s", step, batch)
+        s = s.where(
+            base.draw(self.seed, "meanflow/diagonal", step, batch) >= self.config.p_diagonal, t
+        )
         x_0, x_1, label = batch.noise, batch.best[:, -1], batch.labels
-        call = Call(interpolate(x_0, x_1, t), t, s)
+        call = base.Call(interpolate(x_0, x_1, t), t, s)
 
         def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-            goal = eulerian_target(student, u, call, x_1 - x_0, label, self.config.derivative)
+            goal = derivatives.eulerian_target(
+                student, u, call, x_1 - x_0, label, self.config.derivative
+            )
             return self.distances.velocities(u, goal)
 
-        return loss_terms({"map": Term(1.0, [call], value)}, student, label)
+        return base.loss_terms({"map": base.Term(1.0, [call], value)}, student, label)

@@ -8,18 +8,16 @@ from math import sinh
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from distill.flow.paths import MeanVelocity, interpolate
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import Call, LossTerms, Term, draw, loss_terms
+from distill.objectives import base
 from distill.objectives.config import ReflowConfig
-from distill.objectives.distances import Distance, Distances
 
 U_SHAPE = 4.0  # a in p(t) ~ cosh(a (t - 1/2)) (Lee et al., 2024, section 4.1)
 
 
-def u_shaped(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
+def u_shaped(u: Float[torch.Tensor, "B"]) -> Float[torch.Tensor, "B"]:
     """Times with density ~ e^(a t) + e^(a (1 - t)), more near both ends, from uniform `u`.
 
     The inverse of the distribution function: t = (1 + asinh((2u - 1) sinh(a/2)) / (a/2)) / 2.
@@ -29,25 +27,25 @@ def u_shaped(u: Float[Tensor, "B"]) -> Float[Tensor, "B"]:
 
 
 def flow_matching_term(
-    batch: TrajectoryBatch, t: Float[Tensor, "B"], distance: Distance, weight: float
-) -> Term:
+    batch: TrajectoryBatch, t: Float[torch.Tensor, "B"], distance: base.Distance, weight: float
+) -> base.Term:
     """D( u(x_t, t, t), x_1 - x_0 )."""
     x_0, x_1 = batch.noise, batch.best[:, -1]
-    call = Call(interpolate(x_0, x_1, t), t, t)
-    return Term(weight, [call], lambda u: distance(u, x_1 - x_0))
+    call = base.Call(interpolate(x_0, x_1, t), t, t)
+    return base.Term(weight, [call], lambda u: distance(u, x_1 - x_0))
 
 
 class Reflow:
     """The baseline, and the loss of pre-training."""
 
-    def __init__(self, config: ReflowConfig, distances: Distances, seed: int) -> None:
+    def __init__(self, config: ReflowConfig, distances: base.Distances, seed: int) -> None:
         self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
-    ) -> LossTerms:
-        t = draw(self.seed, "reflow/t", step, batch)
+    ) -> base.LossTerms:
+        t = base.draw(self.seed, "reflow/t", step, batch)
         if self.config.times == "u_shaped":
             t = u_shaped(t)
         term = flow_matching_term(batch, t, self.distances.velocities, 1.0)
-        return loss_terms({"flow_matching": term}, student, batch.labels)
+        return base.loss_terms({"flow_matching": term}, student, batch.labels)

@@ -21,22 +21,8 @@ from distill.config import ConfigError
 from distill.flow.paths import MeanVelocity, expand_as, interpolate
 from distill.flow.times import DRILLED, sampler_times
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import (
-    Call,
-    GradientNorms,
-    LossTerms,
-    Term,
-    draw,
-    draw_index,
-    loss_terms,
-    pick,
-)
+from distill.objectives import base, consistency, derivatives, endpoint, reflow
 from distill.objectives.config import SummedConfig
-from distill.objectives.consistency import consistency_term
-from distill.objectives.derivatives import time_derivative
-from distill.objectives.distances import Distance, Distances
-from distill.objectives.endpoint import output_term
-from distill.objectives.reflow import flow_matching_term
 
 ADAPTIVE_RANGE = (0.01, 10.0)  # of the ratio of gradient norms, as SCoT clips it
 
@@ -47,9 +33,9 @@ class Summed:
     def __init__(
         self,
         config: SummedConfig,
-        distances: Distances,
+        distances: base.Distances,
         seed: int,
-        gradient_norms: GradientNorms | None = None,
+        gradient_norms: base.GradientNorms | None = None,
     ) -> None:
         """`gradient_norms` is what adaptive weights need, and only they."""
         self.config, self.distances, self.seed = config, distances, seed
@@ -57,42 +43,46 @@ class Summed:
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
-    ) -> LossTerms:
+    ) -> base.LossTerms:
         config, seed, of_states = self.config, self.seed, self.distances.states
         terms = {}
         if config.weight_output > 0:
-            terms["output"] = output_term(batch, of_states, config.weight_output)
+            terms["output"] = endpoint.output_term(batch, of_states, config.weight_output)
         if config.weight_states > 0 or config.weight_velocity > 0:
             a, b = draw_jump(batch.times, config.sampler_nfe, seed, step, batch)
-            jump = Call(pick(batch.best, a), batch.times[a], batch.times[b])
+            jump = base.Call(base.pick(batch.best, a), batch.times[a], batch.times[b])
             terms |= self.jump_terms(batch, student, jump, b)
         if config.weight_consistency > 0:
             weight = config.weight_consistency
-            terms["consistency"] = consistency_term(batch, target, seed, step, of_states, weight)
+            terms["consistency"] = consistency.consistency_term(
+                batch, target, seed, step, of_states, weight
+            )
         if config.weight_flow_matching > 0:
-            t, weight = draw(seed, "flow_matching/t", step, batch), config.weight_flow_matching
-            terms["flow_matching"] = flow_matching_term(batch, t, self.distances.velocities, weight)
-        result = loss_terms(terms, student, batch.labels)
+            t, weight = base.draw(seed, "flow_matching/t", step, batch), config.weight_flow_matching
+            terms["flow_matching"] = reflow.flow_matching_term(
+                batch, t, self.distances.velocities, weight
+            )
+        result = base.loss_terms(terms, student, batch.labels)
         if config.weights == "adaptive":
             assert self.gradient_norms is not None
             return balanced(result, self.gradient_norms)
         return result
 
     def jump_terms(
-        self, batch: TrajectoryBatch, student: MeanVelocity, jump: Call, b: Int[Tensor, "B"]
-    ) -> dict[str, Term]:
+        self, batch: TrajectoryBatch, student: MeanVelocity, jump: base.Call, b: Int[Tensor, "B"]
+    ) -> dict[str, base.Term]:
         """The states and velocity terms: they share one jump, from X_a to the time of X_b."""
         config, terms = self.config, {}
         if config.weight_states > 0:
-            landing, distance = pick(batch.best, b), self.distances.states
+            landing, distance = base.pick(batch.best, b), self.distances.states
             terms["states"] = states_term(jump, landing, distance, config.weight_states)
         if config.weight_velocity > 0:
             terms["velocity"] = self.velocity_term(batch, student, jump, b)
         return terms
 
     def velocity_term(
-        self, batch: TrajectoryBatch, student: MeanVelocity, jump: Call, b: Int[Tensor, "B"]
-    ) -> Term:
+        self, batch: TrajectoryBatch, student: MeanVelocity, jump: base.Call, b: Int[Tensor, "B"]
+    ) -> base.Term:
         """L_vel where `jump` lands: t = t_a, s = t_b.
 
         trajectory: x_t = X_a, against the teacher's own change at s. `jump` is the evaluation that
@@ -105,7 +95,7 @@ class Summed:
         by_difference = config.derivative == "finite_difference"
         if config.velocity_mode == "straight":
             x_0, x_1 = batch.noise, batch.best[:, -1]
-            jump, slope = Call(interpolate(x_0, x_1, jump.t), jump.t, jump.s), x_1 - x_0
+            jump, slope = base.Call(interpolate(x_0, x_1, jump.t), jump.t, jump.s), x_1 - x_0
         else:
             slope = last_change(batch, b) if by_difference else state_derivative(batch, b)
         if by_difference:
@@ -128,11 +118,11 @@ def draw_jump(
     Raises:
         ConfigError: the grid does not hold a time that the sampler visits.
     """
-    u, w = draw(seed, "states/a", step, batch), draw(seed, "states/b", step, batch)
+    u, w = base.draw(seed, "states/a", step, batch), base.draw(seed, "states/b", step, batch)
     if not nfe:
         last = len(times) - 1
-        a = draw_index(u, 0, last - 1)
-        return a, draw_index(w, a + 1, last)
+        a = base.draw_index(u, 0, last - 1)
+        return a, base.draw_index(w, a + 1, last)
     visited = torch.full((len(nfe), max(nfe) + 1), 1.0, dtype=times.dtype)
     for row, n in zip(visited, nfe, strict=True):
         row[: n + 1] = torch.tensor(sampler_times(n, DRILLED))
@@ -143,16 +133,16 @@ def draw_jump(
             f"objective.sampler_nfe={nfe} visits times that are not stored; trajectory.grid must "
             "hold the times of each of them"
         )
-    index, level = gaps.argmin(dim=2), draw_index(u, 0, len(nfe) - 1)
+    index, level = gaps.argmin(dim=2), base.draw_index(u, 0, len(nfe) - 1)
     place = (visited[level] <= w[:, None]).sum(dim=1) - 1
     return index[level, place], index[level, place + 1]
 
 
 def states_term(
-    jump: Call, landing: Float[Tensor, "B *S"], distance: Distance, weight: float
-) -> Term:
+    jump: base.Call, landing: Float[Tensor, "B *S"], distance: base.Distance, weight: float
+) -> base.Term:
     """D( G(X_a, t_a, t_b), X_b ) for the jump from X_a, with `landing` the teacher's X_b."""
-    return Term(weight, [jump], lambda u: distance(jump.landing(u), landing))
+    return base.Term(weight, [jump], lambda u: distance(jump.landing(u), landing))
 
 
 # -----------------------------------------------------------------------------------------------
@@ -161,7 +151,7 @@ def states_term(
 
 def last_change(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
     """(X_b - X_{b-1}) / (t_b - t_{b-1})."""
-    rise = pick(batch.best, b) - pick(batch.best, b - 1)
+    rise = base.pick(batch.best, b) - base.pick(batch.best, b - 1)
     return rise / expand_as(batch.times[b] - batch.times[b - 1], rise)
 
 
@@ -180,52 +170,52 @@ def state_derivative(batch: TrajectoryBatch, b: Int[Tensor, "B"]) -> Float[Tenso
         j, k = (n for n in range(3) if n != i)
         t_i, t_j, t_k = times[nodes[i]], times[nodes[j]], times[nodes[k]]
         slope = (2 * times[b] - t_j - t_k) / ((t_i - t_j) * (t_i - t_k))
-        total = total + expand_as(slope, total) * pick(batch.best, nodes[i])
+        total = total + expand_as(slope, total) * base.pick(batch.best, nodes[i])
     return total
 
 
 def finite_change_term(
-    jump: Call,
+    jump: base.Call,
     before: Float[Tensor, "B"],
     slope: Float[Tensor, "B *S"],
-    distance: Distance,
+    distance: base.Distance,
     weight: float,
-) -> Term:
+) -> base.Term:
     """D( (G(x_t, t, s) - G(x_t, t, s - h)) / h, slope ), gradient through both jumps.
 
     `before` = s - h is a stored time, so with the teacher's change as slope it is exact.
     """
-    short = Call(jump.x, jump.t, before)
+    short = base.Call(jump.x, jump.t, before)
 
     def value(u: Float[Tensor, "B *S"], u_short: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
         rise = jump.landing(u) - short.landing(u_short)
         return distance(rise / expand_as(jump.s - before, rise), slope)
 
-    return Term(weight, [jump, short], value)
+    return base.Term(weight, [jump, short], value)
 
 
 def jvp_term(
-    jump: Call,
+    jump: base.Call,
     slope: Float[Tensor, "B *S"],
     student: MeanVelocity,
     label: Int[Tensor, "B"],
-    distance: Distance,
+    distance: base.Distance,
     weight: float,
-) -> Term:
+) -> base.Term:
     """D( u, slope - (s - t) sg[du/ds] ), since dG/ds = u + (s - t) du/ds. The stable form."""
 
     def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-        du_ds = time_derivative(student, jump.x, jump.t, jump.s, label)
+        du_ds = derivatives.time_derivative(student, jump.x, jump.t, jump.s, label)
         return distance(u, slope - expand_as(jump.s - jump.t, u) * du_ds)
 
-    return Term(weight, [jump], value)
+    return base.Term(weight, [jump], value)
 
 
 # -----------------------------------------------------------------------------------------------
 # Weights
 
 
-def balanced(result: LossTerms, gradient_norms: GradientNorms) -> LossTerms:
+def balanced(result: base.LossTerms, gradient_norms: base.GradientNorms) -> base.LossTerms:
     """Each weight w_k times |grad L_1| / |grad L_k| at the last layer, clipped; L_1 the first term.
 
     So every term pulls as hard as the first (VQ-GAN, Esser et al. 2021; CTM; SCoT). The norms are
@@ -234,4 +224,4 @@ def balanced(result: LossTerms, gradient_norms: GradientNorms) -> LossTerms:
     norms = gradient_norms(list(result.terms.values()))
     ratios = (norms[0] / norms.clamp_min(1e-12)).clamp(*ADAPTIVE_RANGE)
     weights = zip(result.weights.items(), ratios, strict=True)
-    return LossTerms({name: weight * ratio for (name, weight), ratio in weights}, result.terms)
+    return base.LossTerms({name: weight * ratio for (name, weight), ratio in weights}, result.terms)

@@ -8,22 +8,20 @@ the equation. The sum of terms, with the velocity as a derivative, is `distill.o
 from distill.flow.curve import curve_through
 from distill.flow.paths import MeanVelocity
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import LossTerms
+from distill.objectives import base, drawn
 from distill.objectives.config import TraFlowConfig
-from distill.objectives.distances import Distances
-from distill.objectives.drawn import drawn_terms
 
 
 class TraFlow:
     """Drawn targets on the curve of the last, best teacher."""
 
-    def __init__(self, config: TraFlowConfig, distances: Distances, seed: int) -> None:
+    def __init__(self, config: TraFlowConfig, distances: base.Distances, seed: int) -> None:
         self.config, self.distances, self.seed = config, distances, seed
 
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
-    ) -> LossTerms:
+    ) -> base.LossTerms:
         curve = curve_through(batch.best, batch.times, batch.best_velocities)
-        return drawn_terms(
+        return drawn.drawn_terms(
             self.config, self.distances, self.seed, curve, batch, student, target, step
         )

@@ -209,7 +209,7 @@ def test_a_file_server_that_was_away_while_a_block_was_loaded_ahead_costs_nothin
     spec = tiny_spec()
     write_tiny_shards(run, spec, range(6))
     expected = open_stream(run, spec)
-    away, read_shard = threading.Event(), stream_module.read_shard
+    away, read_shard = threading.Event(), stream_module.shards.read_shard
 
     def read(run, spec, shard, *arrays):
         if shard >= BLOCK_SHARDS and not away.is_set():
@@ -217,7 +217,7 @@ def test_a_file_server_that_was_away_while_a_block_was_loaded_ahead_costs_nothin
             raise OSError(116, "Stale file handle")
         read_shard(run, spec, shard, *arrays)
 
-    monkeypatch.setattr(stream_module, "read_shard", read)
+    monkeypatch.setattr(stream_module.shards, "read_shard", read)
     stream = open_stream(run, spec)
     stream.read(0)
     stream._loading[1].join(10)
@@ -233,9 +233,9 @@ def test_no_more_than_one_block_is_loaded_ahead_and_each_once(run, spread, monke
     """Of the others as many are held as the passes are spread over, until the last pass."""
     spec, read = tiny_spec(), []
     write_tiny_shards(run, spec, range(30))
-    read_shard = stream_module.read_shard
+    read_shard = stream_module.shards.read_shard
     monkeypatch.setattr(
-        stream_module, "read_shard", lambda *args: read.append(args[2]) or read_shard(*args)
+        stream_module.shards, "read_shard", lambda *args: read.append(args[2]) or read_shard(*args)
     )
     order = order_of(spec, passes=4, spread=spread)
     stream = open_stream(run, spec, passes=4, spread=spread)
@@ -320,7 +320,7 @@ def test_a_loader_that_dies_does_not_hang_the_reader(run, monkeypatch):
     def broken(*_):
         raise RuntimeError("a fault of ours")
 
-    monkeypatch.setattr(stream_module, "read_shard", broken)
+    monkeypatch.setattr(stream_module.shards, "read_shard", broken)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     with pytest.raises(StreamError, match="block-0 could not be loaded"):
         open_stream(run, tiny_spec()).read(0)

@@ -233,6 +233,6 @@ def test_an_export_that_draws_other_images_is_refused(tmp_path, monkeypatch):
 
 def test_without_diffusers_the_extra_is_named(tmp_path, monkeypatch):
     run = run_of(tmp_path / "run", network_of("dit", ImageSpec(1, 8, 10)))
-    monkeypatch.setattr(diffusers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(diffusers.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'bowstring\[diffusers\]'"):
         build.export_student(run, "diffusers", tmp_path / "out", False, "fp32", "mit")
