@@ -39,7 +39,13 @@ def compare(settings: list[str], seconds: float, folder: Path) -> dict[str, floa
 def measure(quick: bool, folder: Path) -> dict[str, Any]:
     """A row for teachers on the same cores, and one for teachers elsewhere."""
     blocks = 1 if quick else BLOCKS
-    work = ["objective=endpoint", f"train.max_steps={176 * blocks}", "train.log_every=1"]
+    stream = ["block_shards=8", "passes=22", "spread=1"]  # so that all that is made is read
+    work = [
+        "objective=endpoint",
+        f"train.max_steps={176 * blocks}",
+        "train.log_every=1",
+        *(f"trajectory.{setting}" for setting in stream),
+    ]
     here, there = network(folder / "teacher"), mixture(folder / "mixture.json")
     return {
         "steps": 176 * blocks,

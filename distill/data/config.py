@@ -59,10 +59,10 @@ class TrajectoryConfig:
     grid: int = 8  # K: the solver passes t = 0, 1/K .. 1
     store_points: list[int] = field(default_factory=list)  # k of the stored k/K; []: 0 .. K
     samples_per_shard: int = 256
-    block_shards: int = 4  # shards shuffled together
+    block_shards: int = 1  # shards read together
     passes: int = 4  # times each block is read
     # Blocks over which the passes of one are spread; 1: a block is read `passes` times in a row
-    spread: int = since("0.3", 8, before=1)
+    spread: int = since("0.3", 16, before=1)
     dtype: str = "float16"  # float16 | bfloat16 | float32, as stored
     store_noise: bool = True  # false: the reader makes it again from the sample id
     store_velocity: bool = False  # the teacher's velocity at every stored point: twice the bytes

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.plan.stream import order_of
 from cluster.settings import file
 from cluster.settings.file import Removed
 from cluster.settings.hydra import compose
@@ -91,6 +92,7 @@ def test_the_record_names_stream_versions_and_hash():
         "block_shards": 2,
         "passes": 2,
         "batch_size": 16,
+        "spread": 1,
     }
     assert {"python", "torch", "ray", "deepspeed", "webdataset"} <= record["versions"].keys()
 
@@ -104,6 +106,21 @@ def test_a_longer_run_is_allowed_said_and_written_down():
     assert check_or_write(longer, run)[1] == []
     schedule = json.loads(run.identity.read_text())["schedule"]
     assert [entry["max_steps"] for entry in schedule] == [6, 9]
+
+
+def test_a_run_older_than_the_spread_of_passes_read_its_blocks_in_turn():
+    config, run = tiny("trajectory.spread=4")
+    check_or_write(config, run)
+    assert order_of(record_of(run).stream) == config.trajectory.order(0, 16)
+    content = rewritten(run, lambda identity: identity["trajectory"].pop("spread"))
+    record = json.loads(content)
+    del record["stream"]["spread"]
+    write_json(run.identity, record)
+    assert order_of(record_of(run).stream).spread == 1
+    check_or_write(tiny("trajectory.spread=1")[0], run)
+    line = r"trajectory\.spread: the run has 1, since it is older than this setting, asked for 4"
+    with pytest.raises(ConfigError, match=line):
+        check_or_write(config, run)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": {}, "stream": {}}'])

@@ -150,3 +150,13 @@ def test_checkpoints_kept_under_other_settings_need_their_room(tmp_path):
     assert room_for_training(order, trajectory, train, 1000, []).blocks == 2
     # From step 4, block 1, to step 41, block 10, until the save of step 42 drops it.
     assert room_for_training(order, trajectory, train, 1000, [4, 40]).blocks == 10
+
+
+def test_passes_that_are_spread_need_room_for_their_window(tmp_path):
+    """Of 8 passes over a window of 4 blocks, 4 blocks lie before the newest one, itself included.
+    A block is 256 entries, so three steps of 16 reach one further.
+    """
+    config = make_config(tmp_path, passes=8, spread=4)
+    order, trajectory, train = stream_order(config), config.trajectory, config.train
+    assert room_for_training(order, trajectory, train, 1000, []).blocks == 4 + 1
+    assert room_for_training(order, trajectory, train, 1000, [40, 150]).blocks == 9

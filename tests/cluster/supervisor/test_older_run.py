@@ -35,6 +35,7 @@ def run(tmp_path):
 def test_it_opens(run):
     found = status(run)
     assert (found["stage"], found["train"]["step"], found["train"]["max_steps"]) == ("train", 4, 8)
+    assert load_config(run).trajectory.spread == 1
     assert (found["shards"]["committed"], found["shards"]["planned"]) == (4, 8)
     assert found["checkpoint"] == {"step": 4, "checked": "sha256", "newer_bad": []}
     proof = audit(run)
