@@ -275,12 +275,12 @@ def read_average(folder: Path, name: str) -> dict[str, torch.Tensor]:
     }
 
 
-def read_fixed(folder: Path) -> dict[str, Tensor] | None:
+def read_fixed(folder: Path) -> dict[str, torch.Tensor] | None:
     """Tensors of the network that are not trained, by name; None when an older version saved it."""
     shapes = manifest.read_manifest(folder).fixed
     if not shapes:
         return None if shapes is None else {}
-    with safe_open(folder / _rank_file(0), framework="pt") as file:
+    with safetensors.safe_open(folder / _rank_file(0), framework="pt") as file:
         return {
             name: file.get_tensor(SEPARATOR.join((FIXED, name, "0"))).reshape(shape)
             for name, shape in shapes.items()

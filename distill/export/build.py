@@ -5,9 +5,9 @@ from pathlib import Path
 from distill.config import check
 from distill.export.card import Use, write_card
 from distill.export.student import TrainedStudent, check_place, read_student, save_trained
+from distill.run.files import RunDir
 
-HOW_OURS = """from distill.run.files import RunDir
-from distill.sample import load_student
+HOW_OURS = """from distill.sample import load_student
 
 student = load_student(FOLDER)
 images = student.sample(16, nfe=2)"""

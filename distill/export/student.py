@@ -212,7 +212,7 @@ def export_run(run: RunDir, out: Path) -> Path:
     return save_trained(out, student.network, student.meta)
 
 
-def latest_student(run: files.RunDir) -> Path:
+def latest_student(run: RunDir) -> Path:
     """Model folder of the run's last verified checkpoint, exported now unless it was before."""
     found = manifest.latest_verified(run.checkpoints)
     if found is None:
