@@ -27,7 +27,7 @@ from torch import Tensor
 from distill.flow.curve import Curve
 from distill.flow.paths import MeanVelocity, expand_as, jump
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives.base import LossTerms, draw, draw_strata
+from distill.objectives.base import Call, LossTerms, draw, draw_strata
 from distill.objectives.config import KINDS, DrawnConfig
 from distill.objectives.distances import Distances
 
@@ -58,7 +58,7 @@ def drawn_terms(
     gap = expand_as(w - t, x)
     change = torch.where(gap > SHORTEST, (goal - x) / gap.clamp_min(SHORTEST), slope)
     u = student(x, t, w, batch.labels)
-    off = distances.velocities(gap**config.power * u, gap**config.power * change)
+    off = distances.jumps(Call(x, t, w), u, change, config.power)
     # Over the expected number of samples, so that the whole is the mean over the batch.
     terms = {
         name: (off * (kind == index)).mean() / shares[name]
