@@ -52,8 +52,9 @@ SEEDS = (0, 1, 2)
 PROBLEMS = ("ring8", "mixture64", "digits")
 OVERRIDES = {  # the shipped settings, by name in configs/objective
     "traflow": [],
+    "traflow_summed": [],
     "scot": [],
-    "bezier": [],  # one teacher here; more of them below
+    "bezier_guides": [],  # one teacher here; more of them below
     "endpoint": [],
     "reflow": ["objective.times=u_shaped"],
     "consistency": [],

@@ -20,7 +20,7 @@ from distill.objectives.config import ObjectiveConfig
 from distill.sample import few_step
 from distill.training.loop import learning_rate
 
-NFE = (1, 2, 4, 8)
+NFE = (1, 2, 3, 4, 8)
 
 
 @dataclass
