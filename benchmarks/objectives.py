@@ -143,7 +143,8 @@ def run_one(training: Training) -> dict[str, Any]:
         network, seconds = train_student(
             problem, trajectories(*shared), training.objective, settings, training.seed
         )
-        measured = measure(problem, evaluation(*shared), network, seconds)
+        middle = training.objective.middle
+        measured = measure(problem, evaluation(*shared), network, seconds, middle)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(asdict(measured)))
         temporary.replace(path)
