@@ -52,8 +52,9 @@ SEEDS = (0, 1, 2)
 PROBLEMS = ("ring8", "mixture64", "digits")
 OVERRIDES = {  # the shipped settings, by name in configs/objective
     "traflow": [],
+    "traflow_summed": [],
     "scot": [],
-    "bezier": [],  # one teacher here; more of them below
+    "bezier_guides": [],  # one teacher here; more of them below
     "endpoint": [],
     "reflow": ["objective.times=u_shaped"],
     "consistency": [],
@@ -142,7 +143,8 @@ def run_one(training: Training) -> dict[str, Any]:
         network, seconds = train_student(
             problem, trajectories(*shared), training.objective, settings, training.seed
         )
-        measured = measure(problem, evaluation(*shared), network, seconds)
+        middle = training.objective.middle
+        measured = measure(problem, evaluation(*shared), network, seconds, middle)
         temporary = path.with_suffix(f".{os.getpid()}")
         temporary.write_text(json.dumps(asdict(measured)))
         temporary.replace(path)

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-NFE = ("1", "2", "4", "8")
+NFE = ("1", "2", "3", "4", "8")
 BEGIN, END = "<!-- objectives: begin -->", "<!-- objectives: end -->"
 
 

@@ -42,16 +42,18 @@ from distill.objectives.config import (
     ObjectiveConfig,
     ReflowConfig,
     SummedConfig,
+    TraFlowConfig,
 )
 
 IMAGE = ImageSpec(1, 8, 10)
 NETWORK = DiTConfig(patch_size=2, width=96, depth=4, num_heads=4, mlp_ratio=2.0)  # dit_digits
 BATCH, GRID = 128, 8
 OBJECTIVES: dict[str, ObjectiveConfig] = {
-    "traflow": SummedConfig(),
-    "traflow, consistency too": SummedConfig(weight_consistency=1.0),
+    "traflow": TraFlowConfig(),
+    "traflow_summed": SummedConfig(),
+    "traflow_summed, consistency too": SummedConfig(weight_consistency=1.0),
     "scot": compose(["experiment=digits", "objective=scot"])[0].objective,
-    "bezier": GuidesConfig(variant="path"),
+    "bezier_guides": GuidesConfig(variant="path"),
     "endpoint": EndpointConfig(),
     "reflow": ReflowConfig(),
     "consistency": ConsistencyConfig(),
@@ -98,21 +100,23 @@ def bare_step(calls: Calls) -> Callable[[int], None]:
     noise = torch.randn(BATCH, *IMAGE.shape)
     labels = torch.arange(BATCH) % IMAGE.num_classes
     t, s = torch.rand(BATCH), torch.ones(BATCH)
-    rows = calls.weights
+    rows = int(calls.weights)
     x_rows = noise.repeat(rows, 1, 1, 1)
     t_rows, s_rows, label_rows = t.repeat(rows), s.repeat(rows), labels.repeat(rows)
 
     def step(index: int) -> None:
         out = engine.student(x_rows, t_rows, s_rows, label_rows)
         with torch.no_grad():
-            for _ in range(calls.plain):
-                engine.target(noise, t, s, labels)
-            for _ in range(calls.tangents):
+            whole, part = divmod(calls.plain, 1)
+            for count in [BATCH] * int(whole) + [round(part * BATCH)]:
+                if count > 0:
+                    engine.target(noise[:count], t[:count], s[:count], labels[:count])
+            for _ in range(int(calls.tangents)):
                 torch.func.jvp(lambda s_: engine.student(noise, t, s_, labels), (s,), (t,))
-        for _ in range(calls.inputs):
+        for _ in range(int(calls.inputs)):
             out = engine.target(out[-BATCH:], t, s, labels)
         loss = out.square().mean()
-        for _ in range(calls.passes):
+        for _ in range(int(calls.passes)):
             engine.gradient_norms([loss])
         engine.backward(loss, last=True)
         engine.step(index, 1e-4)

@@ -48,14 +48,6 @@ class LossTerms:
         return torch.stack([self.weights[name] * term for name, term in self.terms.items()]).sum()
 
 
-@dataclass(frozen=True)
-class Distances:
-    """D of an objective: between states of a path, which are images, and between velocities."""
-
-    states: Distance
-    velocities: Distance
-
-
 @runtime_checkable
 class Objective(Protocol):
     """A distillation loss on teacher trajectories."""
@@ -84,6 +76,37 @@ class Call:
     def landing(self, u: Float[Tensor, "B *S"]) -> Float[Tensor, "B *S"]:
         """G(x, t, s) = x + (s - t) u, for `u` the result of this call."""
         return self.x + expand_as(self.s - self.t, self.x) * u
+
+
+@dataclass(frozen=True)
+class Distances:
+    """D of an objective: between states of a path, which are images, and between velocities.
+
+    Both are in one scale, so that their terms can be weighed.
+    """
+
+    states: Distance
+    velocities: Distance
+
+    def jumps(
+        self, call: Call, u: Float[Tensor, "B *S"], change: Float[Tensor, "B *S"], power: float
+    ) -> Float[Tensor, "B"]:
+        """D( (s - t)^p u, (s - t)^p change ) of jumps from t to s, for u the result of `call`.
+
+        Where D looks at images, jumps to t = 1 are compared by where they land, with the same
+        power of their length: D( x + (s - t) u, x + (s - t) change ) (s - t)^(p - 1).
+        """
+        gap = call.s - call.t
+        scale = expand_as(gap**power, u)
+        off = self.velocities(scale * u, scale * change)
+        if self.states is self.velocities:
+            return off
+        rows = ((call.s == 1) & (gap > 0)).nonzero()[:, 0]
+        if len(rows) == 0:
+            return off
+        landed, goal = call.landing(u)[rows], call.landing(change)[rows]
+        images = self.states(landed, goal) * gap[rows] ** (power - 1)
+        return off.index_copy(0, rows, images.to(off))
 
 
 @dataclass(frozen=True)

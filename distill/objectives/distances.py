@@ -34,9 +34,18 @@ def pseudo_huber(
     return (squared_gap(a, b) + c * c).sqrt() - c
 
 
+def rms_huber(
+    a: Float[torch.Tensor, "B *S"], b: Float[torch.Tensor, "B *S"]
+) -> Float[torch.Tensor, "B"]:
+    """`pseudo_huber` over the root of d: it grows like the root mean square of a - b, so it has the
+    scale of LPIPS, which is about that of a difference of pixels whatever their number is.
+    """
+    return pseudo_huber(a, b) / a[0].numel() ** 0.5
+
+
 def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
     """The distances of `objective.distance`. LPIPS looks at images, so velocities then take
-    pseudo-Huber.
+    pseudo-Huber in its scale.
 
     Raises:
         ConfigError: the backbone of LPIPS cannot be read.
@@ -48,6 +57,6 @@ def build_distances(config: ObjectiveConfig, device: torch.device) -> Distances:
             # It imports torchvision, which takes as long as torch itself, at every start of a rank.
             from distill.objectives.lpips import load_lpips
 
-            return Distances(load_lpips(config.lpips_backbone, device), pseudo_huber)
+            return Distances(load_lpips(config.lpips_backbone, device), rms_huber)
         case _:
             return Distances(pseudo_huber, pseudo_huber)

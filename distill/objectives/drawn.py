@@ -57,7 +57,7 @@ def drawn_terms(
     gap = expand_as(w - t, x)
     change = torch.where(gap > SHORTEST, (goal - x) / gap.clamp_min(SHORTEST), slope)
     u = student(x, t, w, batch.labels)
-    off = distances.velocities(gap**config.power * u, gap**config.power * change)
+    off = distances.jumps(base.Call(x, t, w), u, change, config.power)
     # Over the expected number of samples, so that the whole is the mean over the batch.
     terms = {
         name: (off * (kind == index)).mean() / shares[name]

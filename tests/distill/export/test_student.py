@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
@@ -13,13 +14,14 @@ from distill.config import ConfigError, ImageSpec, LossyExport, TrainConfig
 from distill.engine.engine import TorchEngine
 from distill.export import student as exports
 from distill.export.student import export_run, latest_student
+from distill.flow.noise import sample_labels, sample_noise
 from distill.networks import files
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.dit import grid_embedding
 from distill.run.files import RunDir, write_json
 from distill.run.identity import record_of
-from distill.sample import few_step, load_student
+from distill.sample import few_step, load_student, to_uint8
 from distill.teachers.build import build_teacher, start_of
 from distill.teachers.config import SiTConfig
 from distill.testing import write_tiny_record
@@ -48,11 +50,30 @@ def test_model_json_says_where_the_model_comes_from(finished_run, tmp_path):
     assert meta == {
         "kind": "student",
         "objective": "traflow",
+        "middle": 0.5,
         "step": 20,
         "run": "tiny",
         "config_sha256": record_of(finished_run).hash,
         "teachers": {"tiny": "cd" * 32},
     }
+
+
+def test_a_student_of_version_0_1_keeps_the_times_it_was_drilled_on(finished_run, tmp_path):
+    """0, 3/4, 1 for two jumps; its model.json says nothing of them."""
+    folder = export_run(finished_run, tmp_path / "out")
+    content = json.loads((folder / "model.json").read_text())
+    assert load_student(folder, "cpu").middle == content["meta"].pop("middle") == 0.5
+    (folder / "model.json").write_text(json.dumps(content))
+    student, noise, labels = load_student(folder, "cpu"), torch.randn(4, 1, 8, 8), torch.arange(4)
+    assert student.middle == 0.75
+    found, late, even = (
+        student.sample(4, nfe=2),
+        *(few_step(student.network, noise, labels, 2, middle) for middle in (0.75, 0.5)),
+    )
+    assert not torch.equal(late, even)
+    drawn = torch.from_numpy(sample_noise(0, np.arange(4), (1, 8, 8)))
+    classes = torch.from_numpy(sample_labels(0, np.arange(4), 10))
+    assert torch.equal(found, to_uint8(few_step(student.network, drawn, classes, 2, 0.75)))
 
 
 def test_latest_student_exports_once(finished_run):

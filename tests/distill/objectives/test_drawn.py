@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from distill.config import ConfigError, ImageSpec
+from distill.config import ConfigError, ImageSpec, TrainConfig
+from distill.engine.engine import TorchEngine
 from distill.flow.curve import curve_through
 from distill.objectives.base import draw_strata
 from distill.objectives.build import build_objective
@@ -217,6 +218,19 @@ def test_all_targets_cost_one_call_of_the_student(name):
 
     build_objective(TraFlowConfig(), 0).loss(flow_batch(FLOW), student, network, 4)
     assert sizes == [16]
+
+
+@both_networks
+@pytest.mark.parametrize("distance", ["l2", "pseudo_huber"])
+def test_no_target_outweighs_another(name, distance):
+    """By the gradient at the last layer, of equal shares. That of LPIPS: test_lpips."""
+    network = random_network(name, IMAGE)
+    engine = TorchEngine(network, TrainConfig(), torch.device("cpu"))
+    objective = build_objective(TraFlowConfig(**EQUAL, distance=distance), 0)
+    batch = flow_batch(FLOW, count=40)
+    terms = objective.loss(batch, engine.student, engine.target, 1).terms
+    norms = engine.gradient_norms(list(terms.values()))
+    assert float(norms.max() / norms.min()) < 10
 
 
 # -----------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from distill.config import ConfigError
+from distill.objectives.base import Call
+from distill.objectives.distances import Distances, rms_huber
 from distill.objectives.lpips import load_lpips
 
 CPU = torch.device("cpu")
@@ -131,3 +133,18 @@ def test_a_file_that_is_cut_or_missing_is_refused(path, tmp_path, name):
         (tmp_path / name).write_bytes(file.read(1000))
     with pytest.raises(ConfigError, match="cannot be read"):
         load_lpips(str(tmp_path / name), CPU)
+
+
+def test_a_jump_to_an_image_and_one_between_pull_in_one_scale(distance):
+    """Their gradients along the error are alike, whatever the number of pixels: pseudo-Huber alone
+    grows with its root, and outweighed LPIPS by that."""
+    zero, one = torch.zeros(2), torch.tensor([1.0, 0.9])
+    jump = Call(images(32), zero, one)
+    change = images(32, seed=2) - jump.x
+    error = 0.3 * torch.randn(change.shape, generator=torch.Generator().manual_seed(3))
+    u = (change + error).requires_grad_()
+    off = Distances(distance, rms_huber).jumps(jump, u, change, power=0.3)
+    (pull,) = torch.autograd.grad(off.sum(), u)
+    along = (pull * error).flatten(1).sum(dim=1) / error.flatten(1).square().mean(dim=1).sqrt()
+    assert bool((along > 0).all())
+    assert 0.1 < float(along[0] / along[1]) < 10
