@@ -19,8 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from packaging.requirements import Requirement
-from rich.console import Console
-from rich.table import Table
+from rich import console, table
 
 from distill.run.files import sync_directory
 
@@ -230,10 +229,10 @@ def show(folder: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps([asdict(finding) for finding in found], indent=1))
     else:
-        table = Table("", "state", "found")
+        rows = table.Table("", "state", "found")
         colours = {OK: "green", WARN: "yellow", BAD: "red"}
         for finding in found:
             state = f"[{colours[finding.state]}]{finding.state}[/]"
-            table.add_row(finding.name, state, finding.detail)
-        Console().print(table)
+            rows.add_row(finding.name, state, finding.detail)
+        console.Console().print(rows)
     return 1 if any(finding.state == BAD for finding in found) else 0

@@ -18,8 +18,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
+from rich import console, progress
 
 from cluster.plan.stream import order_of
 from cluster.state.evicted import first_shard_read, recorded
@@ -127,12 +126,12 @@ def _audit_shards(run: files.RunDir) -> _Shards:
         except (CorruptShard, OSError) as error:
             return error
 
-    console = Console(stderr=True)
+    screen = console.Console(stderr=True)
     with (
-        Progress(console=console, disable=not console.is_terminal) as progress,
+        progress.Progress(console=screen, disable=not screen.is_terminal) as bar,
         ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool,
     ):
-        results = progress.track(pool.map(check, whole), len(whole), description="shards")
+        results = bar.track(pool.map(check, whole), len(whole), description="shards")
         for shard, result in zip(whole, results, strict=True):
             if isinstance(result, Sidecar):
                 found.sidecars[shard] = result

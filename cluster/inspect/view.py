@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
+from rich import console, live, table
 
 from cluster.inspect.status import status
 from cluster.state.identity import flatten
@@ -20,7 +18,7 @@ def _number(value: float | None, unit: str = "") -> str:
     return "-" if value is None else f"{value:,.4g}{unit}"
 
 
-def render(found: dict[str, Any]) -> Group:
+def render(found: dict[str, Any]) -> console.Group:
     """The status as tables for a terminal."""
     stock, slurm = found["shards"], found["slurm"]
     parts = [_summary(found)]
@@ -30,13 +28,13 @@ def render(found: dict[str, Any]) -> Group:
         parts.append(_table("quarantined", stock["quarantined"]))
     if slurm is not None and slurm["jobs"]:
         parts.append(_table("Slurm jobs", [_job(job) for job in slurm["jobs"]]))
-    return Group(*parts)
+    return console.Group(*parts)
 
 
-def _summary(found: dict[str, Any]) -> Table:
+def _summary(found: dict[str, Any]) -> table.Table:
     train, stock, checkpoint = found["train"], found["shards"], found["checkpoint"]
     state = "running" if found["live"] else "not running"
-    head = Table(
+    head = table.Table(
         title=f"{found['run']}: {found['stage']}, {state}", title_justify="left", show_header=False
     )
     if found["pretrain"] is not None:
@@ -117,18 +115,18 @@ def _checkpoint(checkpoint: dict[str, Any] | None) -> str:
     return text + (f"; damaged: {checkpoint['newer_bad']}" if checkpoint["newer_bad"] else "")
 
 
-def _table(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = Table(*rows[0], title=title, title_justify="left")
+def _table(title: str, rows: list[dict[str, Any]]) -> table.Table:
+    grid = table.Table(*rows[0], title=title, title_justify="left")
     for row in rows:
-        table.add_row(*(str(value) for value in row.values()))
-    return table
+        grid.add_row(*(str(value) for value in row.values()))
+    return grid
 
 
 def show(run: RunDir, as_json: bool, every_s: float | None) -> None:
     """Prints the status once, or again every `every_s` seconds until interrupted."""
     if every_s is None:
         found = status(run)
-        print(json.dumps(found, indent=1)) if as_json else Console().print(render(found))
+        print(json.dumps(found, indent=1)) if as_json else console.Console().print(render(found))
         return
     if every_s <= 0:
         raise ConfigError(f"--watch {every_s} must be above 0 seconds")
@@ -136,10 +134,10 @@ def show(run: RunDir, as_json: bool, every_s: float | None) -> None:
         while True:
             print(json.dumps(status(run)), flush=True)
             time.sleep(every_s)
-    with Live(render(status(run)), auto_refresh=False) as live:
+    with live.Live(render(status(run)), auto_refresh=False) as screen:
         while True:
             time.sleep(every_s)
-            live.update(render(status(run)), refresh=True)
+            screen.update(render(status(run)), refresh=True)
 
 
 def _plain(values: list[Any]) -> str:
@@ -156,12 +154,12 @@ def show_audit(found: dict[str, Any], as_json: bool) -> int:
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        table = Table(
+        rows = table.Table(
             show_header=False, title="whole" if found["ok"] else "NOT WHOLE", title_justify="left"
         )
-        table.add_column()
-        table.add_column(overflow="fold")  # a hash is to be copied
+        rows.add_column()
+        rows.add_column(overflow="fold")  # a hash is to be copied
         for name, value in flatten(found).items():
-            table.add_row(name, _plain(value) if isinstance(value, list) else str(value))
-        Console().print(table)
+            rows.add_row(name, _plain(value) if isinstance(value, list) else str(value))
+        console.Console().print(rows)
     return 0 if found["ok"] else 1

@@ -14,8 +14,7 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from rich import console, table
 
 from cluster.plan import memory, stream
 from cluster.settings.schema import RunConfig, own_teachers
@@ -153,10 +152,10 @@ def show(config: RunConfig, speed: float | None, as_json: bool) -> None:
     if as_json:
         print(json.dumps(found, indent=1))
         return
-    console = Console()
+    screen = console.Console()
     exact, assumed = found["exact"], found["assumed"]
-    console.print(f"[bold]{found['run']}[/bold]")
-    counts = Table(title="exact, from the settings", title_justify="left", show_header=False)
+    screen.print(f"[bold]{found['run']}[/bold]")
+    counts = table.Table(title="exact, from the settings", title_justify="left", show_header=False)
     for label, value in (
         ("pairs (noise, trajectory)", f"{exact['samples']:,}"),
         ("shards", f"{exact['shards']:,} in {exact['blocks']:,} blocks"),
@@ -180,8 +179,8 @@ def show(config: RunConfig, speed: float | None, as_json: bool) -> None:
     ):
         if value != "0":
             counts.add_row(label, value)
-    console.print(counts)
-    work = Table(
+    screen.print(counts)
+    work = table.Table(
         title=f"at an assumed {assumed['device_flops_per_s']:.3g} FLOP/s per device",
         title_justify="left",
     )
@@ -193,11 +192,11 @@ def show(config: RunConfig, speed: float | None, as_json: bool) -> None:
             name, f"{forwards:,}", f"{flops[name]:.3g}", f"{device[name]:.3g}", f"{wall[name]:.3g}"
         )
     work.add_row("total", "", "", f"{assumed['total_device_hours']:.3g}", "")
-    console.print(work)
+    screen.print(work)
     if assumed["cost"] is not None:
-        console.print(
+        screen.print(
             f"cost: {assumed['cost']:.2f} at {assumed['cost_per_device_hour']} per device-hour"
         )
-    console.print(
+    screen.print(
         "Waiting, restarts and input are not in the hours; generate and train run at the same time."
     )

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from cluster.settings.schema import RunConfig
-from distill.data import layout
+from distill.data import layout, sidecar
 from distill.data.order import Order
-from distill.data.sidecar import shard_spec
 from distill.run.identity import StreamRecord
 
 
@@ -36,14 +35,16 @@ def stream_plan(config: RunConfig) -> StreamPlan:
     blocks = order.num_blocks(config.train.max_steps)
     shards = blocks * trajectory.block_shards
     fingerprints = {name: 64 * "0" for name in config.teacher}
-    spec = shard_spec(config.seed, config.data.image, trajectory, config.teacher, fingerprints)
-    tar, sidecar = layout.tar_bytes(spec), layout.sidecar_bytes(spec, shards - 1)
+    spec = sidecar.shard_spec(
+        config.seed, config.data.image, trajectory, config.teacher, fingerprints
+    )
+    tar, record = layout.tar_bytes(spec), layout.sidecar_bytes(spec, shards - 1)
     return StreamPlan(
         order=order,
         blocks=blocks,
         shards=shards,
         samples=shards * trajectory.samples_per_shard,
-        sample_bytes=round((tar + sidecar) / trajectory.samples_per_shard),
+        sample_bytes=round((tar + record) / trajectory.samples_per_shard),
         shard_bytes=tar,
         num_bytes=shards * tar,
     )

@@ -22,8 +22,7 @@ from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer import partition
 from distill.config import ConfigError, TrainConfig
 from distill.engine import engine
-from distill.networks.files import fixed_tensors
-from distill.networks.layers import AbstractNetwork, compiled
+from distill.networks import files, layers
 
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
@@ -101,17 +100,19 @@ def _plain_linear() -> Iterator[None]:
 class DeepSpeedEngine(partition.GroupPeers):
     """One rank of ZeRO. The process group must be up."""
 
-    def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, network: layers.AbstractNetwork, config: TrainConfig, device: torch.device
+    ) -> None:
         super().__init__(device)
         self.background: engine.Peers = partition.background_peers() if config.save_async else self
         self._config, self._stage = config, config.zero_stage
         self._dtype = DTYPES[config.precision]
         network.activation_checkpointing = config.activation_checkpointing
-        self.fixed = fixed_tensors(network)  # before DeepSpeed rounds them to the precision
+        self.fixed = files.fixed_tensors(network)  # before DeepSpeed rounds them to the precision
         # The frozen copy is taken before DeepSpeed hangs hooks on the module.
         copy = engine.frozen_copy(network).to(self._dtype)
         self._network = network
-        self._call = compiled(network) if config.compile else network
+        self._call = layers.compiled(network) if config.compile else network
         self._params = {n: p for n, p in network.named_parameters() if p.requires_grad}
         self._shapes = {name: tuple(param.shape) for name, param in self._params.items()}
         weights = {name: p.detach().float().clone() for name, p in self._params.items()}
@@ -153,7 +154,7 @@ class DeepSpeedEngine(partition.GroupPeers):
         return wrapped, zero
 
     def _lay_out(
-        self, copy: AbstractNetwork
+        self, copy: layers.AbstractNetwork
     ) -> tuple[partition.Partition, dict[str, partition.FrozenCopy]]:
         """Where the state lies, and a network for every kind of it that may be called."""
         kinds = (

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from distill.config import TrainConfig
-from distill.networks.files import fixed_tensors
-from distill.networks.layers import AbstractNetwork
+from distill.networks import files, layers
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 TARGET, EVALUATION = "target", "evaluation"
@@ -178,7 +177,7 @@ def empty_adam_state(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def last_layer_gradients(network: AbstractNetwork, losses: list[Tensor]) -> Tensor:
+def last_layer_gradients(network: layers.AbstractNetwork, losses: list[Tensor]) -> Tensor:
     """[len(losses), n] float32: gradient of each scalar by the n entries of `last_layer`."""
     rows = [torch.autograd.grad(loss, network.last_layer, retain_graph=True)[0] for loss in losses]
     return torch.stack(rows).flatten(1).float()
@@ -190,7 +189,7 @@ def is_gradient_finite(loss: Tensor, params: Iterable[Tensor]) -> bool:
     return all(bool(torch.isfinite(grad).all()) for grad in grads if grad is not None)
 
 
-def frozen_copy(network: AbstractNetwork) -> AbstractNetwork:
+def frozen_copy(network: layers.AbstractNetwork) -> layers.AbstractNetwork:
     """A copy whose weights take no gradient, for the target average."""
     return copy.deepcopy(network).requires_grad_(False)
 
@@ -202,12 +201,14 @@ class TorchEngine:
     world_size = 1
     overflowed = False
 
-    def __init__(self, network: AbstractNetwork, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, network: layers.AbstractNetwork, config: TrainConfig, device: torch.device
+    ) -> None:
         self.device = device
         self.background: Peers = self
         self._config = config
         network.activation_checkpointing = config.activation_checkpointing
-        self.fixed = fixed_tensors(network)
+        self.fixed = files.fixed_tensors(network)
         self._network = network.to(device)
         self._params = {n: p for n, p in self._network.named_parameters() if p.requires_grad}
         self._optimizer = new_optimizer(self._network, config)

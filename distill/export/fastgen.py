@@ -22,8 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
+from rich import console, progress
 from webdataset.writer import TarWriter
 
 from distill.config import check
@@ -61,17 +60,17 @@ def export_fastgen(run: files.RunDir, out: Path, evicted: Collection[int] = ()) 
     _claim(out, spec)
     files.clean_temporaries(out)
     missing = [shard for shard in shards if not _place(out, shard).exists()]
-    console = Console(stderr=True)
+    screen = console.Console(stderr=True)
     absent = sorted(set(range(max([*shards, *gone]) + 1)) - {*shards, *gone})
     for left_out, why in ((gone, "deleted for room"), (absent, "set aside, or not made yet")):
         if left_out:
-            console.print(
+            screen.print(
                 f"left out, since {why}: {len(left_out)} shards, {_ranges(left_out)}",
                 highlight=False,
                 soft_wrap=True,
             )
-    with Progress(console=console, disable=not console.is_terminal) as progress:
-        for shard in progress.track(missing, description="export"):
+    with progress.Progress(console=screen, disable=not screen.is_terminal) as bar:
+        for shard in bar.track(missing, description="export"):
             _export_shard(run, spec, shard, classes, _place(out, shard))
     counts = {path.name: spec.samples_per_shard for path in sorted(out.glob("*.tar"))}
     files.write_json(out / COUNTS, counts)
