@@ -9,6 +9,7 @@ from torch import Tensor
 from cluster.settings.hydra import compose
 from distill.config import ConfigError, ImageSpec, TrainConfig
 from distill.engine.engine import TorchEngine
+from distill.flow.times import DRILLED
 from distill.objectives.base import LossTerms
 from distill.objectives.build import build_objective
 from distill.objectives.config import SummedConfig
@@ -73,7 +74,7 @@ def jumps_of_the_sampler(nfe: int, grid: int) -> list[tuple[int, int]]:
         seen.append((round(float(t[0]) * grid), round(float(s[0]) * grid)))
         return x
 
-    few_step(u, torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.int64), nfe)
+    few_step(u, torch.zeros(1, 2).double(), torch.zeros(1, dtype=torch.int64), nfe, DRILLED)
     return seen
 
 
