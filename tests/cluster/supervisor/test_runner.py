@@ -28,6 +28,7 @@ class EndlessPool:
 
     closed = False
     coordinator = None
+    notes = ()
 
     def poll(self):
         return False
