@@ -221,8 +221,15 @@ def export(options: Namespace) -> int:
     out = options.out or run.root / options.format
     if options.format == "fastgen":
         from cluster.state.evicted import recorded
+        from distill.config import check
         from distill.export.fastgen import export_fastgen
 
+        given = (options.overwrite, options.dtype, options.license)
+        check(
+            given == (False, "fp32", "unknown"),
+            "--overwrite, --dtype and --license are for a student; --format fastgen adds the shards "
+            "that are not there yet, in their own dtype",
+        )
         print(export_fastgen(run, out, recorded(run)))
         return 0
     from distill.export.build import export_student

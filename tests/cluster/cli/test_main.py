@@ -200,3 +200,14 @@ def test_trajectories_are_exported_for_fastgen(in_empty_folder):
     assert bad.stderr.startswith("error: runs/tiny/shards/00000000.tar: 1000 bytes instead of")
     wrong = bowstring("export", "runs/tiny", "--format", "zip")
     assert wrong.returncode == USAGE_ERROR and "'zip'" in wrong.stderr
+    flag = bowstring("export", "runs/tiny", "--format=fastgen", "--overwrite")
+    assert flag.returncode == USAGE_ERROR and "--overwrite, --dtype and --license" in flag.stderr
+
+
+def test_an_export_replaces_nothing_unasked(in_empty_folder):
+    run = RunDir(in_empty_folder / "runs/tiny")
+    write_tiny_record(run, {"data": {"num_classes": 10}})
+    (run.root / "student").mkdir()
+    done = bowstring("export", "runs/tiny")
+    assert done.returncode == USAGE_ERROR and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: runs/tiny/student is there already; replace it with --ov")
