@@ -179,7 +179,8 @@ def empty_adam_state(weight: Tensor) -> dict[str, Tensor]:
 
 def last_layer_gradients(network: layers.AbstractNetwork, losses: list[Tensor]) -> Tensor:
     """[len(losses), n] float32: gradient of each scalar by the n entries of `last_layer`."""
-    rows = [torch.autograd.grad(loss, network.last_layer, retain_graph=True)[0] for loss in losses]
+    w = network.last_layer
+    rows = [torch.autograd.grad(o, w, retain_graph=True, materialize_grads=True)[0] for o in losses]
     return torch.stack(rows).flatten(1).float()
 
 

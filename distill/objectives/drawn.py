@@ -3,16 +3,16 @@
     L = mean_i D( (w - t)^p u(x, t, w), (w - t)^p c ),   x = X(t),  t <= w
 
 X is the curve of `distill.flow.curve`, u the student. A sample draws one kind of target, with its
-share as chance, and the times of one jump; t < s are two sorted uniform times.
+share as chance, and the times of one jump: uniform ones, sorted where there are several.
 
     kind          jump      c                                                 what it teaches
     output        0 -> 1    (X(1) - X(0)) / 1                                 the output
     start         0 -> s    (X(s) - X(0)) / s                                 the first jump of many
     end           t -> 1    (X(1) - X(t)) / (1 - t),  t uniform               the last one
     change        t -> s    (X(s) - X(t)) / (s - t);  dX/dt at s = t          the amount of change
-    consistency   t -> 1    (X(s) + (1 - s) u'(X(s), s, 1) - X(t)) / (1 - t)  self-consistency
+    consistency   t -> w    (X(s) + (w - s) u'(X(s), s, w) - X(t)) / (w - t)  self-consistency
 
-u' is the average of the student: its jump s -> 1 must end where the student's own t -> 1 does, if
+u' is the average of the student: its jump s -> w must end where the student's own t -> w does, if
 the teacher goes from X(t) to X(s). So one evaluation of the student and a share of one of the
 average is all that a sample costs; no derivative is taken, and every jump is trained.
 
@@ -81,15 +81,16 @@ def draw_times(
     """t, s and w: the jump is t -> w, and the teacher's state at s is known; s = w but for
     `consistency`.
     """
-    one_time = base.draw(seed, "drawn/t", step, batch)
-    other = base.draw(seed, "drawn/s", step, batch)
-    zero, one = torch.zeros_like(one_time), torch.ones_like(one_time)
-    early, late = torch.minimum(one_time, other), torch.maximum(one_time, other)
-    is_kind = [kind == index for index in range(len(KINDS))]
-    output, start, end, _, consistency = is_kind
-    t = torch.where(output | start, zero, torch.where(end, one_time, early))
-    s = torch.where(output | end, one, torch.where(start, other, late))
-    return t, s, torch.where(consistency, one, s)
+    first, second, third = (base.draw(seed, f"drawn/{name}", step, batch) for name in "tsw")
+    zero, one = torch.zeros_like(first), torch.ones_like(first)
+    two = torch.stack([first, second]).sort(dim=0).values
+    three = torch.stack([first, second, third]).sort(dim=0).values
+    output, start, end, _, consistency = (kind == index for index in range(len(KINDS)))
+    t = torch.where(consistency, three[0], torch.where(end, first, two[0]))
+    t = torch.where(output | start, zero, t)
+    s = torch.where(consistency, three[1], torch.where(start, second, two[1]))
+    s = torch.where(output | end, one, s)
+    return t, s, torch.where(consistency, three[2], s)
 
 
 @torch.no_grad()

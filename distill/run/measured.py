@@ -29,6 +29,8 @@ class Metrics(records.Stamped):
     terms: dict[str, float] = field(default_factory=dict)  # each before its weight
     lr: float | None = None  # of the last step
     grad_norm: float | None = None  # of the last step, global, before clipping
+    # Of the last step, of each weighted term, at the last layer
+    term_grad_norms: dict[str, float] | None = None
     samples_per_s: float | None = None  # waiting included
     step_s: float | None = None  # seconds a step, saves left out
     phases_s: dict[str, float] = field(default_factory=dict)  # seconds a step of rank 0, by phase

@@ -39,6 +39,8 @@ class Step:
         terms: of the loss, by name, likewise.
         lr: its learning rate.
         grad_norm: global gradient norm before clipping, the same on every rank.
+        pulls: norm of each weighted term's gradient at the last layer, likewise; of steps after
+            which metrics are written, else empty.
     """
 
     index: int
@@ -47,6 +49,7 @@ class Step:
     terms: dict[str, Tensor]
     lr: float
     grad_norm: float
+    pulls: dict[str, Tensor]
 
 
 class Callback:

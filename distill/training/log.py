@@ -49,7 +49,7 @@ class TrainLog(callbacks.Callback):
         self._first = 0
         self._ids: list[torch.Tensor] = []
         self._rows: list[torch.Tensor] = []
-        self._last: dict[str, float] = {}
+        self._last: dict[str, Any] = {}
         self._names: list[str] = []
         self._history: deque[float] = deque(maxlen=HISTORY)
 
@@ -77,6 +77,8 @@ class TrainLog(callbacks.Callback):
 
     def step(self, step: callbacks.Step) -> None:
         self._last = {"lr": step.lr, "grad_norm": step.grad_norm}
+        if step.pulls:
+            self._last["term_grad_norms"] = {n: float(value) for n, value in step.pulls.items()}
         self._names = list(step.terms)
         self._ids.append(step.batch.ids.cpu())
         self._rows.append(torch.stack([step.loss, *step.terms.values()]))

@@ -72,7 +72,10 @@ def train(
             assert batch is not None
             batch, lr, overflowed = batch.to(engine.device), learning_rate(done, config), True
             while overflowed:  # fp16: the same step again, at a lower loss scale
-                loss, terms = _accumulate(engine, objective, batch, accumulation, done, hooks)
+                is_logged = (done + 1) % config.log_every == 0
+                loss, terms, pulls = _accumulate(
+                    engine, objective, batch, accumulation, done, hooks, is_logged
+                )
                 broken = not bool(torch.isfinite(loss))
                 mine = torch.tensor([broken, should_stop(), hooks.has_failed])
                 broken, stop, failed = engine.gather(mine).any(dim=0).tolist()
@@ -88,7 +91,7 @@ def train(
                 found = _find_failure(engine, objective, batch, accumulation, done)
                 raise TrainingError(f"step {done}: the {what} is not finite: {found}")
 
-            hooks.step(Step(done, batch, loss, terms, lr, grad_norm))
+            hooks.step(Step(done, batch, loss, terms, lr, grad_norm, pulls))
             done += 1
             if stop or hooks.wants_save(done):
                 _save(hooks, done)
@@ -106,13 +109,17 @@ def _accumulate(
     accumulation: int,
     step: int,
     hooks: Callback,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    is_logged: bool,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Loss and terms of a step, means over its micro-batches; their gradients are in the engine.
 
-    The values are detached, so that no graph outlives its micro-batch.
+    Of a step that `is_logged` also how hard each weighted term pulls, in its first micro-batch: a
+    pass back through the last layer alone. The values are detached, so that no graph outlives its
+    micro-batch.
     """
     names: list[str] = []
     rows: list[torch.Tensor] = []
+    pulls: dict[str, torch.Tensor] = {}
     for micro in batch.split(accumulation):
         hooks.enter("forward")
         result = objective.loss(micro, engine.student, engine.target, step)
@@ -120,10 +127,13 @@ def _accumulate(
         names = list(result.terms)
         rows.append(torch.stack([total, *result.terms.values()]).detach().float())
         hooks.enter("backward")
+        if is_logged and not pulls:
+            weighted = [result.weights[name] * term for name, term in result.terms.items()]
+            pulls = dict(zip(names, engine.gradient_norms(weighted), strict=True))
         engine.backward(total, last=len(rows) == accumulation)
     hooks.enter("optimizer")
     loss, *terms = torch.stack(rows).mean(dim=0)
-    return loss, dict(zip(names, terms, strict=True))
+    return loss, dict(zip(names, terms, strict=True)), pulls
 
 
 def _record(hooks: Callback, done: int) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import time
 from types import SimpleNamespace
 
@@ -15,10 +16,10 @@ from distill.engine.engine import TorchEngine
 from distill.flow.noise import sample_noise
 from distill.networks.build import build_network
 from distill.objectives.build import build_objective
-from distill.objectives.config import ReflowConfig
+from distill.objectives.config import ReflowConfig, TraFlowConfig
 from distill.report.cost import phase_seconds
 from distill.run.files import RunDir, read_lines
-from distill.run.measured import Metrics
+from distill.run.measured import Metrics, read_metrics
 from distill.training import timing as phases
 from distill.training.callbacks import Step
 from distill.training.log import FEWEST, HISTORY, Flops, TrainLog, stands_out
@@ -46,6 +47,20 @@ def events(run, kind):
 
 # -----------------------------------------------------------------------------------------------
 # Phases and speed
+
+
+def test_every_target_is_logged_with_its_loss_and_its_pull(fit, tmp_path):
+    """Of steps after which metrics are written; weighted, the losses are the whole."""
+    config = TraFlowConfig()
+    run = fit(tmp_path, 10, objective=build_objective(config, 0))
+    lines = list(read_metrics(run))
+    assert [line.step for line in lines] == [5, 10]
+    for line in lines:
+        assert line.terms.keys() == line.term_grad_norms.keys() == config.shares().keys()
+        whole = sum(share * line.terms[name] for name, share in config.shares().items())
+        assert line.loss == pytest.approx(whole, rel=1e-5)
+        pulls = line.term_grad_norms.values()  # of four samples, which draw four kinds at most
+        assert sum(pull > 0 for pull in pulls) >= 2 and all(math.isfinite(p) for p in pulls)
 
 
 def test_a_clock_gives_every_second_to_one_phase(monkeypatch):
@@ -141,7 +156,7 @@ def test_the_rank_with_the_largest_loss_is_named(tmp_path, tiny):
     log.enter("data")
     for index in range(100, 120):
         value = torch.tensor(50.0 if index == 118 else 1.0)
-        log.step(Step(index, tiny.batch, value, {"a": value}, lr=1e-3, grad_norm=1.0))
+        log.step(Step(index, tiny.batch, value, {"a": value}, lr=1e-3, grad_norm=1.0, pulls={}))
     log.record(120, log.measure(120))
     (spike,) = events(RunDir(tmp_path), "spike")
     assert (spike["step"], spike["rank"], spike["ids"]) == (118, 1, [0, 10, 20, 30])
