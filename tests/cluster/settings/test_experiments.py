@@ -33,6 +33,7 @@ from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import save_model
 from distill.report.sections import write_report
 from distill.run.files import read_lines
+from distill.run.identity import record_of
 from distill.run.records import tree_of
 
 FOLDER = Path(__file__).parents[3] / "configs" / "experiment"
@@ -165,7 +166,8 @@ def test_two_steps_in_small(experiment, tmp_path):
         worker.load()
         for shard in range(stream_plan(config).shards):
             worker.produce(shard)
-        origin = train_here(TrainJob("train", config, spec, session.scratch, "hash"))
+        its_hash = record_of(run).hash
+        origin = train_here(TrainJob("train", config, spec, session.scratch, its_hash))
     assert origin == expected_origin
     assert audit(run)["ok"]
     losses = [line["loss"] for line in read_lines(run.metrics)]
