@@ -227,7 +227,7 @@ def export(options: Namespace) -> int:
         given = (options.overwrite, options.dtype, options.license)
         check(
             given == (False, "fp32", "unknown"),
-            "--overwrite, --dtype and --license are for a student; --format fastgen adds the shards "
+            "--overwrite, --dtype and --license are for a student; --format fastgen adds shards "
             "that are not there yet, in their own dtype",
         )
         print(export_fastgen(run, out, recorded(run)))
