@@ -194,6 +194,8 @@ class TeacherPool:
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
         if member.shard is None:
             check_fingerprints(self.spec, result["worker"], result["fingerprints"])
+            for name, trial in record_trials(self.run, result.pop("trials")).items():
+                self.notes.append(f"teacher.{name}: {records.record_of(Trial, trial).words}")
             member.name = result["worker"]
             self._log.add(events.WorkerJoin(**result, device=member.device))
             self._handle(messages.Joined(member.name))
