@@ -7,6 +7,7 @@ every worker tries `trajectory.batch_size` first, and halves its own when memory
 import os
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
 from distill.data import generate, shards, sidecar
 from distill.objectives.config import DrawnConfig
+from distill.data.stores.store import committed
 from distill.run.files import RunDir
 from distill.run.identity import read_record
 from distill.run.records import tree_of
@@ -56,12 +58,15 @@ class TeacherWorker:
         prints = {name: teacher.fingerprint for name, teacher in self._teachers.items()}
         record = read_record(self._run)
         known = record.trials if record else {}
-        trials = {name: self._try(name) for name in self._teachers if name not in known}
+        untried = [name for name in self._teachers if name not in known]
+        trials = {name: self._try(name) for name in untried}
         return {"worker": self.name, "fingerprints": prints, "trials": trials}
 
     def _try(self, name: str) -> dict[str, Any]:
-        """The trial of a teacher."""
+        """The trial of a teacher. It is refused before the budget is spent, and not once it is."""
         config, teacher = self._config.teacher[name], self._teachers[name]
+        if committed(self._run):
+            config = replace(config, trial=False)
         found = trial.try_teacher(name, teacher, config, self._device, self._config.seed)
         return tree_of(found)
 

@@ -7,8 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from distill.config import ConfigError, ImageSpec
-from distill.networks import config as settings
-from distill.networks import dit, edm_unet, layers, lightningdit, unet
+from distill.networks import config as settings, dit, edm_unet, layers, lightningdit, unet
 from distill.networks.config import NetworkConfig
 
 

@@ -1,9 +1,9 @@
 """Models saved by diffusers, from a local folder of one model or of a pipeline.
 
 diffusers has noise at sigma = 1: x = sigma x_0 + (1 - sigma) x_1, time step 1000 sigma, and its
-flow models predict x_0 - x_1: time from data to noise. What a model was trained to predict stands in the
-scheduler_config.json beside it, and is converted (`distill.teachers.conventions`); a model without
-one counts as a flow model.
+flow models predict x_0 - x_1: time from data to noise. What a model was trained to predict stands
+in the scheduler_config.json beside it, and is converted (`distill.teachers.conventions`); a model
+without one counts as a flow model.
 """
 
 import importlib.util

@@ -26,9 +26,10 @@ from distill.teachers.config import ConventionConfig, TeacherConfig
 
 TIMES = (0.1, 0.3, 0.7, 0.9)
 STEPS = 16  # of Heun, for the samples
-MOST_ERROR = 0.8  # of the error of 0
+MOST_ERROR = 0.7  # of the error of 0
 MOST_OF_OTHERS = 0.9  # of that of the reversed time and of the other sign
-SLOPES = (0.6, 1.6)  # <d, v> / <v, v>, between these at every t
+SLOPES = (0.65, 1.45)  # <d, v> / <v, v>, between these at every t
+MOST_SIZE = 6.0  # root mean square of the samples; what explodes is easy to predict
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -42,7 +43,8 @@ class Trial:
         reversed_time: of the teacher asked at 1 - t.
         other_sign: of minus the teacher.
         slope_low, slope_high: of <d, v> / <v, v> over TIMES.
-        samples: how many of its samples were noised.
+        size: root mean square of its samples.
+        samples: how many of them were noised.
     """
 
     error: float
@@ -50,6 +52,7 @@ class Trial:
     other_sign: float
     slope_low: float
     slope_high: float
+    size: float
     samples: int
 
     @property
@@ -57,6 +60,7 @@ class Trial:
         """Whether the samples bear the teacher out."""
         others = min(self.reversed_time, self.other_sign)
         is_near = self.error < MOST_ERROR and self.error < MOST_OF_OTHERS * others
+        is_near = is_near and self.size < MOST_SIZE
         return is_near and SLOPES[0] < self.slope_low <= self.slope_high < SLOPES[1]
 
     @property
@@ -66,7 +70,7 @@ class Trial:
             f"its own samples, noised again, are predicted with {self.error:.3f} of the error of "
             f"predicting 0 (at the reversed time {self.reversed_time:.3f}, with the other sign "
             f"{self.other_sign:.3f}); slopes {self.slope_low:.2f} to {self.slope_high:.2f}, where "
-            "1 is right"
+            f"1 is right; root mean square {self.size:.3g}"
         )
 
 
@@ -97,7 +101,8 @@ def try_velocity(
     error, reversed_time, other_sign, _ = (round(float(mean), 4) for mean in table.mean(0))
     slopes = table[:, 3]
     low, high = round(float(slopes.min()), 3), round(float(slopes.max()), 3)
-    return Trial(error, reversed_time, other_sign, low, high, samples)
+    rms = round(float(data.double().square().mean().sqrt().nan_to_num(torch.inf)), 4)
+    return Trial(error, reversed_time, other_sign, low, high, rms, samples)
 
 
 def try_teacher(
