@@ -17,6 +17,7 @@ which is finite at both ends but for ln(sigma): there sigma stays within SIGMA_R
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
@@ -95,6 +96,24 @@ def zeroed(conv: Conv) -> Conv:
     return conv
 
 
+class Frequencies(nn.Module):
+    """Fixed random frequencies, of standard deviation 16, the same whenever they are made.
+
+    They stay float32 in a network of another dtype: in 16 bits angles would be off by a radian.
+    """
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("freqs", 16 * torch.randn(count, generator=draw))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Frequencies":
+        kept = self.get_buffer("freqs")
+        super()._apply(fn, recurse)
+        self.freqs = kept.to(self.get_buffer("freqs").device)
+        return self
+
+
 class Block(nn.Module):
     """x plus two convolutions under the condition, then attention where `num_heads` is above 0.
 
@@ -163,10 +182,7 @@ class EdmUNet(layers.AbstractNetwork):
         self.features = config.noise_mult * config.width
         condition = config.condition_mult * config.width
         if config.embedding == "fourier":
-            self.map_noise = nn.Module()
-            draw = torch.Generator().manual_seed(0)  # a buffer: the same whenever it is made
-            frequencies = 16 * torch.randn(self.features // 2, generator=draw)
-            self.map_noise.register_buffer("freqs", frequencies)
+            self.map_noise = Frequencies(self.features // 2)
         self.map_layer0 = nn.Linear(self.features, condition)
         self.map_layer1 = nn.Linear(condition, condition)
         if image.num_classes:

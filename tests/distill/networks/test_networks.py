@@ -236,3 +236,11 @@ def test_bfloat16_network_keeps_the_dtype_of_its_input():
     network = build_network(DIT, IMAGE).to(torch.bfloat16)
     x, t, s, label = inputs()
     assert network(x.float(), t.float(), s.float(), label).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_frequencies_keep_their_bits_in_a_network_of_16_bits(dtype):
+    network = build_network(NCSNPP, IMAGE)
+    before = network.map_noise.get_buffer("freqs").clone()
+    assert torch.equal(network.to(dtype).map_noise.get_buffer("freqs"), before)
+    assert network.map_layer0.weight.dtype == dtype

@@ -104,7 +104,7 @@ def test_own_samples_tell_ours_from_every_other_convention(convention):
     passes = (Convention(), Convention("gvp", "score"))
     assert trial.is_passed == (convention in passes), trial.words
     if convention == Convention():
-        assert 0.95 < trial.slope_low < trial.slope_high < 1.05
+        assert 0.9 < trial.slope_low < trial.slope_high < 1.1
         assert 0.5 < trial.size < 0.65
 
 
@@ -151,32 +151,35 @@ def epsilon(data, noise, u):
     return kept.sqrt() * data + (1 - kept).sqrt() * noise, step.float(), noise
 
 
-def test_a_trained_file_in_another_convention_is_refused_with_the_one_that_fits(tmp_path):
+REPA = argparse.Namespace(proj_coeff=0.5, prediction="v")
+DDPM = argparse.Namespace(model="DiT-S/2")
+
+
+@pytest.mark.parametrize(
+    ("target", "fits", "args"),
+    [
+        (repa, {"time": "data_to_noise"}, REPA),
+        (epsilon, {"path_type": "ddpm", "prediction": "noise"}, DDPM),
+    ],
+    ids=["repa", "dit"],
+)
+def test_a_trained_file_in_another_convention_is_refused_with_the_one_that_fits(
+    tmp_path, target, fits, args
+):
     """And under the settings of that sentence, or where the file says so, its samples are right."""
-    path = tmp_path / "c.pt"
-    config = CheckpointConfig(path=str(path), num_heads=2)
-    for target, fits, args in (
-        (repa, {"time": "data_to_noise"}, argparse.Namespace(proj_coeff=0.5, prediction="v")),
-        (
-            epsilon,
-            {"path_type": "ddpm", "prediction": "noise"},
-            argparse.Namespace(model="DiT-S/2"),
-        ),
-    ):
-        state = trained(target)
-        torch.save(state, path)
-        with pytest.raises(ConfigError, match=r"teacher\.a is no velocity field") as refused:
-            try_teacher("a", build_teacher(config, "cpu"), config, "cpu", 0)
-        for key, value in fits.items():
-            assert f"teacher.{key}={value}" in str(refused.value)
-        assert not try_teacher(
-            "a", build_teacher(config, "cpu"), replace(config, trial=False), "cpu", 0
-        ).is_passed
-        told = build_teacher(replace(config, **fits), "cpu")
-        torch.save({"ema": state, "args": args}, path)
-        for right in (told, build_teacher(config, "cpu")):
-            trial = try_teacher("a", right, config, "cpu", 0)
-            assert trial.is_passed and 0.8 < trial.slope_low < trial.slope_high < 1.25
+    config, state = CheckpointConfig(path=str(tmp_path / "c.pt"), num_heads=2), trained(target)
+    torch.save(state, config.path)
+    wrong = build_teacher(config, "cpu")
+    with pytest.raises(ConfigError, match=r"teacher\.a is no velocity field") as refused:
+        try_teacher("a", wrong, config, "cpu", 0)
+    for key, value in fits.items():
+        assert f"teacher.{key}={value}" in str(refused.value)
+    assert not try_teacher("a", wrong, replace(config, trial=False), "cpu", 0).is_passed
+    told = build_teacher(replace(config, **fits), "cpu")
+    torch.save({"ema": state, "args": args}, config.path)
+    for right in (told, build_teacher(config, "cpu")):
+        trial = try_teacher("a", right, config, "cpu", 0)
+        assert trial.is_passed and abs(trial.size - 0.51) < 0.06
 
 
 def test_own_teachers_are_not_refused(tmp_path):
