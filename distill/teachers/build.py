@@ -10,6 +10,7 @@ import torch
 
 from distill.config import ConfigError, check
 from distill.networks import files, layers
+from distill.networks.config import EdmUNetConfig
 from distill.teachers import analytic, base, checkpoint, conventions, diffusers, edm, native
 from distill.teachers.config import (
     AnalyticConfig,
@@ -91,13 +92,19 @@ def start_of(config: TeacherConfig) -> layers.AbstractNetwork | None:
 def readings(
     config: ConventionConfig, device: torch.device | str
 ) -> Iterator[tuple[str, conventions.Velocity]]:
-    """The model of `config` as every convention would have it: as settings, and as velocity."""
+    """The model of `config` as every convention would have it: as settings, and as velocity.
+
+    None of one that is preconditioned, as EDM's are: its output says what it is.
+    """
     if isinstance(config, DiffusersConfig):
         model, unit = diffusers.load_model(config, device), diffusers.STEPS
     elif isinstance(config, EdmConfig) and edm.is_folder(config):
         return
     else:
         assert isinstance(config, CheckpointConfig)
+        network = describe(config).network
+        if isinstance(network, EdmUNetConfig) and network.time == "edm":
+            return
         model, unit = checkpoint.load_raw(config, device), 1.0
     for convention in conventions.every(unit):
         yield convention.words, conventions.Converted(model, convention)

@@ -26,6 +26,7 @@ from distill.teachers.config import ConventionConfig, TeacherConfig
 
 TIMES = (0.1, 0.3, 0.7, 0.9)
 STEPS = 16  # of Heun, for the samples
+SEARCH = {"samples": 8, "steps": 8}  # of each convention, when another is looked for
 MOST_ERROR = 0.7  # of the error of 0
 MOST_OF_OTHERS = 0.9  # of that of the reversed time and of the other sign
 SLOPES = (0.65, 1.45)  # <d, v> / <v, v>, between these at every t
@@ -76,7 +77,12 @@ class Trial:
 
 @torch.inference_mode()
 def try_velocity(
-    velocity: Velocity, image: ImageSpec, device: torch.device | str, seed: int, samples: int
+    velocity: Velocity,
+    image: ImageSpec,
+    device: torch.device | str,
+    seed: int,
+    samples: int,
+    steps: int = STEPS,
 ) -> Trial:
     """The trial of a velocity field (x, t [B], label [B]) without guidance."""
     ids = np.arange(samples, dtype=np.int64)
@@ -88,7 +94,7 @@ def try_velocity(
         return velocity(x, torch.full((len(x),), t, device=x.device, dtype=x.dtype), label)
 
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
-    path = solve(lambda x, t: velocity(x, t.expand(len(x)), label), noise, ends, "heun", STEPS)
+    path = solve(lambda x, t: velocity(x, t.expand(len(x)), label), noise, ends, "heun", steps)
     data = path[-1].to(noise.dtype)
     d = (data - fresh).double()
     size, found = float(d.square().sum()), []
@@ -125,7 +131,7 @@ def try_teacher(
         return trial
     fitting = []
     for words, velocity in readings(config, device):
-        other = try_velocity(velocity, teacher.image, device, seed, samples)
+        other = try_velocity(velocity, teacher.image, device, seed, **SEARCH)
         if other.is_passed:
             fitting.append((other.error, words))
     way = f"what fits is {min(fitting)[1]}" if fitting else "no other convention that is known fits"

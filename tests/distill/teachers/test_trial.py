@@ -123,7 +123,7 @@ DIT = DiTConfig(patch_size=2, width=32, depth=1, num_heads=2)
 TINY = ImageSpec(1, 4, 2)
 
 
-def trained(target, steps=250):
+def trained(target, steps=300):
     """Weights of a tiny transformer after a training on N(MEAN, 0.1^2) towards `target`."""
     network = build_network(DIT, TINY)
     optimizer = torch.optim.Adam(network.parameters(), 3e-3)
