@@ -15,8 +15,8 @@ import torch
 from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
 from distill.data import generate, shards, sidecar
-from distill.objectives.config import DrawnConfig
 from distill.data.stores.store import committed
+from distill.objectives.config import DrawnConfig
 from distill.run.files import RunDir
 from distill.run.identity import read_record
 from distill.run.records import tree_of

@@ -140,8 +140,6 @@ def _work(session: Session, work: stages.Work) -> None:
             produced = trained = False
             while not (produced and trained):
                 produced = pool is None or pool.poll()
-                while pool is not None and pool.notes:
-                    session.bars.say(pool.notes.pop(0))
                 trained = group is None or group.poll()
                 _show(session, pool, group, before)
                 while pool is not None and pool.notes:
