@@ -124,6 +124,10 @@ NETWORKS: dict[str, config.NetworkConfig] = {
     "unet": config.UNetConfig(
         width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2], num_heads=2
     ),
+    "lightningdit": config.LightningDiTConfig(patch_size=2, width=16, depth=1, num_heads=2),
+    "edm_unet": config.EdmUNetConfig(
+        width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2]
+    ),
 }
 
 

@@ -290,8 +290,14 @@ def read_settings(words: list[str]) -> "list[RunConfig]":
 
         return [load_config(open_run(first), words[1:])]
     from cluster.settings.hydra import compose
+    from distill.networks.config import SameAsTeacherConfig
 
-    return compose(words)
+    configs = compose(words)
+    if any(isinstance(config.student, SameAsTeacherConfig) for config in configs):
+        from cluster.supervisor.stages import with_student
+
+        configs = [with_student(config) for config in configs]
+    return configs
 
 
 def open_run(folder: str) -> RunDir:

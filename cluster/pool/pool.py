@@ -18,11 +18,12 @@ from cluster.pool import coordinator, messages
 from cluster.pool.member import Member, Pace, choose_leaving
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import TeacherPoolConfig
-from cluster.state import cursor, done, evicted, workers
+from cluster.state import cursor, done, evicted, identity, workers
 from distill.config import ConfigError, check
 from distill.data.sidecar import Reason, ShardSpec
 from distill.data.stores.store import committed, is_committed
 from distill.run import events, files, records
+from distill.teachers.trial import Trial
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
@@ -194,6 +195,8 @@ class TeacherPool:
     def _finished(self, member: Member, result: dict[str, Any]) -> None:
         if member.shard is None:
             check_fingerprints(self.spec, result["worker"], result["fingerprints"])
+            for name, found in identity.record_trials(self.run, result.pop("trials")).items():
+                self.notes.append(f"teacher.{name}: {records.record_of(Trial, found).words}")
             member.name = result["worker"]
             self._log.add(events.WorkerJoin(**result, device=member.device))
             self._handle(messages.Joined(member.name))

@@ -7,6 +7,7 @@ every worker tries `trajectory.batch_size` first, and halves its own when memory
 import os
 import socket
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,9 +15,12 @@ import torch
 from cluster.plan.placement import Device
 from cluster.settings.schema import RunConfig
 from distill.data import generate, shards, sidecar
+from distill.data.stores.store import committed
 from distill.objectives.config import DrawnConfig
 from distill.run.files import RunDir
-from distill.teachers import base, build
+from distill.run.identity import read_record
+from distill.run.records import tree_of
+from distill.teachers import base, build, trial
 from distill.training.memory import keep_freed_memory
 
 
@@ -38,7 +42,13 @@ class TeacherWorker:
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
     def load(self) -> dict[str, Any]:
-        """Loads the teachers; name, and the fingerprint of each teacher."""
+        """Loads the teachers, and tries those that run.json knows no trial of.
+
+        Returns name, fingerprints and trials, by teacher.
+
+        Raises:
+            ConfigError: a teacher is missing, or its own samples speak against it.
+        """
         keep_freed_memory()
         torch.set_num_threads(self._config.cluster.teachers.threads_per_worker)
         self._teachers = {
@@ -46,7 +56,19 @@ class TeacherWorker:
             for name, teacher in self._config.teacher.items()
         }
         prints = {name: teacher.fingerprint for name, teacher in self._teachers.items()}
-        return {"worker": self.name, "fingerprints": prints}
+        record = read_record(self._run)
+        known = record.trials if record else {}
+        untried = [name for name in self._teachers if name not in known]
+        trials = {name: self._try(name) for name in untried}
+        return {"worker": self.name, "fingerprints": prints, "trials": trials}
+
+    def _try(self, name: str) -> dict[str, Any]:
+        """The trial of a teacher. It is refused before the budget is spent, and not once it is."""
+        config, teacher = self._config.teacher[name], self._teachers[name]
+        if committed(self._run):
+            config = replace(config, trial=False)
+        found = trial.try_teacher(name, teacher, config, self._device, self._config.seed)
+        return tree_of(found)
 
     def produce(self, shard: int) -> dict[str, Any]:
         """Makes and commits one shard; its size in bytes, and seconds.

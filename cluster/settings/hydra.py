@@ -22,7 +22,7 @@ from cluster.settings import file, schema
 from distill.config import ConfigError, TrainConfig, check
 from distill.data.config import DataConfig
 from distill.evaluation.config import EvalConfig
-from distill.networks.config import NETWORKS
+from distill.networks.config import NETWORKS, SameAsTeacherConfig
 from distill.objectives.config import OBJECTIVES
 
 
@@ -37,6 +37,7 @@ def register() -> None:
     store.store(group="cluster", name="base_cluster", node=schema.ClusterConfig)
     for name, network in NETWORKS.items():
         store.store(group="student", name=f"base_{name}", node=network)
+    store.store(group="student", name="base_teacher", node=SameAsTeacherConfig)
     for name, objective in OBJECTIVES.items():
         store.store(group="objective", name=f"base_{name}", node=objective)
 

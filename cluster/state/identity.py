@@ -230,6 +230,17 @@ def _with_schedule(
     return record, [note]
 
 
+def record_trials(
+    run: files.RunDir, trials: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Those of `trials`, of teachers by name, that run.json had not, and has now."""
+    record = run_json.record_of(run)
+    new = {name: trial for name, trial in trials.items() if name not in record.trials}
+    if new:
+        run_json.write_record(run, replace(record, trials=record.trials | new))
+    return new
+
+
 def record_teachers(
     run: files.RunDir, record: run_json.RunRecord, fingerprints: dict[str, str]
 ) -> None:

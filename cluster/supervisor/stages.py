@@ -1,5 +1,6 @@
 """What each stage of a run still has to do, seen from the run directory."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,11 +10,12 @@ from cluster.state import done, identity, room
 from cluster.supervisor.session import Session
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import latest_verified
-from distill.config import ImageSpec, check
+from distill.config import ConfigError, ImageSpec, check
 from distill.data import images, sets, sidecar
 from distill.data.stores.store import open_store
 from distill.evaluation.inception import check_inception
 from distill.export.student import latest_student
+from distill.networks.config import SameAsTeacherConfig
 from distill.networks.files import DESCRIPTION
 from distill.report.sections import write_report
 from distill.run.files import RunDir
@@ -54,6 +56,30 @@ def _with_model(teacher: TeacherConfig) -> TeacherConfig:
     return replace(teacher, path=str(exported if is_gone else latest_student(run)))
 
 
+def with_student(config: RunConfig) -> RunConfig:
+    """The configuration with the architecture of its last teacher in place of `student=teacher`.
+
+    Raises:
+        ConfigError: that teacher is not there, or no student can start from it.
+    """
+    if not isinstance(config.student, SameAsTeacherConfig):
+        return config
+    name, teacher = list(config.teacher.items())[-1]
+    check(
+        name not in own_teachers(config),
+        f"student=teacher, but teacher.{name} is pre-trained by this run, with the student's "
+        "architecture: name that, such as student=dit_s",
+    )
+    found = build.describe(_with_model(teacher))
+    if found.network is None:
+        raise ConfigError(
+            f"student=teacher, but no student can start from teacher.{name}: its kind, or the "
+            f"conversion of what it predicts ({'; '.join(found.notes)}), has no network of ours; "
+            "name an architecture, such as student=dit_s"
+        )
+    return replace(config, student=found.network)
+
+
 # -----------------------------------------------------------------------------------------------
 # What there is to do
 
@@ -80,7 +106,7 @@ def distil(session: Session, view: done.RunView) -> Work:
     """Shards, and the training on them at the same time."""
     if view.is_distilled:
         return Work()
-    spec = run_spec(view)
+    spec = run_spec(view, session.bars.say)
     return Work(
         pool=_pool(view, spec, trainer_reads=not view.is_trained),
         job=None if view.is_trained else _job("train", session, view, spec),
@@ -91,14 +117,14 @@ def generate(session: Session, view: done.RunView) -> Work:
     """Shards alone."""
     if view.has_all_shards:
         return Work()
-    return Work(pool=_pool(view, run_spec(view), trainer_reads=False))
+    return Work(pool=_pool(view, run_spec(view, session.bars.say), trainer_reads=False))
 
 
 def train(session: Session, view: done.RunView) -> Work:
     """Training alone, on shards that are there."""
     if view.is_trained:
         return Work()
-    return Work(job=_job("train", session, view, run_spec(view)))
+    return Work(job=_job("train", session, view, run_spec(view, session.bars.say)))
 
 
 def check_training(config: RunConfig) -> None:
@@ -141,8 +167,10 @@ def evaluate_again(session: Session, view: done.RunView) -> Work:
 # Parts
 
 
-def run_spec(view: done.RunView) -> sidecar.ShardSpec:
+def run_spec(view: done.RunView, say: Callable[[str], None] = lambda _: None) -> sidecar.ShardSpec:
     """What every shard of the run shares. The fingerprints of its teachers enter run.json.
+
+    `say` is told how their files were read, where that left a choice.
 
     Raises:
         ConfigError: a teacher is missing, or is not the one the run was started with.
@@ -156,6 +184,8 @@ def run_spec(view: done.RunView) -> sidecar.ShardSpec:
     prints = {}
     for name, settings in config.teacher.items():
         teacher = build.describe(settings)
+        for note in teacher.notes:
+            say(f"teacher.{name}: {note}")
         check_image(name, teacher.image, config.data.image)
         base.check_guidance(teacher.image, settings.guidance)
         prints[name] = teacher.fingerprint
@@ -168,10 +198,19 @@ def run_spec(view: done.RunView) -> sidecar.ShardSpec:
 
 def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
     """Raises ConfigError unless the teacher makes images that the student can learn."""
+    way = ""
+    if teacher.shape == data.shape and teacher.num_classes == 0:
+        way = "; a student of a teacher without classes has none: set data.num_classes=0"
+    elif teacher.shape == data.shape and teacher.num_classes == data.num_classes - 1:
+        way = (
+            '; if its label table has no row for "none", set '
+            f"teacher.{name}.num_classes={data.num_classes}"
+        )
     check(
-        teacher.shape == data.shape and teacher.num_classes in (0, data.num_classes),
+        teacher == data,
         f"teacher.{name} makes {teacher.shape} images of {teacher.num_classes} classes, but "
-        f"data={{channels: {data.channels}, size: {data.size}, num_classes: {data.num_classes}}}",
+        f"data={{channels: {data.channels}, size: {data.size}, num_classes: {data.num_classes}}}"
+        + way,
     )
 
 

@@ -16,7 +16,7 @@ from cluster.trainer.job import TrainJob
 from distill.checkpoint.commit import load_latest
 from distill.engine.engine import Engine
 from distill.networks import build, cost, layers
-from distill.networks.files import with_weights_of
+from distill.networks.files import unlike, with_weights_of
 from distill.objectives.build import build_objective
 from distill.objectives.config import ObjectiveConfig, ReflowConfig
 from distill.run import events, files
@@ -105,7 +105,8 @@ def initial_network(job: TrainJob) -> tuple[layers.AbstractNetwork, str]:
     if start is None:
         why = f"is of kind {teacher.kind}"
     elif (network := with_weights_of(start, student, image)) is None:
-        why = "has another architecture than the student"
+        other = ", ".join(unlike(start.config, student))
+        why = f"has not the student's {other}" if other else "has another architecture"
     else:
         return network, f"teacher.{name}"
     return build.build_network(student, image, seed), f"fresh: teacher.{name} {why}"

@@ -24,8 +24,8 @@ from distill.networks.config import NetworkConfig, network_config
 from distill.objectives.config import OBJECTIVES, name_now
 from distill.run.files import RunDir
 from distill.run.identity import RunRecord, record_of
+from distill.teachers.build import start_of
 from distill.teachers.config import SiTConfig
-from distill.teachers.sit import load_sit_network
 
 # Files that say of a folder that it was exported, by any format but FastGen's.
 MARKS = (files.DESCRIPTION, "model_index.json", "graph.json")
@@ -182,15 +182,13 @@ def _fixed_at_start(record: RunRecord) -> dict[str, torch.Tensor]:
     if teacher.get("kind") != "sit":
         return {}
     try:
-        network = load_sit_network(
-            SiTConfig(path=teacher["path"], num_heads=teacher["num_heads"]), "cpu"
-        )
+        network = start_of(SiTConfig(path=teacher["path"], num_heads=teacher["num_heads"]))
     except ConfigError as error:
         raise ConfigError(
             f"the checkpoint is of a version that did not save fixed tensors, and the teacher that "
             f"they come from cannot be opened ({error}); put it back, or train a step further"
         ) from error
-    if network.config != network_config(record.identity["student"]):
+    if network is None or network.config != network_config(record.identity["student"]):
         return {}
     return files.fixed_tensors(network.requires_grad_(True))
 

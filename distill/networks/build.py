@@ -7,8 +7,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from distill.config import ConfigError, ImageSpec
-from distill.networks import dit, layers, unet
-from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
+from distill.networks import config as settings, dit, edm_unet, layers, lightningdit, unet
+from distill.networks.config import NetworkConfig
 
 
 def build_network(config: NetworkConfig, image: ImageSpec, seed: int = 0) -> layers.AbstractNetwork:
@@ -61,8 +61,12 @@ class _WithoutWeights(TorchFunctionMode):
 
 def _construct(config: NetworkConfig, image: ImageSpec) -> layers.AbstractNetwork:
     match config:
-        case DiTConfig():
+        case settings.LightningDiTConfig():
+            return lightningdit.LightningDiT(config, image)
+        case settings.DiTConfig():
             return dit.DiT(config, image)
-        case UNetConfig():
+        case settings.UNetConfig():
             return unet.UNet(config, image)
+        case settings.EdmUNetConfig():
+            return edm_unet.EdmUNet(config, image)
     raise ConfigError(f"student={type(config).__name__} is not a known network")

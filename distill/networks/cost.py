@@ -10,7 +10,8 @@ out of the FLOP: a few per cent.
 from dataclasses import dataclass
 
 from distill.config import ConfigError, ImageSpec
-from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
+from distill.networks import config as settings
+from distill.networks.config import DiTConfig, EdmUNetConfig, NetworkConfig, UNetConfig
 
 NUM_FEATURES = 256  # sinusoids of t and of s - t
 
@@ -31,9 +32,18 @@ class NetworkCost:
         """Adds a convolution with `pixels` output pixels."""
         self.linear(kernel * kernel * inputs, outputs, rows=pixels)
 
+    def resample(self, weights: list[float], channels: int, pixels: int) -> None:
+        """Adds a fixed filter that halves or doubles a map; `pixels` of the smaller one."""
+        self.flops += 2 * len(weights) ** 2 * channels * pixels
+
     def norm(self, channels: int) -> None:
         """Adds a norm with scale and shift."""
         self.parameters += 2 * channels
+
+    def jump_embedder(self, width: int) -> None:
+        """Adds the embedder of s - t, which has no bias."""
+        self.linear(NUM_FEATURES, width, bias=False)
+        self.linear(width, width, bias=False)
 
     def attention(self, tokens: int, width: int) -> None:
         """Adds q k^T and the weighted sum of v."""
@@ -43,9 +53,9 @@ class NetworkCost:
         """Adds the embedders of t (with bias), of s - t (without) and of the label (with a row for
         "none").
         """
-        for bias in (True, False):
-            self.linear(NUM_FEATURES, width, bias=bias)
-            self.linear(width, width, bias=bias)
+        self.linear(NUM_FEATURES, width)
+        self.linear(width, width)
+        self.jump_embedder(width)
         self.parameters += (num_classes + 1) * width
 
 
@@ -56,10 +66,12 @@ def network_cost(config: NetworkConfig, image: ImageSpec) -> NetworkCost:
         ConfigError: a network that is not known here.
     """
     match config:
-        case DiTConfig():
+        case settings.DiTConfig():
             return _dit(config, image)
-        case UNetConfig():
+        case settings.UNetConfig():
             return _unet(config, image)
+        case settings.EdmUNetConfig():
+            return _edm_unet(config, image)
     raise ConfigError(f"student={type(config).__name__} is not a known network")
 
 
@@ -70,12 +82,21 @@ def _dit(config: DiTConfig, image: ImageSpec) -> NetworkCost:
     pixels = config.patch_size**2 * image.channels
     cost.linear(pixels, width, tokens)
     cost.embedders(width, image.num_classes)
+    lightning = config if isinstance(config, settings.LightningDiTConfig) else None
+    if lightning:
+        cost.parameters += (2 * config.depth + 1) * width  # norms
+        if lightning.qk_norm:
+            cost.parameters += 2 * config.depth * width // config.num_heads
     for _ in range(config.depth):
         cost.linear(width, 3 * width, tokens)
         cost.attention(tokens, width)
         cost.linear(width, width, tokens)
-        cost.linear(width, hidden, tokens)
-        cost.linear(hidden, width, tokens)
+        if lightning:
+            cost.linear(width, 2 * lightning.hidden, tokens)
+            cost.linear(lightning.hidden, width, tokens)
+        else:
+            cost.linear(width, hidden, tokens)
+            cost.linear(hidden, width, tokens)
         cost.linear(width, 6 * width)
     cost.linear(width, 2 * width)
     cost.linear(width, pixels, tokens)
@@ -125,6 +146,81 @@ def _residual(
     cost.norm(outputs)
     cost.conv(outputs, outputs, 3, pixels)
     if inputs != outputs:
+        cost.conv(inputs, outputs, 1, pixels)
+    if attends:
+        cost.norm(outputs)
+        cost.conv(outputs, 3 * outputs, 1, pixels)
+        cost.attention(pixels, outputs)
+        cost.conv(outputs, outputs, 1, pixels)
+
+
+def _edm_unet(config: EdmUNetConfig, image: ImageSpec) -> NetworkCost:
+    cost, width, is_song = NetworkCost(), config.width, config.family == "song"
+    features, condition = config.noise_mult * width, config.condition_mult * width
+    cost.linear(features, condition)
+    cost.linear(condition, condition)
+    cost.jump_embedder(condition)
+    if image.num_classes:
+        cost.linear(image.num_classes, features if is_song else condition, bias=is_song)
+    size, channels = image.size, width * (1 if is_song else config.channel_mults[0])
+    extra, skips = image.channels, [channels]
+    cost.conv(image.channels, channels, 3, size * size)
+    for level, mult in enumerate(config.channel_mults):
+        if level > 0:
+            size //= 2
+            _edm_block(cost, config, channels, channels, size, way="down")
+            skips.append(channels)
+            if config.encoder == "skip":
+                cost.resample(config.filter, extra, size * size)
+                cost.conv(extra, channels, 1, size * size)
+            elif config.encoder == "residual":  # its filter comes last
+                cost.conv(extra, channels, 3, (2 * size + len(config.filter) - 2) ** 2)
+                cost.resample(config.filter, channels, size * size)
+                extra = channels
+        for _ in range(config.blocks_per_level):
+            attends = size in config.attention_sizes
+            _edm_block(cost, config, channels, mult * width, size, attends)
+            channels = mult * width
+            skips.append(channels)
+    _edm_block(cost, config, channels, channels, size, True)
+    _edm_block(cost, config, channels, channels, size)
+    for level in range(len(config.channel_mults) - 1, -1, -1):
+        if level < len(config.channel_mults) - 1:
+            size *= 2
+            _edm_block(cost, config, channels, channels, size, way="up")
+        for index in range(config.blocks_per_level + 1):
+            is_last = index == config.blocks_per_level
+            attends = size in config.attention_sizes and (is_last or not is_song)
+            outputs = config.channel_mults[level] * width
+            _edm_block(cost, config, channels + skips.pop(), outputs, size, attends)
+            channels = outputs
+        if level == 0 or (is_song and config.decoder == "skip"):
+            if size > image.size >> (len(config.channel_mults) - 1) and config.decoder == "skip":
+                cost.resample(config.filter, image.channels, size * size // 4)
+            cost.norm(channels)
+            cost.conv(channels, image.channels, 3, size * size)
+    return cost
+
+
+def _edm_block(
+    cost: NetworkCost,
+    config: EdmUNetConfig,
+    inputs: int,
+    outputs: int,
+    size: int,
+    attends: bool = False,
+    way: str = "",
+) -> None:
+    """A block of the U-Nets of EDM, whose output has `size`."""
+    pixels, is_song = size * size, config.family == "song"
+    for _ in ("layers", "skip") if way else ():
+        cost.resample(config.filter, inputs, pixels // 4 if way == "up" else pixels)
+    cost.norm(inputs)
+    cost.conv(inputs, outputs, 3, pixels)
+    cost.linear(config.condition_mult * config.width, outputs * (1 if is_song else 2))
+    cost.norm(outputs)
+    cost.conv(outputs, outputs, 3, pixels)
+    if inputs != outputs or (way and is_song):
         cost.conv(inputs, outputs, 1, pixels)
     if attends:
         cost.norm(outputs)

@@ -56,10 +56,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Float[Tensor, "B T W"]) -> Float[Tensor, "B T W"]:
         """[B, tokens, width]."""
-        batch, tokens, width = x.shape
-        heads = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads)
+        return self.joined(layers.attention(*self.heads(x)))
+
+    def heads(self, x: Float[Tensor, "B T W"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, each [B, heads, T, D]."""
+        heads = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(layers.attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width))
+        return q, k, v
+
+    def joined(self, values: Float[Tensor, "B heads T D"]) -> Float[Tensor, "B T W"]:
+        """The heads' output, projected."""
+        return self.proj(values.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -82,18 +89,21 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width = config.width
-        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm1: nn.Module = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(width, config.num_heads)
-        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(width, int(width * config.mlp_ratio))
+        self.norm2: nn.Module = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp: nn.Module = Mlp(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
-    def forward(self, x: Float[Tensor, "B T W"], c: Float[Tensor, "B W"]) -> Float[Tensor, "B T W"]:
-        """[B, tokens, width]."""
+    def forward(
+        self, x: Float[Tensor, "B T W"], c: Float[Tensor, "B W"], *positions: Tensor
+    ) -> Float[Tensor, "B T W"]:
+        """[B, tokens, width]; `positions` are for the attention."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.adaLN_modulation(c).chunk(
             6, dim=1
         )
-        x = torch.addcmul(x, gate_1[:, None], self.attn(modulate(self.norm1(x), shift_1, scale_1)))
+        h = self.attn(modulate(self.norm1(x), shift_1, scale_1), *positions)
+        x = torch.addcmul(x, gate_1[:, None], h)
         return torch.addcmul(
             x, gate_2[:, None], self.mlp(modulate(self.norm2(x), shift_2, scale_2))
         )
@@ -104,7 +114,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, patch_size: int, channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.norm_final: nn.Module = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.linear = nn.Linear(width, patch_size * patch_size * channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
 
@@ -130,9 +140,13 @@ class DiT(layers.AbstractNetwork):
         self.s_embedder = layers.JumpEmbedder(config.width)
         self.y_embedder = layers.LabelEmbedder(image.num_classes, config.width)
         self.register_buffer("pos_embed", grid_embedding(config.width, self.grid))
+        self._build_layers(config, image)
+        self._initialize()
+
+    def _build_layers(self, config: DiTConfig, image: ImageSpec) -> None:
+        """Makes `blocks` and `final_layer`."""
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
         self.final_layer = FinalLayer(config.width, config.patch_size, image.channels)
-        self._initialize()
 
     def _initialize(self) -> None:
         for block in [*self.blocks, self.final_layer]:
@@ -163,8 +177,12 @@ class DiT(layers.AbstractNetwork):
         c = self.t_embedder(t) + self.s_embedder(s - t) + self.y_embedder(label)
         h = self.x_embedder(x.to(dtype)) + self.get_buffer("pos_embed").to(dtype)
         for block in self.blocks:
-            h = self.run_block(block, h, c)
+            h = self.run_block(block, h, c, *self._positions())
         return self._unpatchify(self.final_layer(h, c)).to(x.dtype)
+
+    def _positions(self) -> tuple[Tensor, ...]:
+        """What every block is given beside tokens and condition."""
+        return ()
 
     def _unpatchify(self, h: Tensor) -> Tensor:
         """[B, tokens, p p C] -> [B, C, H, W]."""

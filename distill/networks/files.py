@@ -230,10 +230,19 @@ def with_weights_of(
         ConfigError: an image size that the network of `config` cannot take.
     """
     network, state = empty_network(config, image), start.state_dict()
-    if shapes_of(network.state_dict()) != shapes_of(state):
+    if shapes_of(network.state_dict()) != shapes_of(state) or unlike(start.config, config):
         return None
     network.load_state_dict(state, assign=True)
     return network
+
+
+def unlike(start: NetworkConfig, config: NetworkConfig) -> list[str]:
+    """The settings of `config`, in words, that differ from `start`'s though no shape shows it."""
+    return [
+        f"{name}={getattr(config, name)}"
+        for name in config.not_in_shapes
+        if getattr(config, name) != getattr(start, name, None)
+    ]
 
 
 def fingerprint(path: Path) -> str:

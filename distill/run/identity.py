@@ -6,7 +6,7 @@ come and go: see `cluster.state.identity`.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ class RunRecord:
         schedule: one entry per change of train.max_steps.
         teachers: name -> sha256 of the weights, once known.
         versions: of the packages that made the run, by name.
+        trials: name -> how its own samples bear a teacher out (`distill.teachers.trial`).
     """
 
     format: int
@@ -59,6 +60,7 @@ class RunRecord:
     schedule: tuple[ScheduleRecord, ...]
     teachers: dict[str, str]
     versions: dict[str, str]
+    trials: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def hash_of(identity: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """What a teacher is, and is known to be beforehand; its field under guidance; a student's jumps."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -9,7 +10,9 @@ from torch import Tensor
 
 from distill.config import ImageSpec, check
 from distill.flow.times import EVEN
+from distill.networks.config import NetworkConfig
 from distill.networks.layers import AbstractNetwork
+from distill.teachers.config import TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,17 @@ class TeacherDescription:
         image: shape and classes it was trained on.
         fingerprint: sha256, in hex, of the bytes of its weights.
         is_student: whether it is one, with guidance in it already.
+        has_none: whether it knows the label "none", without which there is no guidance.
+        network: the architecture of a student that can start from its weights; None: there is none.
+        notes: what the user should hear: how a file was read where it left a choice.
     """
 
     image: ImageSpec
     fingerprint: str
     is_student: bool = False
+    has_none: bool = True
+    network: NetworkConfig | None = None
+    notes: tuple[str, ...] = ()
 
 
 @runtime_checkable
@@ -53,22 +62,36 @@ def check_guidance(image: ImageSpec, scale: float) -> None:
     )
 
 
+def check_none(config: TeacherConfig, has_none: bool) -> None:
+    """Raises ConfigError for guidance of a teacher that was never shown the label "none"."""
+    check(
+        has_none or config.guidance == 1,
+        f'teacher.guidance={config.guidance} needs a teacher that knows the label "none", and '
+        f"{config.path} was trained without it; set teacher.guidance=1",
+    )
+
+
 class Guided:
     """A teacher's velocity under classifier-free guidance (Ho and Salimans, 2022).
 
         v = v(x, t, none) + scale (v(x, t, label) - v(x, t, none))
 
     Both halves go through the network as one batch of twice the size. At scale 1 only the second
-    one is needed and only it is computed.
+    one is needed and only it is computed. Above 0, `channels` is how many channels, first ones, are
+    guided; the others keep v(x, t, label), as in the samplers of DiT and SiT.
 
     Attributes:
         evaluations: calls so far. NFE counts these: evaluations of the guided field.
         forwards: batches of the caller's size that went through the network: the cost.
     """
 
-    def __init__(self, teacher: FrozenTeacher, scale: float) -> None:
+    def __init__(self, teacher: FrozenTeacher, scale: float, channels: int = 0) -> None:
         check_guidance(teacher.image, scale)
-        self.teacher, self.scale = teacher, scale
+        check(
+            channels <= teacher.image.channels,
+            f"teacher.guided_channels={channels}, but the teacher has {teacher.image.channels}",
+        )
+        self.teacher, self.scale, self.channels = teacher, scale, channels
         self.evaluations = self.forwards = 0
 
     def __call__(
@@ -83,16 +106,19 @@ class Guided:
         labels = torch.cat([torch.full_like(label, -1), label])
         both = self.teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), labels)
         none, labelled = both.chunk(2)
-        return torch.lerp(none, labelled, self.scale)
+        field = torch.lerp(none, labelled, self.scale)
+        if self.channels:
+            field[:, self.channels :] = labelled[:, self.channels :]
+        return field
 
 
-def guided(teacher: FrozenTeacher, scale: float) -> Guided:
+def guided(teacher: FrozenTeacher, scale: float, channels: int = 0) -> Guided:
     """The velocity (x, t [B], label) of `teacher` under guidance of `scale`; 1 is no guidance.
 
     Raises:
-        ConfigError: guidance of a teacher that has no classes.
+        ConfigError: guidance of a teacher that has no classes, or of channels that it has not.
     """
-    return Guided(teacher, scale)
+    return Guided(teacher, scale, channels)
 
 
 class NetworkTeacher:
@@ -112,6 +138,23 @@ class NetworkTeacher:
     ) -> Float[Tensor, "B C H W"]:
         """u(x, t, t, label)."""
         return self.network(x, t, t, label)
+
+
+class VelocityTeacher:
+    """A teacher whose velocity is a function (x, t, label) of its own."""
+
+    def __init__(
+        self, function: Callable[[Tensor, Tensor, Tensor], Tensor], description: TeacherDescription
+    ) -> None:
+        self.function = function
+        self.image, self.fingerprint = description.image, description.fingerprint
+
+    @torch.no_grad()
+    def velocity(
+        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
+    ) -> Float[Tensor, "B C H W"]:
+        """v(x, t, label)."""
+        return self.function(x, t, label)
 
 
 class Jumps(Guided):

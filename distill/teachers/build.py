@@ -3,19 +3,22 @@
 What `teacher.path` is stands at the settings of each kind (`distill.teachers.config`).
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from distill.config import ConfigError, check
 from distill.networks import files, layers
-from distill.teachers import analytic, base, diffusers, edm, native, sit
+from distill.networks.config import EdmUNetConfig
+from distill.teachers import analytic, base, checkpoint, conventions, diffusers, edm, native
 from distill.teachers.config import (
     AnalyticConfig,
+    CheckpointConfig,
+    ConventionConfig,
     DiffusersConfig,
     EdmConfig,
     NativeConfig,
-    SiTConfig,
     TeacherConfig,
 )
 
@@ -32,12 +35,12 @@ def describe(config: TeacherConfig) -> base.TeacherDescription:
             return native.describe_native(config)
         case AnalyticConfig():
             return analytic.describe_analytic(config)
-        case SiTConfig():
-            return sit.describe_sit(config)
         case DiffusersConfig():
             return diffusers.describe_diffusers(config)
-        case EdmConfig():
+        case EdmConfig() if edm.is_folder(config):
             return edm.describe_edm(config)
+        case CheckpointConfig():
+            return checkpoint.open_checkpoint(config).description
     raise ConfigError(f"teacher.kind={config.kind} is not known")
 
 
@@ -53,12 +56,12 @@ def build_teacher(config: TeacherConfig, device: torch.device | str) -> base.Fro
             return native.load_native(config, device)
         case AnalyticConfig():
             return analytic.load_analytic(config, device)
-        case SiTConfig():
-            return sit.load_sit(config, device)
         case DiffusersConfig():
             return diffusers.load_diffusers(config, device)
-        case EdmConfig():
+        case EdmConfig() if edm.is_folder(config):
             return edm.load_edm(config, device)
+        case CheckpointConfig():
+            return checkpoint.load_checkpoint(config, device)
     raise ConfigError(f"teacher.kind={config.kind} is not known")
 
 
@@ -77,9 +80,34 @@ def start_of(config: TeacherConfig) -> layers.AbstractNetwork | None:
     match config:
         case NativeConfig():
             return files.load_model(Path(config.path), "cpu")[0]
-        case SiTConfig():
-            return sit.load_sit_network(config, "cpu")
+        case EdmConfig() if edm.is_folder(config):
+            return None
+        case CheckpointConfig():
+            opened = checkpoint.open_checkpoint(config)
+            if not opened.convention.is_foreign:
+                return checkpoint.load_network(opened, config.path, "cpu")
     return None
+
+
+def readings(
+    config: ConventionConfig, device: torch.device | str
+) -> Iterator[tuple[str, conventions.Velocity]]:
+    """The model of `config` as every convention would have it: as settings, and as velocity.
+
+    None of one that is preconditioned, as EDM's are: its output says what it is.
+    """
+    if isinstance(config, DiffusersConfig):
+        model, unit = diffusers.load_model(config, device), diffusers.STEPS
+    elif isinstance(config, EdmConfig) and edm.is_folder(config):
+        return
+    else:
+        assert isinstance(config, CheckpointConfig)
+        network = describe(config).network
+        if isinstance(network, EdmUNetConfig) and network.time == "edm":
+            return
+        model, unit = checkpoint.load_raw(config, device), 1.0
+    for convention in conventions.every(unit):
+        yield convention.words, conventions.Converted(model, convention)
 
 
 def build_field(teacher: base.FrozenTeacher, config: TeacherConfig) -> base.Guided:
@@ -89,6 +117,6 @@ def build_field(teacher: base.FrozenTeacher, config: TeacherConfig) -> base.Guid
         ConfigError: guidance of a teacher that has no classes.
     """
     if config.solver != "jumps":
-        return base.guided(teacher, config.guidance)
+        return base.guided(teacher, config.guidance, config.guided_channels)
     assert isinstance(teacher, base.NetworkTeacher)
     return base.Jumps(teacher)

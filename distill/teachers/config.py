@@ -5,8 +5,12 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from distill.config import check, check_choice, check_positive
+from distill.config import check, check_choice, check_positive, free
 from distill.flow.times import NFE_PER_STEP
+
+PATH_TYPES = ("linear", "gvp", "vp", "ddpm")
+PREDICTIONS = ("velocity", "noise", "data", "score", "v")
+TIMES = ("noise_to_data", "data_to_noise")
 
 
 @dataclass
@@ -28,6 +32,8 @@ class TeacherConfig:
     guidance: float = 1.0  # scale w of v = v_null + w (v_label - v_null); 1 is off
     # Among several teachers, before normalisation: a number, or a list of one for each class
     weight: Any = 1.0
+    guided_channels: int = 0  # that guidance moves, first ones; 0: all. SiT and DiT: 3 of 4
+    trial: bool = free(True)  # whether one that its own samples speak against is refused
 
     is_from_run: ClassVar[bool] = False
     may_be_name: ClassVar[bool] = False
@@ -47,6 +53,10 @@ class TeacherConfig:
             all(type(one) in (int, float) and one >= 0 for one in given) and any(given),
             f"teacher.weight={self.weight} must be a number above 0, or a list with one for each "
             "class, in which 0 leaves that class to the other teachers",
+        )
+        check(
+            self.guided_channels >= 0,
+            f"teacher.guided_channels={self.guided_channels} must be a number of channels, or 0",
         )
 
 
@@ -70,23 +80,54 @@ class AnalyticConfig(TeacherConfig):
 
 
 @dataclass
-class SiTConfig(TeacherConfig):
-    """A checkpoint of the public SiT code, `.pt` or `.safetensors`."""
+class ConventionConfig(TeacherConfig):
+    """Base of the kinds whose models may have been trained in another convention than ours.
 
-    kind: str = "sit"
-    num_heads: int = 0  # which the weights do not tell; 0: that of the published size
+    What files say is believed; these settings are for what they do not say, and win
+    (`distill.teachers.conventions`).
+    """
+
+    path_type: str = ""  # linear | gvp | vp | ddpm; "": as the file says, or linear
+    prediction: str = ""  # velocity | noise | data | score | v; "": as the file says, or velocity
+    time: str = ""  # noise_to_data | data_to_noise; "": as the file says, or as the kind has it
+    num_classes: int = 0  # 0: rows of the label table less one, which is "none"
+    image_size: int = 0  # in pixels, where the files do not tell it
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("teacher.path_type", self.path_type or PATH_TYPES[0], PATH_TYPES)
+        check_choice("teacher.prediction", self.prediction or PREDICTIONS[0], PREDICTIONS)
+        check_choice("teacher.time", self.time or TIMES[0], TIMES)
 
 
 @dataclass
-class DiffusersConfig(TeacherConfig):
-    """A folder with one flow-matching model: config.json and its safetensors."""
+class CheckpointConfig(ConventionConfig):
+    """A file of weights that public training code wrote, .pt, .pth, .bin or .safetensors, or a
+    folder with it: `checkpoint.LAYOUTS` says of which networks.
+    """
+
+    kind: str = "checkpoint"
+    weights: str = ""  # which, of several sets in the file; "": the average
+    num_heads: int = 0  # where the file does not tell; 0: that of the published size
+
+
+@dataclass
+class SiTConfig(CheckpointConfig):
+    """As `checkpoint`; the name it had when SiT's were the only ones."""
+
+    kind: str = "sit"
+
+
+@dataclass
+class DiffusersConfig(ConventionConfig):
+    """A folder of diffusers: of one model, config.json and its safetensors, or of a pipeline."""
 
     kind: str = "diffusers"
 
 
 @dataclass
-class EdmConfig(TeacherConfig):
-    """A model folder whose network was trained with EDM's preconditioning."""
+class EdmConfig(CheckpointConfig):
+    """A model folder whose network was trained with EDM's preconditioning; else as `checkpoint`."""
 
     kind: str = "edm"
 
@@ -94,6 +135,7 @@ class EdmConfig(TeacherConfig):
 TEACHERS: dict[str, type[TeacherConfig]] = {
     "native": NativeConfig,
     "analytic": AnalyticConfig,
+    "checkpoint": CheckpointConfig,
     "sit": SiTConfig,
     "diffusers": DiffusersConfig,
     "edm": EdmConfig,

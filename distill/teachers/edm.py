@@ -19,7 +19,7 @@ from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
 from distill.flow.paths import expand_as
-from distill.networks.files import WEIGHTS, fingerprint, load_model, open_model
+from distill.networks.files import DESCRIPTION, WEIGHTS, fingerprint, load_model, open_model
 from distill.teachers.base import TeacherDescription
 from distill.teachers.config import EdmConfig
 
@@ -52,11 +52,15 @@ class EdmTeacher:
         return expand_as(linear, x) * x + expand_as(d / n, x) * raw
 
 
+def is_folder(config: EdmConfig) -> bool:
+    """Whether `config` names a model folder, not a file of EDM's own weights."""
+    return (Path(config.path) / DESCRIPTION).is_file()
+
+
 def describe_edm(config: EdmConfig) -> TeacherDescription:
     """What a model folder with our network, trained as EDM trains, holds.
 
-    `meta` of its model.json must hold "edm": {"sigma_data", "sigma_min", "sigma_max"}. EDM's own
-    files are pickled programs; convert them elsewhere.
+    `meta` of its model.json must hold "edm": {"sigma_data", "sigma_min", "sigma_max"}.
 
     Raises:
         ConfigError: no whole model, or no such entry.

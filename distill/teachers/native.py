@@ -29,7 +29,9 @@ def describe_native(config: NativeConfig) -> TeacherDescription:
         f"teacher.guidance={config.guidance} with the student {folder} as teacher: a student has "
         'learned the guided field and knows no label "none"; set teacher.NAME.guidance=1',
     )
-    return TeacherDescription(network.image, fingerprint(folder / WEIGHTS), is_student)
+    return TeacherDescription(
+        network.image, fingerprint(folder / WEIGHTS), is_student, network=network.config
+    )
 
 
 def load_native(config: NativeConfig, device: torch.device | str) -> NetworkTeacher:

@@ -60,7 +60,11 @@ class OneProcessRay:
     def __init__(self):
         self.actors, self.killed = [], []
         self.fingerprints = {"only": "f" * 64}
-        self.load = lambda name: {"worker": name, "fingerprints": dict(self.fingerprints)}
+        self.load = lambda name: {
+            "worker": name,
+            "fingerprints": dict(self.fingerprints),
+            "trials": {},
+        }
         self.has_node = True
         self.behaviour = lambda name, shard: {"bytes": 100, "seconds": 0.0}
 

@@ -1,12 +1,20 @@
 """The cost of every network by formula is what torch counts."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import ConfigError, ImageSpec
 from distill.networks.build import build_network
-from distill.networks.config import DiTConfig, NetworkConfig, UNetConfig
+from distill.networks.config import (
+    DiTConfig,
+    EdmUNetConfig,
+    LightningDiTConfig,
+    NetworkConfig,
+    UNetConfig,
+)
 from distill.networks.cost import network_cost
 from distill.testing import NETWORKS
 
@@ -14,12 +22,17 @@ DIT = DiTConfig(patch_size=4, width=32, depth=2, num_heads=2, mlp_ratio=2.5)
 DEEP_UNET = UNetConfig(
     width=16, channel_mults=[1, 2, 3, 4], blocks_per_level=1, attention_sizes=[8, 4]
 )
+NCSNPP = EdmUNetConfig(width=8, channel_mults=[1, 2, 2], filter=[1.0, 3.0, 3.0, 1.0], time="flow")
 CASES = {
     **{name: (config, ImageSpec(2, 8, 3)) for name, config in NETWORKS.items()},
     "dit-deep": (DiTConfig(patch_size=2, width=64, depth=4, num_heads=4), ImageSpec(1, 8, 10)),
     "dit-unconditional": (DIT, ImageSpec(3, 16, 0)),
     "unet-rgb": (UNetConfig(width=32), ImageSpec(3, 32, 10)),
     "unet-deep": (DEEP_UNET, ImageSpec(1, 32, 0)),
+    "ncsnpp": (replace(NCSNPP, encoder="residual"), ImageSpec(3, 16, 0)),
+    "ncsnpp-skip": (replace(NCSNPP, encoder="skip", decoder="skip"), ImageSpec(3, 16, 0)),
+    "adm": (EdmUNetConfig(family="adm", width=64, channel_mults=[1, 2]), ImageSpec(3, 32, 10)),
+    "lightningdit": (LightningDiTConfig(width=48, depth=2, qk_norm=True), ImageSpec(3, 16, 0)),
 }
 
 

@@ -15,9 +15,11 @@ from distill.config import ConfigError, ImageSpec
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig, UNetConfig
 from distill.networks.files import save_model
-from distill.teachers.build import build_teacher
+from distill.teachers import diffusers
+from distill.teachers.base import TeacherDescription, VelocityTeacher
+from distill.teachers.build import build_teacher, describe
 from distill.teachers.config import DiffusersConfig, EdmConfig, SiTConfig
-from distill.teachers.diffusers import DiffusersTeacher
+from distill.teachers.conventions import Converted
 from distill.teachers.edm import EdmTeacher
 from distill.testing import GaussianFlow
 
@@ -121,7 +123,7 @@ def test_sit_files_that_cannot_work_get_a_sentence(tmp_path, capsys):
     with pytest.raises(ConfigError, match=r"sit.pt is missing"):
         build_teacher(config, CPU)
     torch.save({"ema": Malice()}, path)
-    with pytest.raises(ConfigError, match="cannot be read as plain weights"):
+    with pytest.raises(ConfigError, match=r"(?s)holds objects of \S*print.*weights_only=False"):
         build_teacher(config, CPU)
     assert "ran" not in capsys.readouterr().out
     torch.save(trained_state(), path)
@@ -130,8 +132,8 @@ def test_sit_files_that_cannot_work_get_a_sentence(tmp_path, capsys):
     path.write_bytes(path.read_bytes()[:2000])
     with pytest.raises(ConfigError, match="cannot be read as plain weights"):
         build_teacher(config, CPU)
-    torch.save({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ConfigError, match="does not hold the weights of a SiT"):
+    torch.save({"layer.weight": torch.zeros(2)}, path)
+    with pytest.raises(ConfigError, match="does not hold the weights of a network that is known"):
         build_teacher(config, CPU)
 
 
@@ -192,7 +194,9 @@ def test_diffusers_convention_on_the_exact_model():
         prediction = -mean + (sigma - (1 - sigma) * std**2) / variance * (x - (1 - sigma) * mean)
         return torch.cat([prediction, torch.full_like(prediction, torch.nan)], dim=1)
 
-    teacher = DiffusersTeacher(model, ImageSpec(1, 2, 5), "")
+    image = ImageSpec(1, 2, 5)
+    velocity = Converted(diffusers.adapted(model, image), diffusers.FLOW)
+    teacher = VelocityTeacher(velocity, TeacherDescription(image, ""))
     x, t = draw(3, 1, 2, 2), torch.tensor([0.0, 0.3, 1.0], dtype=torch.float64)
     velocity = teacher.velocity(x, t, torch.tensor([0, -1, 4]))
     torch.testing.assert_close(velocity, flow.velocity(x, t), rtol=1e-9, atol=1e-9)
@@ -221,8 +225,8 @@ def test_other_diffusers_models_are_refused(tmp_path):
 
 @pytest.mark.parametrize("classes", [None, 4])
 def test_real_diffusers_unet(tmp_path, classes):
-    diffusers = pytest.importorskip("diffusers")
-    network = diffusers.UNet2DModel(
+    package = pytest.importorskip("diffusers")
+    network = package.UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -241,3 +245,82 @@ def test_real_diffusers_unet(tmp_path, classes):
     with torch.no_grad():
         expected = -network(x, torch.tensor([750.0, 500.0]), class_labels=rows).sample
     torch.testing.assert_close(teacher.velocity(x, t, torch.tensor([0, -1])), expected)
+
+
+SMALL = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8, 8),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",) * 2,
+    "up_block_types": ("UpBlock2D",) * 2,
+}
+
+
+def test_what_save_pretrained_writes_opens_in_every_form(tmp_path):
+    package = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = package.UNet2DModel(**SMALL)
+    network.save_pretrained(tmp_path / "plain")
+    network.save_pretrained(tmp_path / "variant", variant="fp16")
+    network.save_pretrained(tmp_path / "parts", max_shard_size="40KB")
+    flow = package.FlowMatchEulerDiscreteScheduler()
+    package.DDPMPipeline(unet=network, scheduler=flow).save_pretrained(tmp_path / "pipe")
+    network.save_pretrained(tmp_path / "bin", safe_serialization=False)
+    x, t, label = draw(2, 1, 8, 8).float(), torch.tensor([0.25, 0.5]), torch.tensor([-1, -1])
+    with torch.no_grad():
+        right = -network(x, torch.tensor([750.0, 500.0])).sample
+    file = "plain/diffusion_pytorch_model.safetensors"
+    for form in ("plain", "variant", "parts", "pipe", "pipe/unet", file):
+        config = DiffusersConfig(path=str(tmp_path / form))
+        found = build_teacher(config, CPU).velocity(x, t, label)
+        torch.testing.assert_close(found, right, msg=form)
+        assert len(describe(config).fingerprint) == 64
+    with pytest.raises(ConfigError, match=r"safetensors is missing; save the model by save_pre"):
+        describe(DiffusersConfig(path=str(tmp_path / "bin")))
+
+
+def test_the_scheduler_beside_a_model_says_what_it_predicts(tmp_path):
+    package = pytest.importorskip("diffusers")
+    network = package.UNet2DModel(**SMALL)
+    for name, scheduler, words in (
+        ("ddpm", package.DDPMScheduler(), "path_type=ddpm teacher.prediction=noise"),
+        (
+            "v",
+            package.DDIMScheduler(prediction_type="v_prediction", beta_schedule="scaled_linear"),
+            "path_type=ddpm teacher.prediction=v",
+        ),
+        (
+            "flow",
+            package.DPMSolverMultistepScheduler(
+                use_flow_sigmas=True, prediction_type="flow_prediction"
+            ),
+            "path_type=linear teacher.prediction=velocity teacher.time=data_to_noise",
+        ),
+    ):
+        pipeline = package.DDPMPipeline(unet=network, scheduler=scheduler)
+        pipeline.save_pretrained(tmp_path / name)
+        config = DiffusersConfig(path=str(tmp_path / name / "unet"))
+        assert words in " ".join(describe(config).notes)
+        if name != "flow":  # the noise of its steps is the scheduler's own
+            betas = diffusers._convention(tmp_path / name / "unet")[0].betas
+            torch.testing.assert_close(torch.tensor(betas), scheduler.betas)
+    cosine = package.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    package.DDPMPipeline(unet=network, scheduler=cosine).save_pretrained(tmp_path / "cos")
+    betas = diffusers._convention(tmp_path / "cos" / "unet")[0].betas
+    torch.testing.assert_close(torch.tensor(betas), cosine.betas)
+    path = tmp_path / "cos" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({"_class_name": "EDMEulerScheduler"}))
+    with pytest.raises(ConfigError, match=r"EDMEulerScheduler .* not known here"):
+        describe(DiffusersConfig(path=str(tmp_path / "cos")))
+
+
+def test_a_size_that_config_json_does_not_tell_is_a_setting(tmp_path):
+    pytest.importorskip("diffusers")
+    config = diffusers_folder(tmp_path, sample_size=None)
+    with pytest.raises(ConfigError, match=r"set teacher\.image_size"):
+        describe(config)
+    assert describe(replace(config, image_size=8)).image.size == 8
+    assert describe(diffusers_folder(tmp_path, sample_size=[8, 8])).image.size == 8

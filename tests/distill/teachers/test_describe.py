@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from distill.config import ImageSpec
 from distill.networks.build import build_network, empty_network
-from distill.networks.config import DiTConfig
+from distill.networks.config import DiTConfig, EdmUNetConfig
 from distill.networks.files import save_model, shapes_of
 from distill.teachers.build import build_teacher, describe, start_of
 from distill.teachers.config import TEACHERS, NativeConfig, SiTConfig
@@ -38,6 +38,13 @@ def sit(folder):
     return {"path": str(folder / "sit.pt"), "num_heads": 2}
 
 
+def checkpoint(folder):
+    config = EdmUNetConfig(width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[4])
+    state = build_network(config, IMAGE, seed=1).state_dict()
+    torch.save({"ema": {f"model.{name}": value for name, value in state.items()}}, folder / "e.pt")
+    return {"path": str(folder / "e.pt")}
+
+
 def diffusers(folder):
     sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "layers_per_block": 1}
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
@@ -54,7 +61,9 @@ def edm(folder):
     return {"path": str(folder / "e")}
 
 
-FILES = {function.__name__: function for function in (native, analytic, sit, diffusers, edm)}
+FILES = {
+    function.__name__: function for function in (native, analytic, checkpoint, sit, diffusers, edm)
+}
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
@@ -71,7 +80,7 @@ def test_a_description_is_that_of_the_teacher(tmp_path, kind):
 def test_a_student_starts_from_what_has_the_teachers_velocity(tmp_path, kind):
     config = TEACHERS[kind](**FILES[kind](tmp_path))
     start, teacher = start_of(config), build_teacher(config, "cpu")
-    assert (start is not None) == (kind in ("native", "sit"))
+    assert (start is not None) == (kind in ("native", "sit", "checkpoint"))
     if start is not None:
         x, t = torch.randn(2, *teacher.image.shape), torch.tensor([0.2, 0.9])
         label = torch.tensor([-1, 1])
