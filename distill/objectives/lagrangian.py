@@ -74,10 +74,9 @@ def slope_by_difference(
     """
     before = torch.maximum(s - derivatives.FINITE_STEP, t)
     (x, _), (behind, _), (ahead, slope) = curve.at(t), curve.at(before), curve.at(s)
-    gap, is_long = s - before, s - before > SHORTEST
-    ratio = ((before - t) / gap.clamp_min(SHORTEST)).where(is_long, 0)[rows]
-    goal = (ahead - behind) / paths.expand_as(gap.clamp_min(SHORTEST), x)
-    goal = goal.where(paths.expand_as(is_long, x), slope)
+    gap, wide = s - before, paths.expand_as(s - before, x)
+    goal = torch.where(wide > SHORTEST, (ahead - behind) / wide.clamp_min(SHORTEST), slope)
+    ratio = torch.where(gap > SHORTEST, (before - t) / gap.clamp_min(SHORTEST), 0)[rows]
     both = [torch.cat([one, other[rows]]) for one, other in ((x, x), (t, t), (s, before))]
     u, u_before = student(*both, torch.cat([label, label[rows]])).split([len(x), len(rows)])
     rise = u[rows] - u_before
