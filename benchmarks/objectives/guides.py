@@ -54,7 +54,8 @@ SETS: dict[str, dict[str, ObjectiveConfig]] = {
     },
     "reflowed3": {"straight": STRAIGHT},
 }
-GUIDED = {f"{name}/{kind}": rows for name in MIXTURES for kind, rows in SETS.items()}
+MIXED = ("ring8", "mixture64")
+GUIDED = {f"{name}/{kind}": rows for name in MIXED for kind, rows in SETS.items()}
 
 
 def guided_problem(name: str, folder: Path) -> Problem:

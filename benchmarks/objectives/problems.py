@@ -146,6 +146,7 @@ def integrate(teacher: Solved, noise: Tensor, labels: Tensor, grid: int) -> Tens
 MIXTURES: dict[str, tuple[Callable[[], MixtureTeacher], int, int]] = {
     "ring8": (ring, 5, 1200),
     "mixture64": (random_mixture, 3, 900),
+    "mixture64_other": (lambda: random_mixture(count=12), 3, 900),  # other means and weights
 }
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-NFE = ("1", "2", "3", "4", "8")
-BEGIN, END = "<!-- objectives: begin -->", "<!-- objectives: end -->"
+NFE = ("1", "2", "3", "4", "8", "16")
+FEW = ("1", "2", "4")  # of the second measures, and of guides
 
 
 def tables(found: dict[str, Any]) -> str:
@@ -52,18 +52,21 @@ def grouped(rows: list[dict[str, Any]], *keys: str) -> dict[tuple[str, ...], lis
 
 
 def objective_table(rows: list[dict[str, Any]]) -> str:
-    """One line per objective: distance to the teacher and energy distance, mean and deviation."""
+    """One line per objective: distance to the teacher, energy distance, and in the plane the share
+    off the data; means, of the distance with deviation.
+    """
+    others = ["energy", "off_data"] if rows[0]["off_data"] else ["energy"]
+    named = {"energy": "energy", "off_data": "off data"}
+    heads = [*(f"@{n}" for n in NFE), *(f"{named[k]} @{n}" for k in others for n in FEW), "s"]
     lines = [
-        "| objective | steps | forwards | "
-        + " | ".join(f"@{n}" for n in NFE)
-        + " | energy @1 | @2 | @4 | s |",
-        "|---|---|---|" + "---|" * 8,
+        "| objective | steps | forwards | " + " | ".join(heads) + " |",
+        "|---|---|---|" + "---|" * len(heads),
     ]
     for (name,), group in grouped(rows, "row").items():
         distances = [spread([row["distance"][n] for row in group]) for n in NFE]
-        energies = [f"{mean(row['energy'][n] for row in group):.4f}" for n in NFE[:3]]
+        more = [f"{mean(row[kind][n] for row in group):.4f}" for kind in others for n in FEW]
         seconds = f"{mean(row['seconds'] for row in group):.0f}"
-        cells = [name, str(group[0]["steps"]), str(group[0]["forwards"]), *distances, *energies]
+        cells = [name, str(group[0]["steps"]), f"{group[0]['forwards']:.0f}", *distances, *more]
         lines.append("| " + " | ".join([*cells, seconds]) + " |")
     return "\n".join(lines)
 
@@ -82,19 +85,22 @@ def guide_table(rows: list[dict[str, Any]]) -> str:
     """One line per set of teachers and variant."""
     lines = ["| teachers | curve | @1 | @2 | @4 |", "|---|---|---|---|---|"]
     for (problem, name), group in grouped(rows, "problem", "row").items():
-        distances = [spread([row["distance"][n] for row in group]) for n in NFE[:3]]
+        distances = [spread([row["distance"][n] for row in group]) for n in FEW]
         cells = [problem.split("/")[1], name, *distances]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def plot(found: dict[str, Any]) -> Figure:
-    """Distance to the teacher by NFE at equal steps, and the teacher's Euler; a panel a problem."""
+    """Distance to the teacher by NFE, and the teacher's Euler; a panel a problem. At equal steps,
+    or at equal compute where that was not trained.
+    """
     problems = list(found["teachers"])
     figure = Figure(figsize=(4.2 * len(problems), 4), layout="constrained")
     panels = figure.subplots(1, len(problems), squeeze=False)[0]
     for axes, problem in zip(panels, problems, strict=True):
-        for (name,), group in grouped(select(found, "equal steps", problem), "row").items():
+        rows = select(found, "equal steps", problem) or select(found, "equal compute", problem)
+        for (name,), group in grouped(rows, "row").items():
             centre = [mean(row["distance"][n] for row in group) for n in NFE]
             low = [min(row["distance"][n] for row in group) for n in NFE]
             high = [max(row["distance"][n] for row in group) for n in NFE]
@@ -102,6 +108,7 @@ def plot(found: dict[str, Any]) -> Figure:
             (line,) = axes.plot(x, centre, marker="o", ms=3, lw=2.2 if name == "traflow" else 1.2)
             line.set_label(name)
             axes.fill_between(x, low, high, alpha=0.15, color=line.get_color(), lw=0)
+            line.set_linestyle("-" if len(axes.lines) <= 10 else ":")
         euler = [row for row in found["teachers"][problem] if row["solver"] == "euler"]
         axes.plot(
             [row["nfe"] for row in euler],
@@ -119,14 +126,15 @@ def plot(found: dict[str, Any]) -> Figure:
     return figure
 
 
-def write(folder: Path, page: Path, found: dict[str, Any], text: str) -> None:
-    """objectives.json and objectives.png in `folder`; the tables between two marks of `page`."""
+def write(folder: Path, page: Path, name: str, found: dict[str, Any], text: str) -> None:
+    """NAME.json and NAME.png in `folder`; the tables between the two marks of NAME in `page`."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "objectives.json").write_text(json.dumps(found, indent=1) + "\n")
-    plot(found).savefig(folder / "objectives.png", dpi=110)
-    before, rest = page.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after}")
+    (folder / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    plot(found).savefig(folder / f"{name}.png", dpi=110)
+    begin, end = (f"<!-- {name}: {word} -->" for word in ("begin", "end"))
+    before, rest = page.read_text().split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n\n{text}\n{end}{after}")
 
 
 def heading(found: dict[str, Any]) -> str:

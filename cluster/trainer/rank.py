@@ -49,7 +49,11 @@ def resume(
 ) -> int:
     """Steps done: goes on from the newest checkpoint that verifies."""
     objective = build_objective(
-        objective_of(job), job.config.seed, engine.device, engine.gradient_norms
+        objective_of(job),
+        job.config.seed,
+        engine.device,
+        engine.gradient_norms,
+        job.train.max_steps,
     )
     hooks = build_job_callbacks(job, engine, source)
     start = load_latest(job.run.checkpoints, engine, origin_of(job))

@@ -13,12 +13,13 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.flow.curve import curve_through
 from distill.flow.noise import permutation, uniform
-from distill.flow.paths import MeanVelocity, expand_as
+from distill.flow.paths import MeanVelocity, expand_as, interpolate
 from distill.flow.trajectory import TrajectoryBatch
 
 # D(a, b) per sample
@@ -178,3 +179,26 @@ def draw_index(
 def pick(states: Float[Tensor, "B K1 *S"], index: Int[Tensor, "B"]) -> Float[Tensor, "B *S"]:
     """states[i, index[i]] for every sample i."""
     return states[torch.arange(len(states), device=states.device), index]
+
+
+def on_path(
+    path: str, batch: TrajectoryBatch, t: Float[Tensor, "B"]
+) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"]]:
+    """x and dx/dt at t: "straight", x_t = (1 - t) x_0 + t X_K of the pair, or on the "curve" of the
+    last, best teacher.
+    """
+    if path == "straight":
+        x_0, x_1 = batch.noise, batch.best[:, -1]
+        return interpolate(x_0, x_1, t), x_1 - x_0
+    return curve_through(batch.best, batch.times, batch.best_velocities).at(t)
+
+
+def by_share(
+    off: Float[Tensor, "B"], parts: dict[str, tuple[float, Bool[Tensor, "B"]]]
+) -> LossTerms:
+    """Terms of losses per sample: each part (share, samples) is the mean over its samples, weighted
+    by its share; one of share 0 is left out.
+    """
+    # Over the expected number of samples, so that the whole is the mean over the batch.
+    terms = {n: (off * here).mean() / share for n, (share, here) in parts.items() if share > 0}
+    return LossTerms({name: parts[name][0] for name in terms}, terms)

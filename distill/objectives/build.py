@@ -9,8 +9,11 @@ from distill.objectives import (
     consistency,
     endpoint,
     guides,
+    lagrangian,
     meanflow,
+    progressive,
     reflow,
+    shortcut,
     summed,
     traflow,
 )
@@ -22,10 +25,12 @@ def build_objective(
     seed: int,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     gradient_norms: base.GradientNorms | None = None,
+    max_steps: int = 1,
 ) -> base.Objective:
     """The objective of `settings`; `seed` is that of its random times.
 
-    `device` is where batches will be. `gradient_norms`, an engine's, is for adaptive weights.
+    `device` is where batches will be. `gradient_norms`, an engine's, is for adaptive weights;
+    `max_steps`, of the training, for a loss that changes over it.
 
     Raises:
         ConfigError: the weights of a distance cannot be read.
@@ -48,4 +53,10 @@ def build_objective(
             return consistency.Consistency(settings, distances, seed)
         case config.MeanFlowConfig():
             return meanflow.MeanFlow(settings, distances, seed)
+        case config.LagrangianConfig():
+            return lagrangian.Lagrangian(settings, distances, seed)
+        case config.ShortcutConfig():
+            return shortcut.Shortcut(settings, distances, seed)
+        case config.ProgressiveConfig():
+            return progressive.Progressive(settings, distances, seed, max_steps)
     raise TypeError(f"no objective for {type(settings).__name__}")

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from distill.config import TrainConfig, check, check_choice, check_positive
+from distill.config import TrainConfig, check, check_choice, check_positive, since
 from distill.flow.times import DRILLED, EVEN, sampler_times
 
 # -----------------------------------------------------------------------------------------------
@@ -113,6 +113,20 @@ def check_weights(**weights: float) -> None:
     for name, weight in weights.items():
         check(weight >= 0, f"objective.weight_{name}={weight} must not be below 0; 0 is off")
     check(any(weights.values()), f"all weights of the objective are 0: {', '.join(weights)}")
+
+
+def check_share(**shares: float) -> None:
+    """Raises ConfigError unless every share, or chance, is between 0 and 1."""
+    for name, share in shares.items():
+        check(0 <= share <= 1, f"objective.{name}={share} must be between 0 and 1")
+
+
+def check_power_of_two(name: str, value: int, least: int) -> None:
+    """Raises ConfigError unless `value` is a power of 2, and at least `least`."""
+    check(
+        value >= least and value & (value - 1) == 0,
+        f"objective.{name}={value} must be a power of 2, at least {least}",
+    )
 
 
 # Of drawn targets (`distill.objectives.drawn`), in the order in which they are drawn
@@ -265,7 +279,7 @@ class GuidesConfig(ObjectiveConfig):
         check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
         check_positive("objective", degree=self.degree)
         check_weights(drift=self.weight_drift, map=self.weight_map, end=self.weight_end)
-        check(0 <= self.p_full <= 1, f"objective.p_full={self.p_full} must be between 0 and 1")
+        check_share(p_full=self.p_full)
 
     def calls(self) -> Calls:
         return counted(
@@ -333,18 +347,37 @@ class ConsistencyConfig(ObjectiveConfig):
 
 @dataclass
 class MeanFlowConfig(ObjectiveConfig):
-    """MeanFlow: the Eulerian flow-map identity on the pairs (Geng et al., 2025)."""
+    """MeanFlow: the Eulerian flow-map identity (Geng et al., 2025), with the settings of its
+    ImageNet-256: s = t for three quarters (their Table 1a: r is not t for 25 %), logit-normal times
+    of mean -0.4 where 1 is noise, p = 1 of the adaptive weight. Their CIFAR-10 has other ones.
+
+    On the teacher's own curve it is Align Your Flow's Eulerian distillation (configs/objective/
+    ayf.yaml).
+    """
 
     name: str = "meanflow"
-    p_diagonal: float = 0.25  # chance of s = t, plain flow matching
+    distance: str = "l2"
+    path: str = "straight"  # straight (the pairs) | curve (the teacher's)
+    # logit_normal, uniform: two sorted times; after: t uniform, s uniform in [t, 1)
+    times: str = since("0.3", "logit_normal", before="after")
+    logit_mean: float = 0.4
+    logit_std: float = 1.0
+    p_diagonal: float = 0.75  # chance of s = t, plain flow matching
+    # p of the weight 1 / (|e|^2 + c)^p of an error e, held fixed; 0 is off
+    adaptive_power: float = since("0.3", 1.0, before=0.0)
+    adaptive_floor: float = 1e-3  # c
     derivative: str = "finite_difference"  # jvp | finite_difference
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice("objective.path", self.path, ("straight", "curve"))
+        check_choice("objective.times", self.times, ("logit_normal", "uniform", "after"))
         check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
+        check_share(p_diagonal=self.p_diagonal)
+        check_positive("objective", logit_std=self.logit_std, adaptive_floor=self.adaptive_floor)
         check(
-            0 <= self.p_diagonal <= 1,
-            f"objective.p_diagonal={self.p_diagonal} must be between 0 and 1",
+            self.adaptive_power >= 0,
+            f"objective.adaptive_power={self.adaptive_power} must not be below 0; 0 is off",
         )
 
     def calls(self) -> Calls:
@@ -353,6 +386,79 @@ class MeanFlowConfig(ObjectiveConfig):
     def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
         """Two stored states are enough."""
         check_eulerian(self.name, self.derivative, train)
+
+
+@dataclass
+class LagrangianConfig(ObjectiveConfig):
+    """Lagrangian map distillation (Boffi et al., 2025): the derivative of a jump by its end is the
+    velocity there. Their share of s = t, and times uniform over t <= s.
+    """
+
+    name: str = "lagrangian"
+    distance: str = "l2"
+    share_diagonal: float = 0.75  # of s = t, plain flow matching
+    derivative: str = "finite_difference"  # jvp (held fixed) | finite_difference (with gradient)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.derivative", self.derivative, ("jvp", "finite_difference"))
+        check_share(share_diagonal=self.share_diagonal)
+
+    def calls(self) -> Calls:
+        rest = 1 - self.share_diagonal
+        by_difference = self.derivative == "finite_difference"
+        return ONE + (Calls(weights=rest) if by_difference else Calls(tangents=rest))
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """Two stored states make a straight line."""
+        if self.share_diagonal < 1:
+            check_eulerian(self.name, self.derivative, train)
+
+
+@dataclass
+class ShortcutConfig(ObjectiveConfig):
+    """Shortcut models (Frans et al., 2024): two half jumps of the average are the target of a whole
+    one. Their share of flow matching, and their 128 shortest steps.
+    """
+
+    name: str = "shortcut"
+    distance: str = "l2"
+    path: str = "straight"  # straight (the pairs) | curve (the teacher's)
+    share_diagonal: float = 0.75  # of s = t, plain flow matching
+    shortest: int = 128  # half jumps from 0 to 1, of the shortest kind; a power of 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("objective.path", self.path, ("straight", "curve"))
+        check_share(share_diagonal=self.share_diagonal)
+        check_power_of_two("shortest", self.shortest, 2)
+
+    def calls(self) -> Calls:
+        return Calls(weights=1, plain=2 * (1 - self.share_diagonal))
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """It takes no derivative. Two stored states make a straight line."""
+
+
+@dataclass
+class ProgressiveConfig(ObjectiveConfig):
+    """Progressive distillation (Salimans and Ho, 2022): jumps of twice the length in every phase of
+    the training, all phases equally long, down to one jump.
+    """
+
+    name: str = "progressive"
+    distance: str = "l2"
+    jumps: int = 4  # from 0 to 1 in the first phase; a power of 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_power_of_two("jumps", self.jumps, 1)
+
+    def calls(self) -> Calls:
+        return ONE
+
+    def check_run(self, train: TrainConfig, grid: int, points: list[int]) -> None:
+        """It takes no derivative. Two stored states make a straight line."""
 
 
 OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
@@ -364,6 +470,9 @@ OBJECTIVES: dict[str, type[ObjectiveConfig]] = {
     "reflow": ReflowConfig,
     "consistency": ConsistencyConfig,
     "meanflow": MeanFlowConfig,
+    "lagrangian": LagrangianConfig,
+    "shortcut": ShortcutConfig,
+    "progressive": ProgressiveConfig,
 }
 
 # Objectives that version 0.1 called otherwise, by its name and a setting that only they have

@@ -1,16 +1,31 @@
-"""MeanFlow on pairs (Geng et al., 2025): D( u(x_t, t, s), sg[ v + (s - t) du/dt ] ).
+"""MeanFlow (Geng et al., 2025, arXiv 2505.13447, eq. 6 to 11), with time reversed:
 
-x_t = (1 - t) x_0 + t x_1 and v = x_1 - x_0 on the teacher's pairs. With chance `p_diagonal` s = t,
-which is plain flow matching.
+    L = mean_i w_i D( u(x_t, t, s), g ),   g = sg[ v + (s - t) du/dt ],   t <= s
+    w = sg[ 1 / (|e|^2 + c)^p ],   e = u(x_t, t, s) - g
+
+    path          x_t                          v = dx/dt
+    straight      (1 - t) x_0 + t x_1          x_1 - x_0, on the teacher's pairs
+    curve         X(t)                         dX/dt, on the teacher's curve
+
+Of two logit-normal times, logit t ~ N(m, std^2), the earlier is t and the later s. Theirs has the
+noise at 1, so our m is minus theirs. With chance `p_diagonal` s = t, which is plain flow matching.
+
+On the curve it is the Eulerian map distillation of Align Your Flow (Sabour et al., 2025, arXiv
+2506.14603): f(x, t) = x + (s - t) u has the derivative df/dt = -e there, and their normalised
+tangent e / (|e| + 0.1) is p = 1/2 with c = 0.01, nearly. Their teacher is called at x_t; ours has
+been there already, and its velocity is the curve's.
 """
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distill.flow.paths import MeanVelocity, interpolate
+from distill.flow.paths import MeanVelocity
 from distill.flow.trajectory import TrajectoryBatch
-from distill.objectives import base, derivatives
+from distill.objectives import base
 from distill.objectives.config import MeanFlowConfig
+from distill.objectives.derivatives import eulerian_target
+from distill.objectives.distances import squared_gap
 
 
 class MeanFlow:
@@ -22,18 +37,34 @@ class MeanFlow:
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> base.LossTerms:
-        t = base.draw(self.seed, "meanflow/t", step, batch)
-        s = t + (1 - t) * base.draw(self.seed, "meanflow/s", step, batch)
-        s = s.where(
-            base.draw(self.seed, "meanflow/diagonal", step, batch) >= self.config.p_diagonal, t
-        )
-        x_0, x_1, label = batch.noise, batch.best[:, -1], batch.labels
-        call = base.Call(interpolate(x_0, x_1, t), t, s)
+        config, label = self.config, batch.labels
+        t, s = draw_jump(config, self.seed, step, batch)
+        x, v = base.on_path(config.path, batch, t)
+        call = base.Call(x, t, s)
 
         def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-            goal = derivatives.eulerian_target(
-                student, u, call, x_1 - x_0, label, self.config.derivative
-            )
-            return self.distances.velocities(u, goal)
+            goal = eulerian_target(student, u, call, v, label, config.derivative)
+            off = self.distances.velocities(u, goal)
+            if config.adaptive_power == 0:
+                return off
+            size = squared_gap(u.detach(), goal) + config.adaptive_floor
+            return off / size**config.adaptive_power
 
         return base.loss_terms({"map": base.Term(1.0, [call], value)}, student, label)
+
+
+def draw_jump(
+    config: MeanFlowConfig, seed: int, step: int, batch: TrajectoryBatch
+) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
+    """t <= s."""
+    t, other = (base.draw(seed, f"meanflow/{name}", step, batch) for name in "ts")
+    if config.times == "after":
+        s = t + (1 - t) * other
+    else:
+        if config.times == "logit_normal":
+            t, other = (
+                torch.sigmoid(config.logit_mean + config.logit_std * torch.special.ndtri(u))
+                for u in (t, other)
+            )
+        t, s = torch.minimum(t, other), torch.maximum(t, other)
+    return t, s.where(base.draw(seed, "meanflow/diagonal", step, batch) >= config.p_diagonal, t)

@@ -113,6 +113,21 @@ def test_a_run_older_than_a_setting_has_what_was_so_before_it(
     assert load_config(run) == config
 
 
+def test_a_meanflow_of_version_0_2_trains_on_as_it_did(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["distance=pseudo_huber", "p_diagonal=0.25", "times=after", "adaptive_power=0"]
+    (config,) = compose(
+        ["experiment=tiny", "objective=meanflow", *[f"objective.{word}" for word in words]]
+    )
+    run = RunDir(Path(config.run.dir))
+    save_config(run, config)
+    stored = OmegaConf.load(run.config)
+    known = {"name", "distance", "lpips_backbone", "p_diagonal", "derivative"}
+    stored.objective = {key: stored.objective[key] for key in known}
+    run.config.write_text(OmegaConf.to_yaml(stored))
+    assert load_config(run) == config
+
+
 @pytest.mark.parametrize(
     ("gone", "old", "stored", "said"),
     [

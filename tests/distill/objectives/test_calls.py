@@ -25,9 +25,12 @@ from distill.objectives.config import (
     DrawnConfig,
     EndpointConfig,
     GuidesConfig,
+    LagrangianConfig,
     MeanFlowConfig,
     ObjectiveConfig,
+    ProgressiveConfig,
     ReflowConfig,
+    ShortcutConfig,
     SummedConfig,
     TraFlowConfig,
 )
@@ -177,7 +180,7 @@ def test_a_refusal_names_a_way_out(name):
         is_refused(EVERY[name], train)
 
 
-@pytest.mark.parametrize("kind", [GuidesConfig, MeanFlowConfig])
+@pytest.mark.parametrize("kind", [GuidesConfig, MeanFlowConfig, LagrangianConfig])
 def test_a_difference_over_a_small_step_is_refused_in_16_bits(kind):
     for train in ways_to_train():
         assert is_refused(kind(), train) == (train.precision != "fp32")
@@ -186,7 +189,16 @@ def test_a_difference_over_a_small_step_is_refused_in_16_bits(kind):
 
 @pytest.mark.parametrize(
     "kind",
-    [TraFlowConfig, BezierConfig, SummedConfig, EndpointConfig, ReflowConfig, ConsistencyConfig],
+    [
+        TraFlowConfig,
+        BezierConfig,
+        SummedConfig,
+        EndpointConfig,
+        ReflowConfig,
+        ConsistencyConfig,
+        ShortcutConfig,
+        ProgressiveConfig,
+    ],
 )
 def test_other_losses_train_at_every_precision_and_stage(kind):
     assert not any(is_refused(c, t) for c in variants(kind).values() for t in ways_to_train())

@@ -11,7 +11,13 @@ from distill.flow.paths import jump
 from distill.objectives import derivatives
 from distill.objectives.base import Call, pick
 from distill.objectives.build import build_objective
-from distill.objectives.config import GuidesConfig, MeanFlowConfig, SummedConfig
+from distill.objectives.config import (
+    GuidesConfig,
+    LagrangianConfig,
+    MeanFlowConfig,
+    ShortcutConfig,
+    SummedConfig,
+)
 from distill.objectives.derivatives import eulerian_target, time_derivative
 from distill.objectives.distances import l2
 from distill.objectives.summed import finite_change_term, jvp_term, last_change, state_derivative
@@ -249,8 +255,15 @@ def test_the_finite_step_never_leaves_the_unit_interval():
 
 @pytest.mark.parametrize(
     "config",
-    [MeanFlowConfig(), GuidesConfig(variant="path"), GuidesConfig(variant="straight")],
-    ids=["meanflow", "path", "straight"],
+    [
+        MeanFlowConfig(),
+        MeanFlowConfig(times="after"),
+        LagrangianConfig(),
+        ShortcutConfig(),
+        GuidesConfig(variant="path"),
+        GuidesConfig(variant="straight"),
+    ],
+    ids=str,
 )
 def test_no_objective_asks_the_student_outside_the_unit_interval(config):
     def student(x, t, s, label):

@@ -22,6 +22,7 @@ from distill.objectives.build import build_objective
 from distill.objectives.config import (
     EndpointConfig,
     GuidesConfig,
+    LagrangianConfig,
     MeanFlowConfig,
     ObjectiveConfig,
     SummedConfig,
@@ -135,7 +136,7 @@ def test_loss_and_gradient_in_bf16_are_those_in_fp32_or_it_is_refused(network, b
         assert turn < 0.005
 
 
-@pytest.mark.parametrize("kind", [MeanFlowConfig, GuidesConfig])
+@pytest.mark.parametrize("kind", [MeanFlowConfig, GuidesConfig, LagrangianConfig])
 def test_a_difference_over_a_small_step_is_what_bf16_loses(network, batch, kind):
     difference, _ = gap(network, kind(derivative="finite_difference"), batch)
     exact, _ = gap(network, kind(derivative="jvp"), batch)
