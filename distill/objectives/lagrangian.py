@@ -77,8 +77,9 @@ def slope_by_difference(
     gap, wide = s - before, paths.expand_as(s - before, x)
     goal = torch.where(wide > SHORTEST, (ahead - behind) / wide.clamp_min(SHORTEST), slope)
     ratio = torch.where(gap > SHORTEST, (before - t) / gap.clamp_min(SHORTEST), 0)[rows]
-    both = [torch.cat([one, other[rows]]) for one, other in ((x, x), (t, t), (s, before))]
-    u, u_before = student(*both, torch.cat([label, label[rows]])).split([len(x), len(rows)])
+    x_2, t_2, label_2 = (torch.cat([all_, all_[rows]]) for all_ in (x, t, label))
+    both = student(x_2, t_2, torch.cat([s, before[rows]]), label_2)
+    u, u_before = both.split([len(x), len(rows)])
     rise = u[rows] - u_before
     return u.index_add(0, rows, paths.expand_as(ratio, rise) * rise), goal
 
