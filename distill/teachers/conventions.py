@@ -31,6 +31,9 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]  # (y, tau [B], label [B]) ->
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (x, t [B], label [B]) -> v
 
 END = 1e-3  # nearest to either end of time that a prediction other than a velocity is asked for
+# Nearest to noise that noise is asked for, and to data that data is: the other one follows by a
+# division by 0.02. What is learned of the data from so near to noise is next to nothing.
+FAR_END = 0.02
 VP_RATES = (0.1, 20.0)  # beta at data and at noise of SiT's and score_sde's VP path
 
 
@@ -150,15 +153,18 @@ class _Path:
 
     def __init__(self, convention: Convention) -> None:
         self.kind = convention.path_type
-        self.range = (0.0, 1.0) if convention.prediction == "velocity" else (END, 1 - END)
+        low = FAR_END if convention.prediction in ("noise", "score") else END
+        high = 1 - (FAR_END if convention.prediction == "data" else END)
+        self.range = (0.0, 1.0) if convention.prediction == "velocity" else (low, high)
         if self.kind == "ddpm":
             kept = torch.cumprod(1 - torch.tensor(convention.betas, dtype=torch.float64), 0)
             self._ratios = 0.5 * (kept.log() - (1 - kept).log())  # ln(alpha / sigma), falling
             first, last = self._ratios[[0, -1]].sigmoid().tolist()
-            self.range = (last, first)
+            self.range = (max(last, low), min(first, high))
         elif self.kind == "vp":
-            low, high = VP_RATES
-            self.range = (1 / (1 + math.sqrt(math.expm1((low + high) / 2))), 1 - END)
+            slowest, fastest = VP_RATES
+            end = 1 / (1 + math.sqrt(math.expm1((slowest + fastest) / 2)))
+            self.range = (max(end, low), high)
 
     def at(self, t: Float[Tensor, "B"]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """tau, alpha, sigma, d alpha/d tau and d sigma/d tau, each [B], where the ratio is ours."""
