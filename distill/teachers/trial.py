@@ -64,7 +64,7 @@ class Trial:
 
     @property
     def misfit(self) -> float:
-        """The worst of the figures, each as a part of what it may be: below 1 where all are well."""
+        """The worst figure, each as a part of what it may be: below 1 where all are well."""
         others = min(self.reversed_time, self.other_sign)
         low, high = (math.log(max(slope, 1e-9)) for slope in (self.slope_low, self.slope_high))
         return max(
