@@ -15,11 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from distill.config import ConfigError
-from distill.run.files import RunDir
-
 if TYPE_CHECKING:
     from cluster.settings.schema import RunConfig
+    from distill.run.files import RunDir
 
 USAGE_ERROR = 2
 MAX_WIDTH = 100  # of help, in characters, on a wider terminal too
@@ -300,8 +298,11 @@ def read_settings(words: list[str]) -> "list[RunConfig]":
     return configs
 
 
-def open_run(folder: str) -> RunDir:
+def open_run(folder: str) -> "RunDir":
     """The run in an existing folder. Raises ConfigError with a sentence when there is none."""
+    from distill.config import ConfigError
+    from distill.run.files import RunDir
+
     root = Path(folder.rstrip("/") or "/")
     if not root.is_dir():
         others = ", ".join(sorted(str(path.parent) for path in Path("runs").glob("*/config.yaml")))
