@@ -107,6 +107,7 @@ VALUES = {
     int: st.integers(0, 5),
     int | None: st.none() | st.integers(0, 5),
     float: st.floats(0, 10),
+    float | None: st.none() | st.floats(0, 10),
     str: st.sampled_from("ab"),
     tuple[int, ...]: st.lists(st.integers(0, 5), max_size=3).map(tuple),
     dict[str, str]: st.just({}),
