@@ -9,6 +9,7 @@
 
 Of two logit-normal times, logit t ~ N(m, std^2), the earlier is t and the later s. Theirs has the
 noise at 1, so our m is minus theirs. With chance `p_diagonal` s = t, which is plain flow matching.
+The value that is returned is that of D alone, the gradient that of w D.
 
 On the curve it is the Eulerian map distillation of Align Your Flow (Sabour et al., 2025, arXiv
 2506.14603): f(x, t) = x + (s - t) u has the derivative df/dt = -e there, and their normalised
@@ -48,7 +49,9 @@ class MeanFlow:
             if config.adaptive_power == 0:
                 return off
             size = squared_gap(u.detach(), goal) + config.adaptive_floor
-            return off / size**config.adaptive_power
+            weighted = off / size**config.adaptive_power
+            # Its value says nothing: with p = 1 it is 1 at any error. That of D is shown.
+            return weighted + (off - weighted).detach()
 
         return base.loss_terms({"map": base.Term(1.0, [call], value)}, student, label)
 

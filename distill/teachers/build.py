@@ -92,21 +92,25 @@ def start_of(config: TeacherConfig) -> layers.AbstractNetwork | None:
 def readings(
     config: ConventionConfig, device: torch.device | str
 ) -> Iterator[tuple[str, conventions.Velocity]]:
-    """The model of `config` as every convention would have it: as settings, and as velocity.
+    """The model of `config` as every other convention has it: as settings, and as velocity.
 
     None of one that is preconditioned, as EDM's are: its output says what it is.
     """
     if isinstance(config, DiffusersConfig):
         model, unit = diffusers.load_model(config, device), diffusers.STEPS
+        own = diffusers.convention(config)
     elif isinstance(config, EdmConfig) and edm.is_folder(config):
         return
     else:
         assert isinstance(config, CheckpointConfig)
-        network = describe(config).network
+        opened = checkpoint.open_checkpoint(config)
+        network, own = opened.layout.network, opened.convention
         if isinstance(network, EdmUNetConfig) and network.time == "edm":
             return
         model, unit = checkpoint.load_raw(config, device), 1.0
     for convention in conventions.every(unit):
+        if convention.words == own.words:
+            continue
         yield convention.words, conventions.Converted(model, convention)
 
 

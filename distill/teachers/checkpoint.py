@@ -40,7 +40,8 @@ def open_checkpoint(config: CheckpointConfig) -> Opened:
     weights = weight_files.open_weights(path, config.weights)
     layout = layout_of(weights, config)
     check_none(config, layout.has_none)
-    convention = convention_of(config, layout.convention)
+    said = convention_of(config, layout.convention)
+    convention = Convention() if layout.is_turned else said
     # Shapes as a load will have them: one value stands for all of a tensor. The meta device would
     # have torch import its compiler: seconds, and 180 MB.
     hollow = {name: v.new_zeros(1).expand(v.shape) for name, v in weights.tensors.items()}

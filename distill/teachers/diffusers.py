@@ -70,14 +70,14 @@ def describe_diffusers(config: DiffusersConfig) -> TeacherDescription:
     has_none = num_classes < rows or rows == 0
     check_none(config, has_none)
     found, said = _convention(folder)
-    convention = convention_of(config, found)
+    words = convention_of(config, found).words
     prints = [fingerprint(part) for part in parts]
     whole = prints[0] if len(prints) == 1 else sha256("".join(prints).encode()).hexdigest()
     return TeacherDescription(
         ImageSpec(content["in_channels"], _size(config, folder, content), num_classes),
         whole,
         has_none=has_none,
-        notes=(f"{kind}, {convention.words}{said}",),
+        notes=(f"{kind}, {words}{said}",),
     )
 
 
@@ -88,8 +88,13 @@ def load_diffusers(config: DiffusersConfig, device: torch.device | str) -> Veloc
         ConfigError: as `describe_diffusers`, and when the tensors are not those of the model.
     """
     description = describe_diffusers(config)
-    convention = convention_of(config, _convention(_model_folder(Path(config.path)))[0])
-    return VelocityTeacher(Converted(load_model(config, device), convention), description)
+    velocity = Converted(load_model(config, device), convention(config))
+    return VelocityTeacher(velocity, description)
+
+
+def convention(config: DiffusersConfig) -> Convention:
+    """What the model of a folder predicts. Raises as `describe_diffusers`."""
+    return convention_of(config, _convention(_model_folder(Path(config.path)))[0])
 
 
 def load_model(config: DiffusersConfig, device: torch.device | str) -> Model:

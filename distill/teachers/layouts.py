@@ -52,7 +52,8 @@ class Layout:
     Attributes:
         name: in words.
         network, image: that `convert`ed weights fit.
-        convention: that the network was trained in; ours where weights were converted.
+        convention: that the network was trained in.
+        is_turned: whether `convert` brings the weights into our convention.
         has_none: whether it knows the label "none".
         notes: what the user should hear.
     """
@@ -62,6 +63,7 @@ class Layout:
     image: ImageSpec
     convert: Callable[[State], State]
     convention: Convention = field(default_factory=Convention)
+    is_turned: bool = False
     has_none: bool = True
     notes: tuple[str, ...] = ()
 
@@ -127,8 +129,7 @@ def _transformer(weights: Weights, config: CheckpointConfig) -> Layout:
         return _turned(state) if folds else state
 
     name = "LightningDiT" if is_lightning else "DiT or SiT"
-    convention = Convention() if folds else found
-    return Layout(name, network, image, convert, convention, has_none, notes)
+    return Layout(name, network, image, convert, found, folds, has_none, notes)
 
 
 def _ratio_of(hidden: int, width: int) -> float:

@@ -106,6 +106,7 @@ def sit_teacher(folder, image):
     state = {n: v for n, v in weights(DIT, image).items() if not n.startswith("s_embedder")}
     torch.save({"model": state, "ema": state}, folder / "sit.pt")
     teacher = [f"teacher.sit.path={folder / 'sit.pt'}", "teacher.sit.steps=8"]
+    teacher.append("teacher.sit.trial=false")  # its weights are random
     return [*SMALL_DIT, *teacher, "teacher.sit.num_heads=2"]
 
 
@@ -123,6 +124,7 @@ def diffusers_teacher(folder, image):
     )
     network.save_pretrained(folder / "teacher", safe_serialization=True)
     teacher = [f"teacher.diffusers.path={folder / 'teacher'}", "teacher.diffusers.steps=8"]
+    teacher.append("teacher.diffusers.trial=false")  # its weights are random
     return [*SMALL_DIT, *teacher]
 
 

@@ -116,8 +116,8 @@ def test_the_consistency_target_is_the_average_and_not_the_student(name):
 # MeanFlow
 
 
-def written_out(config, student, batch, step) -> torch.Tensor:
-    """The loss of its words, by forward mode."""
+def written_out(config, student, batch, step) -> tuple[torch.Tensor, torch.Tensor]:
+    """D of its words, by forward mode, and the same with the weight."""
     t, s = draw_jump(config, 0, step, batch)
     if config.path == "straight":
         x_0, x_1 = batch.noise, batch.best[:, -1]
@@ -131,20 +131,20 @@ def written_out(config, student, batch, step) -> torch.Tensor:
         goal = v + (s - t)[:, None, None, None] * du_dt
     u = student(x, t, s, batch.labels)
     size = squared_gap(u.detach(), goal) + config.adaptive_floor
-    return (l2(u, goal) / size**config.adaptive_power).mean()
+    return l2(u, goal).mean(), (l2(u, goal) / size**config.adaptive_power).mean()
 
 
 @pytest.mark.parametrize("path", ["straight", "curve"])
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
-def test_meanflow_is_that_of_its_words_and_the_weight_has_no_gradient(power, path):
+def test_meanflow_shows_its_distance_and_pulls_by_the_weighted_one(power, path):
     network, batch = random_network("dit", IMAGE), flow_batch(FLOW)
     config = settings.MeanFlowConfig(
         path=path, adaptive_power=power, adaptive_floor=0.1, derivative="jvp", p_diagonal=0.3
     )
     found = build_objective(config, 0).loss(batch, network, network, 2).total
-    expected = written_out(config, network, batch, 2)
-    torch.testing.assert_close(found, expected)
-    gradients = [torch.autograd.grad(one, [network.last_layer])[0] for one in (found, expected)]
+    shown, weighted = written_out(config, network, batch, 2)
+    torch.testing.assert_close(found, shown)
+    gradients = [torch.autograd.grad(one, [network.last_layer])[0] for one in (found, weighted)]
     torch.testing.assert_close(*gradients)
 
 
@@ -210,17 +210,17 @@ def test_the_difference_of_jumps_is_the_slope_in_s_up_to_first_order(monkeypatch
         objective.loss(flow_batch(FLOW), student, student, 3)
         return found
 
-    h = 1e-5
-    small, goal = slope_of(h)
+    small, goal = slope_of(2e-4)
     x, t, s, label = seen["x"], seen["t"], seen["s"], seen["label"]
     assert 0 < int((s == t).sum()) < 16
+    h = 1e-5
     rate = (network(x, t, s + h, label) - network(x, t, s - h, label)) / (2 * h)
     gap = (s - t)[:, None, None, None]
     exact = network(x, t, s, label) + gap * rate
-    torch.testing.assert_close(small, exact, atol=1e-3, rtol=1e-3)
+    assert float(((small - exact).norm() / exact.norm()).detach()) < 1e-2
     curve = curve_through(flow_batch(FLOW).best, flow_batch(FLOW).times)
-    torch.testing.assert_close(goal, curve.at(s)[1], atol=1e-3, rtol=1e-3)
-    errors = [float((slope_of(h)[0] - exact).norm()) for h in (2e-3, 1e-3)]
+    torch.testing.assert_close(goal, curve.at(s)[1], atol=1e-2, rtol=1e-2)
+    errors = [float((slope_of(h)[0] - exact).norm().detach()) for h in (1e-3, 5e-4)]
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.2)
 
 

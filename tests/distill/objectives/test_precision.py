@@ -127,10 +127,10 @@ def is_refused(config: ObjectiveConfig) -> bool:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_loss_and_gradient_in_bf16_are_those_in_fp32_or_it_is_refused(network, batch, name):
-    """What is refused would be off by more, so nothing is refused in vain."""
+    """What is refused would be off by more, in loss or gradient, so nothing is refused in vain."""
     relative, turn = gap(network, OBJECTIVES[name], batch)
     if is_refused(OBJECTIVES[name]):
-        assert relative > 0.05
+        assert relative > 0.03 or turn > 0.01
     else:
         assert relative < 0.03
         assert turn < 0.005
