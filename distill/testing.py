@@ -124,9 +124,11 @@ NETWORKS: dict[str, config.NetworkConfig] = {
     "unet": config.UNetConfig(
         width=8, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2], num_heads=2
     ),
-    "lightningdit": config.LightningDiTConfig(patch_size=2, width=16, depth=1, num_heads=2),
+    "lightningdit": config.LightningDiTConfig(
+        patch_size=2, width=16, depth=1, num_heads=2, mlp_ratio=2.0
+    ),
     "edm_unet": config.EdmUNetConfig(
-        width=8, condition_mult=2, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2]
+        width=16, condition_mult=2, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2]
     ),
 }
 
