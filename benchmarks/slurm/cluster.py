@@ -108,6 +108,7 @@ class Case:
         self.settings = [
             "experiment=tiny",
             f"run.dir={folder / 'run'}",
+            "data.num_classes=0",
             "~teacher",
             "+teacher={mixture: " + teacher + "}",
             "train.save_every=5",

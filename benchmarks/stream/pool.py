@@ -82,6 +82,7 @@ def pool_share(num_workers: int, seconds: float, folder: Path) -> dict[str, floa
         [
             "experiment=digits",
             f"run.dir={folder}",
+            "data.num_classes=0",
             "~teacher",
             "+teacher={only: {kind: analytic, path: ring8}}",
             f"cluster.teachers.num_workers={num_workers}",

@@ -88,7 +88,11 @@ def mixture(path: Path, components: int = 10) -> list[str]:
     means = torch.randn(components, 64, generator=generator).clamp(-1, 1).tolist()
     content = {"shape": [1, 8, 8], "means": means, "stds": [0.3] * components}
     path.write_text(json.dumps(content))
-    return ["~teacher", "+teacher={only: {kind: analytic, path: " + str(path) + ", steps: 8}}"]
+    return [
+        "data.num_classes=0",
+        "~teacher",
+        "+teacher={only: {kind: analytic, path: " + str(path) + ", steps: 8}}",
+    ]
 
 
 def network(path: Path) -> list[str]:

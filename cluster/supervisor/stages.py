@@ -186,8 +186,8 @@ def run_spec(view: done.RunView, say: Callable[[str], None] = lambda _: None) ->
         teacher = build.describe(settings)
         for note in teacher.notes:
             say(f"teacher.{name}: {note}")
-        check_image(name, teacher.image, config.data.image)
         base.check_guidance(teacher.image, settings.guidance)
+        check_image(name, teacher.image, config.data.image, is_begun=len(view.shards) > 0)
         prints[name] = teacher.fingerprint
     assert view.record is not None, "check_or_write comes first"
     identity.record_teachers(view.run, view.record, prints)
@@ -196,8 +196,11 @@ def run_spec(view: done.RunView, say: Callable[[str], None] = lambda _: None) ->
     )
 
 
-def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
-    """Raises ConfigError unless the teacher makes images that the student can learn."""
+def check_image(name: str, teacher: ImageSpec, data: ImageSpec, is_begun: bool = False) -> None:
+    """Raises ConfigError unless the teacher makes images that the student can learn.
+
+    A run that is begun may be of a version that took a teacher without classes for any data.
+    """
     way = ""
     if teacher.shape == data.shape and teacher.num_classes == 0:
         way = "; a student of a teacher without classes has none: set data.num_classes=0"
@@ -207,7 +210,7 @@ def check_image(name: str, teacher: ImageSpec, data: ImageSpec) -> None:
             f"teacher.{name}.num_classes={data.num_classes}"
         )
     check(
-        teacher == data,
+        teacher == data or (is_begun and teacher.shape == data.shape and teacher.num_classes == 0),
         f"teacher.{name} makes {teacher.shape} images of {teacher.num_classes} classes, but "
         f"data={{channels: {data.channels}, size: {data.size}, num_classes: {data.num_classes}}}"
         + way,

@@ -50,6 +50,7 @@ class Chaos:
             [
                 "experiment=tiny",
                 f"run.dir={self.run.root}",
+                "data.num_classes=0",
                 "~teacher",
                 "+teacher={mixture: {kind: analytic, path: "
                 + str(undisturbed.teacher)

@@ -69,6 +69,7 @@ def tiny_run(root, location=""):
         [
             "experiment=tiny",
             f"run.dir={root}",
+            "data.num_classes=0",
             "~teacher",
             "+teacher={mixture: {kind: analytic, path: " + str(path) + ", steps: 8}}",
             f"train.max_steps={STEPS}",

@@ -33,6 +33,7 @@ def run(tmp_path):
         [
             "experiment=tiny",
             f"run.dir={tmp_path / 'run'}",
+            "data.num_classes=0",
             "~teacher",
             "+teacher={mixture: " + teacher + "}",
             f"train.max_steps={2 * SHARDS}",
