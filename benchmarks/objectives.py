@@ -116,7 +116,8 @@ def make_problem(name: str, is_quick: bool) -> Problem:
     if name.startswith("digits"):
         problem = digits_problem(name, CACHE / (f"{name}_quick" if is_quick else name), is_quick)
     elif name in SHAPES:
-        problem = plane_problem(name, CACHE / f"plane_{code_hash()[:12]}")
+        kind = "plane_quick" if is_quick else "plane"
+        problem = plane_problem(name, CACHE / f"{kind}_{code_hash()[:12]}", is_quick)
     elif name in MIXTURES:
         problem = mixture_problem(name)
     else:
@@ -237,6 +238,19 @@ def teacher_rows(name: str, is_quick: bool) -> list[dict[str, Any]]:
     return rows
 
 
+def row_of(table: str, training: Training, measured: dict[str, Any]) -> dict[str, Any]:
+    """A line of a table."""
+    return {
+        "table": table,
+        "problem": training.problem,
+        "row": training.row,
+        "seed": training.seed,
+        "steps": training.steps,
+        "forwards": training.forwards,
+        **measured,
+    }
+
+
 def main() -> None:
     """Runs all of it and writes what it found."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -271,18 +285,7 @@ def main() -> None:
         for part in pool.imap_unordered(run, parts):
             results |= {repr(training): measured for training, measured in part}
             progress.advance(task, len(part))
-    rows = [
-        {
-            "table": table,
-            "problem": training.problem,
-            "row": training.row,
-            "seed": training.seed,
-            "steps": training.steps,
-            "forwards": training.forwards,
-            **results[repr(training)],
-        }
-        for table, training in todo
-    ]
+    rows = [row_of(table, training, results[repr(training)]) for table, training in todo]
     minutes = (time.perf_counter() - started) / 60
     print(f"{minutes:.1f} minutes")
     for name, group in (("objectives", CHOOSING), ("held_out", HELD_OUT)):

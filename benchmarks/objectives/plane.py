@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +64,9 @@ def points(name: str, seed: int, index: int, num: int) -> Tensor:
     return SHAPES[name](torch.from_numpy(np.stack(u, axis=1)).float(), z)[:, :, None, None]
 
 
-def train_teacher(name: str, path: Path) -> None:
+def train_teacher(name: str, path: Path, settings: TrainConfig) -> None:
     """Trains the field by flow matching on fresh samples, into a file."""
-    size = PRETRAIN.batch_size
+    size = settings.batch_size
 
     def read(step: int) -> TrajectoryBatch:
         noise = torch.from_numpy(
@@ -82,7 +83,7 @@ def train_teacher(name: str, path: Path) -> None:
             global_size=size,
         )
 
-    engine = fit(empty_field(), read, ReflowConfig(), PRETRAIN, TEACHER_SEED)
+    engine = fit(empty_field(), read, ReflowConfig(), settings, TEACHER_SEED)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(averaged(engine, empty_field()).state_dict(), path)
 
@@ -92,11 +93,13 @@ def empty_field() -> VectorNetwork:
     return VectorNetwork(2, TEACHER_SEED, depth=3, width=128)
 
 
-def plane_problem(name: str, folder: Path) -> Problem:
-    """A shape of SHAPES; its teacher is trained now if it is not in `folder`."""
+def plane_problem(name: str, folder: Path, is_quick: bool) -> Problem:
+    """A shape of SHAPES; its teacher is trained now if it is not in `folder`, briefly if
+    `is_quick`.
+    """
     path = folder / f"{name}.safetensors"
     if not path.exists():
-        train_teacher(name, path)
+        train_teacher(name, path, replace(PRETRAIN, max_steps=300) if is_quick else PRETRAIN)
     network = empty_field()
     network.load_state_dict(load_file(path))
     network.eval().requires_grad_(False)
