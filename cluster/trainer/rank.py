@@ -110,7 +110,11 @@ def initial_network(job: TrainJob) -> tuple[layers.AbstractNetwork, str]:
         why = f"is of kind {teacher.kind}"
     elif (network := with_weights_of(start, student, image)) is None:
         other = ", ".join(unlike(start.config, student))
-        why = f"has not the student's {other}" if other else "has another architecture"
+        why = (
+            f"has not the student's {other}"
+            if other
+            else "has another architecture than the student"
+        )
     else:
         return network, f"teacher.{name}"
     return build.build_network(student, image, seed), f"fresh: teacher.{name} {why}"

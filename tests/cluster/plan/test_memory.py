@@ -2,9 +2,11 @@
 
 import pytest
 
-from benchmarks.trainer.memory import PRECISIONS, config_of, measure_rank, trained_weights
+from benchmarks.trainer.memory import IMAGE, PRECISIONS, config_of, measure_rank, trained_weights
 from cluster.plan.memory import state_bytes
+from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
+from distill.networks.files import fixed_tensors
 from distill.testing import run_ranks
 
 STAGES, RANKS = range(4), 2
@@ -26,6 +28,8 @@ def measured_bytes(tmp_path_factory) -> list[list[list[int]]]:
 def test_every_rank_holds_the_bytes_of_the_formula(measured_bytes, precision, stage):
     weights, column = trained_weights(SMALL), PRECISIONS.index(precision)
     formula, offloaded = state_bytes(weights, config_of(stage, "none", precision), RANKS)
+    fixed = fixed_tensors(build_network(SMALL, IMAGE, 0))  # in host memory, which is this one here
+    formula += sum(value.nbytes for value in fixed.values())
     assert offloaded == 0
     for of_rank in measured_bytes:
         assert of_rank[stage][column] == pytest.approx(formula, abs=TOLERANCE * weights)

@@ -28,7 +28,7 @@ from distill.config import ConfigError
 from distill.data.sidecar import shard_spec
 from distill.run.events import read_history
 from distill.run.files import RunDir, read_lines, write_json
-from distill.testing import tiny_spec, write_tiny_shards
+from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
 
 
 @dataclass(eq=False)
@@ -117,6 +117,8 @@ def make_pool(folder, trainer_reads=False, **settings):
     spec = shard_spec(
         config.seed, config.data.image, config.trajectory, config.teacher, {"only": "f" * 64}
     )
+    if not config.files.identity.exists():
+        write_tiny_record(config.files, {})
     return TeacherPool(view_of(config), spec, trainer_reads)
 
 

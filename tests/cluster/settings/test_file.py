@@ -90,7 +90,7 @@ def test_a_broken_file_is_named(saved):
         ("pretrain.train.betas", TrainConfig, [0.1, 0.2]),
         ("teacher.late.weight", NativeConfig, 3.0),
         ("student.blocks_per_level", UNetConfig, 5),
-        ("objective.weights", TraFlowConfig, "adaptive"),
+        ("objective.power", TraFlowConfig, 0.9),
     ],
 )
 def test_a_run_older_than_a_setting_has_what_was_so_before_it(
