@@ -263,6 +263,9 @@ class RunConfig:
                 f"trajectory.store_velocity=true with teacher.{name}.solver=jumps: a student that "
                 "jumps has no velocity; set trajectory.store_velocity=false",
             )
+            if teacher.precision == "auto":
+                on_gpu = self.cluster.teachers.gpus_per_worker > 0 and teacher.kind != "analytic"
+                teacher.precision = "bf16" if on_gpu else "fp32"
         weight_table(self.teacher, self.data.num_classes)
         trajectory = self.trajectory
         self.objective.check_run(self.train, trajectory.grid, trajectory.points)

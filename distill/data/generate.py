@@ -98,7 +98,7 @@ def generate_shard(
         else:
             first, nfe, forwards = part.stop, nfe + spent[0], forwards + spent[1]
     for values in (states,) if velocities is None else (states, velocities):
-        check_finite(values, ids, list(teachers))
+        check_finite(values, ids, configs)
     return GeneratedShard(states, labels, ids, nfe, forwards, batch_size, velocities)
 
 
@@ -193,13 +193,17 @@ def beating(u: paths.MeanVelocity, beat: Callable[[], None]) -> paths.MeanVeloci
     return beaten
 
 
-def check_finite(states: Float[Tensor, "N M K1 *S"], ids: np.ndarray, names: list[str]) -> None:
+def check_finite(
+    states: Float[Tensor, "N M K1 *S"], ids: np.ndarray, configs: dict[str, TeacherConfig]
+) -> None:
     """Raises ConfigError naming the teachers and ids whose trajectory is not finite."""
     bad = ~states.flatten(3).isfinite().all(dim=-1).all(dim=-1)
     if bad.any():
-        who = [name for name, column in zip(names, bad.T, strict=True) if column.any()]
+        who = [name for name, column in zip(configs, bad.T, strict=True) if column.any()]
+        coarse = [name for name in who if configs[name].precision == "bf16"]
+        way = f", or bf16 is too coarse: try teacher.{coarse[0]}.precision=fp32" if coarse else ""
         where = ids[bad.any(dim=1).numpy()][:8].tolist()
         raise ConfigError(
             f"teacher {', '.join(who)} gives values that are not finite, first for sample ids "
-            f"{where}; its weights or kind are wrong, or its solver takes too few steps"
+            f"{where}; its weights or kind are wrong, or its solver takes too few steps{way}"
         )

@@ -7,7 +7,7 @@ describes results.json.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
 
@@ -22,6 +22,7 @@ from distill.data.images import load_images
 from distill.evaluation import curves, metrics, sampling
 from distill.evaluation.config import EvalConfig
 from distill.export.student import latest_student
+from distill.flow.times import NFE_PER_STEP
 from distill.networks.files import WEIGHTS, fingerprint
 from distill.report import cost, pictures
 from distill.run import files, identity, measured, records
@@ -127,6 +128,30 @@ def teacher_rows(
     return tuple(rows)
 
 
+def trajectory_distances(
+    evaluator: Evaluator,
+    samplers: TeacherSamplers,
+    settings: config.TeacherConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """How far from the fine solution the trajectories are, and were they made in float32.
+
+    Nothing where they are; `samplers` are of the teacher in float32.
+    """
+    if settings.precision == "fp32":
+        return {}
+    nfe = settings.steps * NFE_PER_STEP[settings.solver]
+    made = build.build_teacher(settings, device)
+    drawn = teacher_samplers(made, settings, evaluator.interrupt)
+    both = {"distance": drawn, "distance_in_fp32": samplers}
+    return {
+        key: evaluator.row(
+            of(settings.solver, nfe), f"trajectories, {key}", nfe
+        ).distance_to_teacher
+        for key, of in both.items()
+    }
+
+
 def picture_grid(
     run: files.RunDir,
     evaluator: Evaluator,
@@ -185,7 +210,8 @@ def evaluate(
     folder = latest_student(run)
     student = load_student(folder, place)
     name, settings = list(teachers.items())[-1]
-    teacher = build.build_teacher(settings, place)
+    exact = replace(settings, precision="fp32")
+    teacher = build.build_teacher(exact, place)
     with progress_bar() as progress:
         evaluator = Evaluator(data, evaluation, place, progress)
         samplers = teacher_samplers(teacher, settings, evaluator.interrupt)
@@ -200,6 +226,7 @@ def evaluate(
             evaluator.row(draw_student(n), f"student, {n} NFE", n) for n in evaluation.nfe
         )
         solvers = teacher_rows(evaluator, samplers, settings, evaluation)
+        distances = trajectory_distances(evaluator, samplers, settings, place)
         if student.image.is_picture:
             picture_grid(run, evaluator, student.image, draw_student, samplers, settings)
     features = evaluator.features
@@ -219,7 +246,15 @@ def evaluate(
         extractor=extractor,
         frechet_name=metrics.distance_name(extractor.name, evaluation.num_samples),
         reference=evaluator.real,
-        truth=measured.Truth(name, teacher.fingerprint, settings.guidance, solver, nfe),
+        truth=measured.Truth(
+            name,
+            teacher.fingerprint,
+            settings.guidance,
+            solver,
+            nfe,
+            settings.precision,
+            **distances,
+        ),
         device=str(place),
         cost=cost.read_cost(run),
     )

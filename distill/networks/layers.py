@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from distill.config import ConfigError, ImageSpec
+from distill.config import ImageSpec, check
 from distill.flow.paths import MeanVelocity
 from distill.networks.config import NetworkConfig
 
@@ -147,6 +147,16 @@ def attention(
     return scores.softmax(dim=-1) @ v
 
 
+def check_compiler(setting: str) -> None:
+    """Raises ConfigError, naming the setting that asks for it, where there is no C++ compiler."""
+    compiler = os.environ.get("CXX", "g++")
+    check(
+        shutil.which(compiler) is not None,
+        f"{setting}=true needs a C++ compiler, and there is no {compiler} on this node; "
+        f"install one, name it in CXX, or set {setting}=false",
+    )
+
+
 def compiled(network: AbstractNetwork) -> MeanVelocity:
     """u(x, t, s, label) of `network`, its weights as they are at each call; gradients to rounding.
 
@@ -157,12 +167,7 @@ def compiled(network: AbstractNetwork) -> MeanVelocity:
     Raises:
         ConfigError: there is no C++ compiler, which torch.compile needs.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ConfigError(
-            f"train.compile=true needs a C++ compiler, and there is no {compiler} on this node; "
-            "install one, name it in CXX, or set train.compile=false"
-        )
+    check_compiler("train.compile")
     # Else a graph that is kept for a second pass back, as adaptive weights do, would be refused.
     torch._functorch.config.donated_buffer = False
     fast = torch.compile(network, fullgraph=True)

@@ -49,7 +49,7 @@ def rotated(
     return x * cos + torch.stack([-b, a], dim=-1).flatten(-2) * sin
 
 
-class Attention(dit.Attention):
+class RotaryAttention(dit.Attention):
     """Multi-head self-attention over tokens whose queries and keys are turned by their place."""
 
     def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
@@ -102,7 +102,7 @@ class LightningDiT(dit.DiT):
         for block in self.blocks:
             assert isinstance(block, dit.Block)
             block.norm1, block.norm2 = RMSNorm(config.width), RMSNorm(config.width)
-            block.attn = Attention(config.width, config.num_heads, config.qk_norm)
+            block.attn = RotaryAttention(config.width, config.num_heads, config.qk_norm)
             block.mlp = SwiGLU(config.width, config.hidden)
         self.final_layer.norm_final = RMSNorm(config.width)
 

@@ -119,13 +119,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Truth:
-    """The teacher's fine solution."""
+    """The teacher's fine solution, in float32, and how far from it the trajectories are."""
 
     teacher: str
     fingerprint: str  # sha256 of its weights
     guidance: float
     solver: str
     nfe: int
+    precision: str = "fp32"  # of the trajectories
+    # `distance_to_teacher` of the run's solver in that precision, and in float32
+    distance: float | None = None
+    distance_in_fp32: float | None = None
 
 
 @dataclass(frozen=True)

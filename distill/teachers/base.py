@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ImageSpec, check
+from distill.flow.paths import MeanVelocity
 from distill.flow.times import EVEN
 from distill.networks.config import NetworkConfig
-from distill.networks.layers import AbstractNetwork
 from distill.teachers.config import TeacherConfig
 
 
@@ -125,7 +125,7 @@ class NetworkTeacher:
     """A teacher that is a network of ours: its velocity is the diagonal u(x, t, t)."""
 
     def __init__(
-        self, network: AbstractNetwork, description: TeacherDescription, middle: float = EVEN
+        self, network: MeanVelocity, description: TeacherDescription, middle: float = EVEN
     ) -> None:
         """`middle` is where the second of two jumps begins, of a student."""
         self.network, self.middle = network, middle

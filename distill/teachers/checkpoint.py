@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from distill.flow.paths import MeanVelocity
 from distill.networks.build import empty_network
 from distill.networks.files import check_weights, load_weights, shapes_of
 from distill.networks.layers import AbstractNetwork
@@ -18,6 +19,7 @@ from distill.teachers.base import NetworkTeacher, TeacherDescription, VelocityTe
 from distill.teachers.config import CheckpointConfig
 from distill.teachers.conventions import Convention, Converted, Model, convention_of
 from distill.teachers.layouts import Layout, layout_of
+from distill.teachers.precision import prepared
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,10 @@ def load_network(opened: Opened, source: str, device: torch.device | str) -> Abs
 def load_raw(config: CheckpointConfig, device: torch.device | str) -> Model:
     """The network as the file has it, whatever it predicts. Raises as `open_checkpoint`."""
     plain = replace(config, path_type="linear", prediction="velocity", time="noise_to_data")
-    return _predictor(load_network(open_checkpoint(plain), config.path, device))
+    return _predictor(prepared(load_network(open_checkpoint(plain), config.path, device), config))
 
 
-def _predictor(network: AbstractNetwork) -> Model:
+def _predictor(network: MeanVelocity) -> Model:
     def predict(y: Tensor, tau: Tensor, label: Tensor) -> Tensor:
         return network(y, tau, tau, label)
 
@@ -86,7 +88,6 @@ def load_checkpoint(
     opened = open_checkpoint(config)
     network = load_network(opened, config.path, device)
     if not opened.convention.is_foreign:
-        return NetworkTeacher(network, opened.description)
-
-    velocity = Converted(_predictor(network), opened.convention)
+        return NetworkTeacher(prepared(network, config), opened.description)
+    velocity = Converted(_predictor(prepared(network, config)), opened.convention)
     return VelocityTeacher(velocity, opened.description)

@@ -5,12 +5,13 @@ from typing import Any, ClassVar
 
 from omegaconf import MISSING
 
-from distill.config import check, check_choice, check_positive, free
+from distill.config import check, check_choice, check_positive, free, since
 from distill.flow.times import NFE_PER_STEP
 
 PATH_TYPES = ("linear", "gvp", "vp", "ddpm")
 PREDICTIONS = ("velocity", "noise", "data", "score", "v")
 TIMES = ("noise_to_data", "data_to_noise")
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 
 
 @dataclass
@@ -33,6 +34,9 @@ class TeacherConfig:
     # Among several teachers, before normalisation: a number, or a list of one for each class
     weight: Any = 1.0
     guided_channels: int = 0  # that guidance moves, first ones; 0: all. SiT and DiT: 3 of 4
+    # auto | fp32 | tf32 | bf16; auto: bf16 where the teachers have GPUs, else fp32
+    precision: str = since("0.3.0", "auto", before="fp32")
+    compile: bool = free(False)  # torch.compile, for GPUs
     trial: bool = free(True)  # whether one that its own samples speak against is refused
 
     is_from_run: ClassVar[bool] = False
@@ -41,6 +45,7 @@ class TeacherConfig:
     def __post_init__(self) -> None:
         assert TEACHERS.get(self.kind) is type(self), f"{type(self).__name__} of kind {self.kind}"
         check_choice("teacher.solver", self.solver, tuple(NFE_PER_STEP))
+        check_choice("teacher.precision", self.precision, PRECISIONS)
         check(
             self.solver != "jumps" or (self.is_from_run and self.guidance == 1),
             f"teacher.solver=jumps with teacher.kind={self.kind} and teacher.guidance="

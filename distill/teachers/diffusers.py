@@ -22,6 +22,7 @@ from distill.networks.files import fingerprint, read_shapes
 from distill.teachers.base import TeacherDescription, VelocityTeacher, check_none
 from distill.teachers.config import DiffusersConfig
 from distill.teachers.conventions import Convention, Converted, Model, convention_of, linear_betas
+from distill.teachers.precision import prepared
 
 STEM = "diffusion_pytorch_model"
 SCHEDULER = "scheduler_config.json"
@@ -101,7 +102,8 @@ def load_model(config: DiffusersConfig, device: torch.device | str) -> Model:
     """The model (x, step [B], label [B]) -> prediction, first channels only, on `device`."""
     image = describe_diffusers(config).image
     folder = _model_folder(Path(config.path))
-    network = _load_network(folder).to(device).eval().requires_grad_(False)
+    frozen = _load_network(folder).to(device).eval().requires_grad_(False)
+    network = prepared(frozen, config)
     return adapted(
         lambda x, step, rows: network(x, timestep=step, class_labels=rows, return_dict=False)[0],
         image,
@@ -114,7 +116,7 @@ def adapted(network: Callable[[Tensor, Tensor, Tensor | None], Tensor], image: I
     def model(x: Tensor, step: Tensor, label: Tensor) -> Tensor:
         classes = image.num_classes
         rows = torch.where(label < 0, classes, label) if classes else None
-        return network(x, step, rows)[:, : image.channels]
+        return network(x, step, rows)[:, : image.channels].to(x.dtype)
 
     return model
 

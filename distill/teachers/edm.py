@@ -22,6 +22,7 @@ from distill.flow.paths import expand_as
 from distill.networks.files import DESCRIPTION, WEIGHTS, fingerprint, load_model, open_model
 from distill.teachers.base import TeacherDescription
 from distill.teachers.config import EdmConfig
+from distill.teachers.precision import prepared
 
 
 class EdmTeacher:
@@ -81,8 +82,9 @@ def load_edm(config: EdmConfig, device: torch.device | str) -> EdmTeacher:
     """
     description = describe_edm(config)
     network, meta = load_model(Path(config.path), device)
+    call = prepared(network, config)
 
     def raw(x: Tensor, c_noise: Tensor, label: Tensor) -> Tensor:
-        return network(x, c_noise, c_noise, label)
+        return call(x, c_noise, c_noise, label)
 
     return EdmTeacher(raw, description.image, description.fingerprint, **meta["edm"])

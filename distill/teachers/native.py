@@ -13,6 +13,7 @@ from distill.flow.times import DRILLED
 from distill.networks.files import WEIGHTS, fingerprint, load_model, open_model
 from distill.teachers.base import NetworkTeacher, TeacherDescription
 from distill.teachers.config import NativeConfig
+from distill.teachers.precision import prepared
 
 
 def describe_native(config: NativeConfig) -> TeacherDescription:
@@ -38,4 +39,4 @@ def load_native(config: NativeConfig, device: torch.device | str) -> NetworkTeac
     """The teacher of a model folder. Raises as `describe_native`."""
     description = describe_native(config)
     network, meta = load_model(Path(config.path), device)
-    return NetworkTeacher(network, description, meta.get("middle", DRILLED))
+    return NetworkTeacher(prepared(network, config), description, meta.get("middle", DRILLED))

@@ -25,7 +25,7 @@ def test_exact_map_reaches_the_end_point_at_any_nfe(nfe):
 
 @pytest.mark.parametrize(
     "times",
-    [[0.0, 1.0], [0.0, 0.75, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0]],
+    [[0.0, 1.0], [0.0, 0.5, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0]],
     ids=lambda times: f"{len(times) - 1} NFE",
 )
 def test_few_step_calls_the_network_once_per_jump_between_the_samplers_times(times):

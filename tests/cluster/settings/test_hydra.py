@@ -253,3 +253,21 @@ def test_a_mistyped_key_in_a_file_fails_at_composition(in_empty_folder):
     )
     with pytest.raises(ConfigError, match="max_stepz"):
         compose(["--config-dir", str(in_empty_folder), "experiment=mine"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "precision"),
+    [
+        (["experiment=imagenet256_sit"], "bf16"),
+        (["experiment=imagenet256_sit", "teacher.sit.precision=tf32"], "tf32"),
+        (["experiment=imagenet256_sit", "cluster.teachers.gpus_per_worker=0"], "fp32"),
+        (["experiment=tiny"], "fp32"),
+        (["experiment=tiny", "cluster.teachers.gpus_per_worker=0.5"], "bf16"),
+    ],
+)
+def test_teachers_compute_in_bf16_where_they_have_gpus(overrides, precision, tmp_path):
+    (config,) = compose([*overrides, f"run.dir={tmp_path / 'run'}"])
+    assert {teacher.precision for teacher in config.teacher.values()} == {precision}
+    file.save_config(config.files, config)  # and a resume elsewhere does not change what the run is
+    found = file.load_config(config.files, ["cluster.teachers.gpus_per_worker=0"])
+    assert {teacher.precision for teacher in found.teacher.values()} == {precision}

@@ -48,7 +48,10 @@ def test_it_goes_on_to_its_end(run):
     """In a folder of another name, and as if it were older than a setting: the record stands."""
     record = json.loads(run.identity.read_text())
     del record["identity"]["train"]["grad_clip"]
-    write_json(run.identity, record | {"hash": hash_of(record["identity"])})
+    older = hash_of(record["identity"])
+    write_json(run.identity, record | {"hash": older})
+    of_checkpoint = run.checkpoints / step_name(4) / "MANIFEST.json"
+    write_json(of_checkpoint, json.loads(of_checkpoint.read_text()) | {"config_hash": older})
     before = run.identity.read_bytes()
     tars = {path: path.read_bytes() for path in run.shards.glob("*.tar")}
     done = subprocess.run(

@@ -77,6 +77,21 @@ def test_a_description_is_that_of_the_teacher(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
+def test_every_kind_takes_every_precision(tmp_path, kind):
+    config = TEACHERS[kind](**FILES[kind](tmp_path))
+    found = {}
+    for precision in ("fp32", "auto", "tf32", "bf16"):
+        teacher = build_teacher(replace(config, precision=precision), "cpu")
+        x = torch.randn(4, *teacher.image.shape, generator=torch.Generator().manual_seed(1))
+        label = torch.arange(4) % (teacher.image.num_classes + 1) - 1
+        found[precision] = teacher.velocity(x, torch.linspace(0.1, 0.9, 4), label)
+    right = found["fp32"]
+    assert found["bf16"].dtype == torch.float32
+    assert torch.equal(found["auto"], right) and torch.equal(found["tf32"], right)  # on a CPU
+    assert (found["bf16"] - right).norm() <= 2e-2 * right.norm()
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
 def test_a_student_starts_from_what_has_the_teachers_velocity(tmp_path, kind):
     config = TEACHERS[kind](**FILES[kind](tmp_path))
     start, teacher = start_of(config), build_teacher(config, "cpu")

@@ -154,7 +154,7 @@ class ScriptedEngine(TorchEngine):
     """One process without a network; its steps come out as the plan says."""
 
     def __init__(self, plan):
-        self.device, self.background = torch.device("cpu"), self
+        self.device, self.background, self.fixed = torch.device("cpu"), self, {}
         self.plan, self.left = plan, dict(plan.overflows)
 
     def backward(self, loss, last):
