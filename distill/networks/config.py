@@ -78,6 +78,11 @@ class UNetConfig(NetworkConfig):
         )
 
 
+def swiglu_width(width: int, mlp_ratio: float) -> int:
+    """Inside the MLP of a LightningDiT."""
+    return int(2 / 3 * int(width * mlp_ratio))
+
+
 @dataclass
 class LightningDiTConfig(DiTConfig):
     """LightningDiT (Yao et al., 2025) by its parameter names: a DiT with RMS norms, SwiGLU and
@@ -87,11 +92,6 @@ class LightningDiTConfig(DiTConfig):
     name: str = "lightningdit"
     patch_size: int = 1
     qk_norm: bool = False
-
-    @property
-    def hidden(self) -> int:
-        """Width inside the MLP."""
-        return int(2 / 3 * int(self.width * self.mlp_ratio))
 
 
 @dataclass

@@ -92,8 +92,9 @@ def _dit(config: DiTConfig, image: ImageSpec) -> NetworkCost:
         cost.attention(tokens, width)
         cost.linear(width, width, tokens)
         if lightning:
-            cost.linear(width, 2 * lightning.hidden, tokens)
-            cost.linear(lightning.hidden, width, tokens)
+            inner = settings.swiglu_width(width, config.mlp_ratio)
+            cost.linear(width, 2 * inner, tokens)
+            cost.linear(inner, width, tokens)
         else:
             cost.linear(width, hidden, tokens)
             cost.linear(hidden, width, tokens)

@@ -2,6 +2,8 @@
 SwiGLU and rotary positions. Its time is SiT's, ours. Ours alone: `s_embedder`.
 """
 
+from typing import cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 
 from distill.config import ImageSpec, check
 from distill.networks import dit, layers
-from distill.networks.config import DiTConfig, LightningDiTConfig
+from distill.networks.config import DiTConfig, LightningDiTConfig, swiglu_width
 
 
 class RMSNorm(nn.Module):
@@ -97,13 +99,13 @@ class LightningDiT(dit.DiT):
         self.feat_rope.register_buffer("freqs_sin", angles.sin().float())
 
     def _build_layers(self, config: DiTConfig, image: ImageSpec) -> None:
-        assert isinstance(config, LightningDiTConfig)
         super()._build_layers(config, image)
+        own = cast("LightningDiTConfig", config)  # which a student outside of this package has not
         for block in self.blocks:
             assert isinstance(block, dit.Block)
             block.norm1, block.norm2 = RMSNorm(config.width), RMSNorm(config.width)
-            block.attn = RotaryAttention(config.width, config.num_heads, config.qk_norm)
-            block.mlp = SwiGLU(config.width, config.hidden)
+            block.attn = RotaryAttention(own.width, own.num_heads, own.qk_norm)
+            block.mlp = SwiGLU(own.width, swiglu_width(own.width, own.mlp_ratio))
         self.final_layer.norm_final = RMSNorm(config.width)
 
     def _positions(self) -> tuple[Tensor, ...]:

@@ -133,7 +133,7 @@ def _transformer(weights: Weights, config: CheckpointConfig) -> Layout:
 
 
 def _ratio_of(hidden: int, width: int) -> float:
-    """A ratio that `LightningDiTConfig.hidden` makes `hidden` of."""
+    """A ratio that `swiglu_width` makes `hidden` of."""
     for full in range(hidden * 3 // 2, hidden * 3 // 2 + 3):
         if int(2 / 3 * full) == hidden and int(width * (full / width)) == full:
             return full / width

@@ -65,7 +65,10 @@ def test_it_goes_on_to_its_end(run):
     proof = audit(run)
     assert proof["ok"] and proof["consumption"] == [] and proof["shards"] == 8
     assert (proof["consumed_steps"], proof["consumed_sha256"]) == (8, EIGHT_STEPS)
-    assert run.identity.read_bytes() == before and len(tars) == 4
+    now = json.loads(run.identity.read_text())
+    assert now.pop("trials").keys() == record["teachers"].keys()  # the teacher is tried now
+    assert now["stream"].pop("spread") == 1
+    assert now == json.loads(before) and len(tars) == 4
     assert all(path.read_bytes() == content for path, content in tars.items())
     last = json.loads((run.checkpoints / step_name(8) / "MANIFEST.json").read_text())
     assert last["config_hash"] == json.loads(before)["hash"]
