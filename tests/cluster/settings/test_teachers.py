@@ -19,7 +19,7 @@ def one(tmp_path, *args):
 def test_each_kind_from_the_command_line(tmp_path, kind):
     words = "{only: {kind: " + kind + ", path: some/where, steps: 8}}"
     teacher = one(tmp_path, "~teacher", f"+teacher={words}").teacher["only"]
-    assert teacher == TEACHERS[kind](path="some/where", steps=8)
+    assert teacher == TEACHERS[kind](path="some/where", steps=8, precision="fp32")
 
 
 def test_words_may_change_the_kind_and_then_its_own_settings(tmp_path):

@@ -103,8 +103,8 @@ def test_a_wrapper_around_every_block_leaves_no_trace(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_weights_of_any_precision_are_run_in_float32(tmp_path, dtype):
     torch.save({"ema": {k: v.to(dtype) for k, v in STATE.items()}}, tmp_path / "w.pt")
-    teacher = build_teacher(settings("sit", tmp_path / "w.pt"), "cpu")
-    assert {p.dtype for p in teacher.network.parameters()} == {torch.float32}
+    start = start_of(settings("sit", tmp_path / "w.pt"))
+    assert {p.dtype for p in start.parameters()} == {torch.float32}
     check(settings("sit", tmp_path / "w.pt"), "sit", 1e-4 if dtype == torch.float64 else 0.2)
 
 
