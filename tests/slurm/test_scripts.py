@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.plan.nodes import share
+from cluster.settings.hydra import compose
 from cluster.slurm.jobs import read_ids, read_jobs
+from cluster.slurm.site import read_nodes, shape_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -61,7 +64,7 @@ def scratch():
 def case(submitted, scratch):
     """Makes runs whose jobs find the stand-ins."""
 
-    def make(*settings, ray=RAY, supervisor=SUPERVISOR):
+    def make(*settings, ray=RAY, supervisor=SUPERVISOR, flags=()):
         place = f"cluster.slurm.scratch={scratch}"
         case = submitted("cluster.slurm.teachers.nodes=1", place, *settings)
         folder = case.folder / "bin"
@@ -70,7 +73,7 @@ def case(submitted, scratch):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         case.env["PATH"] = f"{folder}:{os.environ['PATH']}"
-        case.submit()
+        case.submit(*flags)
         case.until(lambda: case.said("supervisor at") == 1)
         return case
 
@@ -164,6 +167,30 @@ def test_the_grace_time_of_a_preemption_is_used_to_save(case):
     case.until(lambda: case.said("supervisor at") == 2)
     assert case.said("\nsaved\n") == 1 and case.said("DUE TO PREEMPTION") == 0
     finish(case)
+
+
+def test_each_job_of_a_chain_goes_on_and_the_one_that_finishes_ends_it(case):
+    """For a site that lets no job queue itself again."""
+    case = case(flags=("--chain", "3"))
+    ids = read_ids(case.run)
+    assert list(ids) == ["train", "train.2", "train.3", "teachers", "evaluate"]
+    case.tell("scancel", "--batch", "--signal=USR1", ids["train"])
+    case.until(lambda: case.said("supervisor at") == 2)
+    states = {job.id: (job.state, job.restarts) for job in case.jobs("train")}
+    assert states[ids["train"]] == ("FAILED", 0) and states[ids["train.2"]] == ("RUNNING", 0)
+    assert case.said("the next job of the chain goes on") == 1
+    (case.folder / "done").touch()
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    states = {job.id: job.state for job in read_jobs(case.run)}
+    assert states[ids["train.2"]] == states[ids["evaluate"]] == "COMPLETED"
+    assert states[ids["train.3"]] == "CANCELLED" and case.said("supervisor at") == 2
+
+
+def test_a_stop_ends_a_chain(case):
+    case = case(flags=("--chain", "2"))
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    assert case.said("\nsaved\n") == 1 and case.said("supervisor at") == 1
 
 
 def test_a_task_of_the_teachers_that_is_told_to_leave_is_queued_again_alone(case):
@@ -287,6 +314,24 @@ def test_the_array_is_throttled_by_scale(case):
         case.bowstring("scale", str(case.run.root), str(count))
         case.until(lambda count=count: running() == count)
     finish(case)
+
+
+def test_nodes_are_read_from_slurm_and_a_job_that_no_node_holds_is_refused(submitted):
+    """Nodes here have four cores and two GPUs."""
+    found = [nodes for nodes in read_nodes() if nodes.partition == "main"]
+    assert [(each.num, each.shape.cpus, each.shape.gpus) for each in found] == [(4, 4, 2)]
+    ranks = ("cluster.trainer.num_workers=8", "train.batch_size=8", "cluster.slurm.train.nodes=0")
+    (config,) = compose(
+        ["experiment=tiny", "cluster=slurm_gpu", "cluster.trainer.cpus_per_worker=2", *ranks]
+    )
+    shape = shape_for(read_nodes(), config.cluster.slurm, "train", on_gpu=True)
+    assert share(config, "train", shape).nodes == 4
+    case = submitted("cluster.slurm.train.node.cpus=64")
+    with pytest.raises(
+        AssertionError, match=r"no node of the default partition, .* 2 GPUs, 4 core"
+    ):
+        case.submit()
+    assert not case.run.slurm.exists()
 
 
 def test_a_job_that_cannot_run_is_refused_before_any_is_submitted(submitted):
