@@ -176,8 +176,8 @@ def test_each_job_of_a_chain_goes_on_and_the_one_that_finishes_ends_it(case):
     assert list(ids) == ["train", "train.2", "train.3", "teachers", "evaluate"]
     case.tell("scancel", "--batch", "--signal=USR1", ids["train"])
     case.until(lambda: case.said("supervisor at") == 2)
-    states = {job.id: (job.state, job.restarts) for job in case.jobs("train")}
-    assert states[ids["train"]] == ("FAILED", 0) and states[ids["train.2"]] == ("RUNNING", 0)
+    case.until(lambda: {job.id: job.state for job in case.jobs("train")}[ids["train"]] == "FAILED")
+    assert all(job.restarts == 0 for job in case.jobs("train"))
     assert case.said("the next job of the chain goes on") == 1
     (case.folder / "done").touch()
     case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
@@ -317,18 +317,18 @@ def test_the_array_is_throttled_by_scale(case):
 
 
 def test_nodes_are_read_from_slurm_and_a_job_that_no_node_holds_is_refused(submitted):
-    """Nodes here have four cores and two GPUs."""
+    """Nodes here have four cores and no GPU."""
     found = [nodes for nodes in read_nodes() if nodes.partition == "main"]
-    assert [(each.num, each.shape.cpus, each.shape.gpus) for each in found] == [(4, 4, 2)]
+    assert [(each.num, each.shape.cpus, each.shape.gpus) for each in found] == [(4, 4, 0)]
     ranks = ("cluster.trainer.num_workers=8", "train.batch_size=8", "cluster.slurm.train.nodes=0")
     (config,) = compose(
-        ["experiment=tiny", "cluster=slurm_gpu", "cluster.trainer.cpus_per_worker=2", *ranks]
+        ["experiment=tiny", "cluster=slurm", "cluster.trainer.cpus_per_worker=2", *ranks]
     )
-    shape = shape_for(read_nodes(), config.cluster.slurm, "train", on_gpu=True)
+    shape = shape_for(read_nodes(), config.cluster.slurm, "train", on_gpu=False)
     assert share(config, "train", shape).nodes == 4
     case = submitted("cluster.slurm.train.node.cpus=64")
     with pytest.raises(
-        AssertionError, match=r"no node of the default partition, .* 2 GPUs, 4 core"
+        AssertionError, match=r"no node of the default partition, .* 0 GPUs, 4 core"
     ):
         case.submit()
     assert not case.run.slurm.exists()
