@@ -349,6 +349,40 @@ def status(options: Namespace) -> int:
     return 0
 
 
+@verb(
+    RUN,
+    argument("--rank", type=int, metavar="R", help="of this trainer rank (default: all)"),
+    argument(
+        "--worker",
+        metavar="W",
+        help="of this teacher worker, HOST:PID as the events name it, or PID (default: all)",
+    ),
+    argument("--follow", action="store_true", help="also what is added, until Ctrl-C"),
+)
+def logs(options: Namespace) -> int:
+    """what ranks and workers have printed
+
+    Prints what a trainer rank or a teacher worker has printed in the newest start, NCCL's and
+    CUDA's words too; without --rank or --worker which files there are. They are in RUN/logs, by
+    start and node, and stay there after a crash. Slurm's own are in RUN/slurm/logs.
+
+    examples:
+      bowstring logs runs/digits
+      bowstring logs runs/digits --rank 0
+      bowstring logs runs/digits --worker node7:4711 --follow
+    """
+    run = open_run(options.run)
+    from cluster.inspect.logs import show
+    from distill.config import check
+
+    check(
+        options.rank is None or options.worker is None,
+        "--rank and --worker: one of them; without either there are all",
+    )
+    show(run, options.rank, options.worker, options.follow)
+    return 0
+
+
 @verb(RUN, JSON, codes={0: "nothing is wrong", 1: "something is lost, doubled or corrupt"})
 def verify(options: Namespace) -> int:
     """proves from files that nothing is lost, doubled or corrupt

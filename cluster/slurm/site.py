@@ -30,14 +30,14 @@ class Nodes(NamedTuple):
     is_default: bool
 
 
-def read_nodes() -> list[Nodes]:
+def read_nodes(patiently: bool = True) -> list[Nodes]:
     """All nodes of the cluster, by partition. Lines that are the site's own are read over.
 
     Raises:
         ConfigError, SlurmError: as `jobs.ask`.
     """
-    found = []
-    for line in jobs.ask("sinfo", "-h", "-e", "-o", "%D|%c|%m|%G|%l|%f|%P").splitlines():
+    ask, found = jobs.ask if patiently else jobs.ask_once, []
+    for line in ask("sinfo", "-h", "-e", "-o", "%D|%c|%m|%G|%l|%f|%P").splitlines():
         if row := ROW.fullmatch(line.strip()):
             count, cpus, mebibytes, gres, limit, features, partition = row.groups()
             name = partition.rstrip("*")

@@ -58,13 +58,14 @@ def submit(config: schema.RunConfig, dry_run: bool, chain: int = 1) -> None:
 
 
 def _shapes(config: schema.RunConfig, dry_run: bool) -> dict[str, nodes.Shape]:
-    """Nodes of each kind of job; with `dry_run` by the settings alone, where there is no Slurm."""
+    """Nodes of each kind of job; with `dry_run` by the settings alone, where no Slurm answers."""
     slurm, cluster = scripts.slurm_of(config), config.cluster
     try:
-        found = site.read_nodes()
-    except ConfigError:
+        found = site.read_nodes(patiently=not dry_run)
+    except (ConfigError, jobs.SlurmError) as error:
         if not dry_run:
             raise
+        print(f"# nodes as cluster.slurm.node says, for {str(error).splitlines()[0]}")
         found = []
     return {
         kind: site.shape_for(

@@ -27,6 +27,11 @@ while :; do sleep 1 & wait $!; done
 """
 # The first time on each node it gives up.
 RAY_AT_LAST = RAY.replace("\n", '\nmkdir "$0-$SLURMD_NODENAME" 2>/dev/null && exit 1\n', 1)
+RAY_NEVER = """#!/bin/bash
+[[ "$*" =~ --temp-dir=([^ ]*) ]] && mkdir -p "${BASH_REMATCH[1]}/session_latest/logs"
+echo "no memory" >"${BASH_REMATCH[1]}/session_latest/logs/raylet.out"
+exit 1
+"""
 # The head listens. Others give up until they may start.
 RAY_LISTENS = """#!/bin/bash
 echo "ray $*"
@@ -74,7 +79,8 @@ def case(submitted, scratch):
             (folder / name).chmod(0o755)
         case.env["PATH"] = f"{folder}:{os.environ['PATH']}"
         case.submit(*flags)
-        case.until(lambda: case.said("supervisor at") == 1)
+        if ray is not RAY_NEVER:
+            case.until(lambda: case.said("supervisor at") == 1)
         return case
 
     return make
@@ -118,6 +124,15 @@ def test_ray_is_started_again_where_it_gave_up(case):
     case.until(lambda: "started" in "".join(f.read_text() for f in logs.glob("*.0-node2.txt")))
     assert case.said("supervisor at") == 1 and case.train.restarts == 0
     finish(case)
+
+
+def test_of_a_ray_that_does_not_start_the_words_are_kept(case):
+    case = case(ray=RAY_NEVER)
+    case.until(lambda: case.train.state == "FAILED")
+    kept = list(case.run.logs.glob(f"{case.train.id}.0/{case.train.node_list}/ray/*"))
+    assert [path.read_text() for path in kept] == ["no memory\n"]
+    assert case.said(f"Ray's own logs are in {case.run.logs / case.train.id}.0") == 1
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
 
 
 def test_a_time_limit_that_leaves_no_time_for_a_step_ends_the_run(case):
