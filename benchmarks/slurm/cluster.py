@@ -113,7 +113,7 @@ class Case:
             "+teacher={mixture: " + teacher + "}",
             "train.save_every=5",
             "trajectory.wait_timeout_s=300",
-            "cluster=slurm",
+            *([] if any(word.startswith("cluster=") for word in settings) else ["cluster=slurm"]),
             "cluster.trainer.num_workers=1",
             "cluster.teachers.num_workers=1",
             "cluster.slurm.teachers.workers_per_node=1",

@@ -9,7 +9,7 @@ last word, and is refused where a node cannot hold it.
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.plan import estimate, memory
 from cluster.settings import schema
@@ -149,34 +149,35 @@ def share(config: schema.RunConfig, kind: str, shape: Shape) -> Share:
     """
     slurm, teachers, ranks = config.cluster.slurm, config.cluster.teachers, config.cluster.trainer
     assert slurm is not None
-    match kind:
-        case "train":
-            found = _share(ranks, ranks.max_workers, slurm.train.nodes, 0, kind, shape)
-        case "teachers":
-            job, wanted = slurm.teachers, teachers.num_workers
-            found = _share(teachers, wanted, job.nodes, job.workers_per_node, kind, shape)
-            room = -(-teachers.max_workers // found.per_node) or 2 * found.nodes
-            found = _with_most(found, job.max_nodes or max(found.nodes, room))
-            check(
-                found.most_nodes * found.per_node >= wanted,
-                f"cluster.slurm.teachers.max_nodes={found.most_nodes} nodes of {found.per_node} "
-                f"workers can never hold cluster.teachers.num_workers={wanted}; "
-                f"cluster.slurm.teachers.max_nodes={-(-wanted // found.per_node)} would do",
-            )
-        case _:  # one process, on the device of a rank
-            found = _share(ranks, 1, 1, 0, kind, shape)
-    return found
-
-
-def _with_most(found: Share, most_nodes: int) -> Share:
-    return Share(found.nodes, most_nodes, found.per_node, found.cpus, found.gpus)
+    if kind == "train":
+        return _share(slurm, ranks, ranks.max_workers, slurm.train.nodes, 0, kind, shape)
+    if kind == "evaluate":  # one process, on the device of a rank
+        return _share(slurm, ranks, 1, 1, 0, kind, shape)
+    job, wanted = slurm.array(kind), slurm.array(kind).num_workers or teachers.num_workers
+    found = _share(slurm, teachers, wanted, job.nodes, job.workers_per_node, kind, shape)
+    room = -(-teachers.max_workers // found.per_node) if job is slurm.teachers else 0
+    most = job.max_nodes or max(found.nodes, room or 2 * found.nodes)
+    check(
+        most * found.per_node >= wanted,
+        f"{slurm.key(kind)}.max_nodes={most} nodes of {found.per_node} workers can never hold "
+        f"num_workers={wanted}; {slurm.key(kind)}.max_nodes={-(-wanted // found.per_node)} would "
+        "do",
+    )
+    return replace(found, most_nodes=most)
 
 
 def _share(
-    workers: schema.WorkersConfig, count: int, nodes: int, per_node: int, kind: str, shape: Shape
+    slurm: schema.SlurmConfig,
+    workers: schema.WorkersConfig,
+    count: int,
+    nodes: int,
+    per_node: int,
+    kind: str,
+    shape: Shape,
 ) -> Share:
     """`nodes` and `per_node` are 0 where they follow."""
-    key = "cluster.teachers" if kind == "teachers" else "cluster.trainer"
+    is_array, job = kind.startswith("teachers"), slurm.key(kind)
+    key = "cluster.teachers" if is_array else "cluster.trainer"
     most = most_on(workers, shape, key)
     if not nodes and not per_node:
         check(
@@ -188,13 +189,11 @@ def _share(
         nodes = -(-count // min(count, most or count))
     per_node = per_node or -(-count // nodes)
     if most is not None and per_node > most:
-        way = f"cluster.slurm.{kind}.nodes={-(-count // most)}"
-        if kind == "teachers":
-            way = f"cluster.slurm.teachers.workers_per_node={most}"
+        way = f"nodes={-(-count // most)}" if not is_array else f"workers_per_node={most}"
         raise ConfigError(
-            f"cluster.slurm.{kind} puts {per_node} on a node with {shape.words()}, which holds "
+            f"{job} puts {per_node} on a node with {shape.words()}, which holds "
             f"{most} that ask for {workers.gpus_per_worker:g} GPUs and {workers.cpus_per_worker:g} "
-            f"cores each; {way} would do"
+            f"cores each; {job}.{way} would do"
         )
     cpus = max(1, math.ceil(per_node * workers.cpus_per_worker))
     if kind == "train":  # one more for the supervisor and the head, where there is one
@@ -209,14 +208,16 @@ def check_memory(
     """Raises ConfigError when a job asks for more memory than a node has, or its ranks need more
     than that.
     """
-    asked, key = num_bytes(job.memory), f"cluster.slurm.{kind}.memory={job.memory}"
+    assert config.cluster.slurm is not None
+    name = config.cluster.slurm.key(kind)
+    asked, key = num_bytes(job.memory), f"{name}.memory={job.memory}"
     if job.memory_per_cpu:
         check(
             not job.memory,
-            f"cluster.slurm.{kind} has both memory={job.memory} and "
+            f"{name} has both memory={job.memory} and "
             f"memory_per_cpu={job.memory_per_cpu}, of which Slurm takes one; leave one out",
         )
-        each, key = num_bytes(job.memory_per_cpu), f"cluster.slurm.{kind}.memory_per_cpu"
+        each, key = num_bytes(job.memory_per_cpu), f"{name}.memory_per_cpu"
         key += f"={job.memory_per_cpu} on {found.cpus} cores"
         asked = each * found.cpus if each is not None else None
     has = shape.memory

@@ -167,13 +167,17 @@ class TeacherJobConfig(JobConfig):
 
     max_nodes: int = 0  # 0: for max_workers; where that is 0 too, twice as many as run at once
     workers_per_node: int = 0
+    num_workers: int = 0  # of this array; 0: cluster.teachers.num_workers
+    gpu_option: str | None = None  # of another kind of GPU; None: cluster.slurm.gpu_option
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.gpu_option:
+            _check_option("cluster.slurm.*.gpu_option", self.gpu_option)
         check(
-            self.workers_per_node >= 0 and self.max_nodes >= 0,
-            f"cluster.slurm.teachers: workers_per_node={self.workers_per_node} and "
-            f"max_nodes={self.max_nodes} must be at least 0",
+            min(self.workers_per_node, self.max_nodes, self.num_workers) >= 0,
+            f"cluster.slurm.teachers: workers_per_node={self.workers_per_node}, max_nodes="
+            f"{self.max_nodes} and num_workers={self.num_workers} must be at least 0",
         )
         check(
             self.max_nodes == 0 or self.max_nodes >= self.nodes,
@@ -188,6 +192,8 @@ class SlurmConfig:
 
     train: JobConfig = field(default_factory=JobConfig)
     teachers: TeacherJobConfig = field(default_factory=TeacherJobConfig)
+    # By name: teachers elsewhere at the same time, on another partition, account, kind of GPU.
+    more_teachers: dict[str, TeacherJobConfig] = field(default_factory=dict)
     evaluate: JobConfig = field(default_factory=JobConfig)
     node: NodeConfig = field(default_factory=NodeConfig)  # of all jobs
     # Another site may want --gres=gpu:a100:{gpus}. "": its Slurm knows no GPUs, and jobs take whole
@@ -209,9 +215,35 @@ class SlurmConfig:
             "characters; the paths of Ray's sockets below it are limited",
         )
 
+        for name in self.more_teachers:
+            check(
+                re.fullmatch(r"[A-Za-z][\w-]*", name) is not None,
+                f"cluster.slurm.more_teachers.{name}: a name is a letter, and letters and digits",
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of jobs: train, teachers, teachers.NAME for each of `more_teachers`, evaluate."""
+        more = (f"teachers.{name}" for name in self.more_teachers)
+        return ("train", "teachers", *more, "evaluate")
+
     def job(self, kind: str) -> JobConfig:
-        """The settings of one kind of job: train, teachers or evaluate."""
-        return {"train": self.train, "teachers": self.teachers, "evaluate": self.evaluate}[kind]
+        """The settings of one kind of job."""
+        kinds = {"train": self.train, "teachers": self.teachers, "evaluate": self.evaluate}
+        return kinds.get(kind) or self.array(kind)
+
+    def array(self, kind: str) -> TeacherJobConfig:
+        """The settings of one array of teachers."""
+        return self.more_teachers[name] if (name := kind.partition(".")[2]) else self.teachers
+
+    def gpus_by(self, kind: str) -> str:
+        """Option of sbatch for the GPUs of one kind of job."""
+        own = self.array(kind).gpu_option if kind.startswith("teachers") else None
+        return self.gpu_option if own is None else own
+
+    def key(self, kind: str) -> str:
+        """Name of the settings of one kind of job."""
+        return "cluster.slurm." + kind.replace("teachers.", "more_teachers.")
 
 
 @dataclass

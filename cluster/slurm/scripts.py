@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cluster.plan import nodes
 from cluster.settings.schema import RunConfig, SlurmConfig
+from cluster.slurm.jobs import kind_of
 from distill.config import check
 
-KINDS = ("train", "teachers", "evaluate")
 SETTINGS_MARK = "#@ "
 TIME = re.compile(r"\d+-\d+(:\d+){0,2}|\d+(:\d+){1,2}|")
 
@@ -34,11 +34,11 @@ def slurm_of(config: RunConfig) -> SlurmConfig:
         f"cluster.address={cluster.address} is not the Ray cluster that the jobs start; "
         "set cluster.address=auto",
     )
-    for kind in KINDS:
+    for kind in slurm.kinds:
         job = slurm.job(kind)
         check(
             TIME.fullmatch(job.time) is not None,
-            f"cluster.slurm.{kind}.time={job.time} is no time such as 90:00, 2:30:00 or 1-00:00:00"
+            f"{slurm.key(kind)}.time={job.time} is no time such as 90:00, 2:30:00 or 1-00:00:00"
             "; in YAML and on the command line it needs quotes, '2:30:00', or it is a number",
         )
     limit_s = nodes.seconds(slurm.train.time)
@@ -80,8 +80,8 @@ def plan(config: RunConfig, shapes: dict[str, nodes.Shape], chain: int = 1) -> P
         ConfigError: the settings cannot work, on these nodes or on any.
     """
     slurm = slurm_of(config)
-    shapes = {kind: shapes.get(kind, nodes.Shape()) for kind in KINDS}
-    shares = {kind: nodes.share(config, kind, shapes[kind]) for kind in KINDS}
+    shapes = {kind: shapes.get(kind, nodes.Shape()) for kind in slurm.kinds}
+    shares = {kind: nodes.share(config, kind, shapes[kind]) for kind in slurm.kinds}
     for kind, found in shares.items():
         nodes.check_memory(config, kind, slurm.job(kind), found, shapes[kind])
     return Plan(config, slurm, shapes, shares, chain)
@@ -94,11 +94,11 @@ def render(made: Plan, root: Path) -> dict[str, str]:
         f"run.dir={root} cannot stand in a batch script: sbatch reads quotes, backslashes, percent "
         "signs and line breaks in its own way; choose another place with run.dir=...",
     )
-    return {kind: _render(made, kind, root) for kind in KINDS}
+    return {kind: _render(made, kind, root) for kind in made.shares}
 
 
 def _render(made: Plan, kind: str, root: Path) -> str:
-    text = files("bowstring_slurm").joinpath(f"{kind}.sbatch").read_text()
+    text = files("bowstring_slurm").joinpath(f"{kind_of(kind)}.sbatch").read_text()
     lines = text.splitlines()
     last = max(n for n, line in enumerate(lines) if line.startswith("#SBATCH"))
     mark = next(n for n, line in enumerate(lines) if line.startswith(SETTINGS_MARK))
@@ -120,14 +120,15 @@ def _render(made: Plan, kind: str, root: Path) -> str:
 def sbatch_options(made: Plan, kind: str, root: Path) -> list[str]:
     """Options of sbatch of one kind of job."""
     job, found = made.slurm.job(kind), made.shares[kind]
-    log = f"{kind}-%A_%a.log" if kind == "teachers" else f"{kind}-%j.log"
+    is_array = kind_of(kind) == "teachers"
+    log = f"{kind}-%A_%a.log" if is_array else f"{kind}-%j.log"
     options = [
         f"--job-name={job_name(made.config, root)}-{kind}",
         f'--output="{root}/slurm/logs/{log}"',
         f"--cpus-per-task={found.cpus}",
     ]
     if found.gpus:  # where Slurm knows no GPUs, nothing else keeps another job from them
-        options.append(made.slurm.gpu_option.replace("{gpus}", str(found.gpus)) or "--exclusive")
+        options.append(made.slurm.gpus_by(kind).replace("{gpus}", str(found.gpus)) or "--exclusive")
     options += job.named_options()
     if not job.time:
         limit_s = nodes.time_limit_s(made.config, kind, made.shapes[kind])
@@ -141,7 +142,7 @@ def sbatch_options(made: Plan, kind: str, root: Path) -> list[str]:
         if made.chain > 1:
             options.append("--no-requeue")
         own = joined("singleton", own, kind)  # one at a time, however often it is submitted
-    if kind == "teachers":  # what may not be queued again needs others to come after it
+    if is_array:  # what may not be queued again needs others to come after it
         options.append(f"--array=0-{found.most_nodes * made.chain - 1}%{found.nodes}")
     return options + ([f"--dependency={own}"] if own else []) + others
 
@@ -161,7 +162,7 @@ def joined(ours: str, own: str, kind: str) -> str:
     """A dependency on both. Raises ConfigError where Slurm has no words for that."""
     check(
         not own or not ({*"?"} & {*(ours + own)}),
-        f"cluster.slurm.{kind}.options: --dependency={own} cannot be joined with the run's own, "
+        f"options of the {kind} job: --dependency={own} cannot be joined with the run's own, "
         f"{ours}; Slurm takes commas (all of them) or question marks (any), not both",
     )
     return f"{ours},{own}" if own else ours
@@ -175,11 +176,12 @@ def variables(made: Plan, kind: str) -> dict[str, str]:
         found["BOWSTRING_OBJECT_STORE_BYTES"] = str(made.config.cluster.object_store_bytes)
         found["BOWSTRING_PATIENCE_S"] = str(slurm.patience_s)
         found["BOWSTRING_SCRATCH"] = slurm.scratch
-        found["BOWSTRING_GPUS"] = "" if slurm.gpu_option or not share.gpus else str(share.gpus)
+        is_blind = share.gpus and not slurm.gpus_by(kind)
+        found["BOWSTRING_GPUS"] = str(share.gpus) if is_blind else ""
     if kind == "train":
         found["BOWSTRING_RANKS"] = str(share.per_node)
         found["BOWSTRING_CHAIN"] = str(made.chain) if made.chain > 1 else ""
-    if kind == "teachers":
+    if kind_of(kind) == "teachers":
         found["BOWSTRING_WORKERS"] = str(share.per_node)
     return {name: value for name, value in found.items() if value}
 
@@ -190,7 +192,7 @@ def of_teachers(text: str) -> tuple[int, int]:
     array = re.search(r"^#SBATCH --array=0-(\d+)%\d+$", text, re.MULTILINE)
     check(
         workers is not None and array is not None,
-        "slurm/teachers.sbatch of the run is not as `bowstring submit` wrote it; submit again",
+        "the teachers' script in slurm/ is not as `bowstring submit` wrote it; submit again",
     )
     assert workers is not None and array is not None
     return int(workers[1]), int(array[1]) + 1

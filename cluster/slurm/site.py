@@ -74,7 +74,7 @@ def shape_for(nodes: list[Nodes], slurm: SlurmConfig, kind: str, on_gpu: bool) -
         there = [n for n in there if {*job.constraint.split("&")} <= n.features] or there
     if on_gpu:
         there = [n for n in there if n.shape.gpus] or there
-    fit = [n for n in there if _has(n.shape, said, memory, bool(slurm.gpu_option))]
+    fit = [n for n in there if _has(n.shape, said, memory, bool(slurm.gpus_by(kind)))]
     kinds = sorted({n.shape.words() for n in there})
     check(
         bool(fit) or not there,

@@ -53,7 +53,7 @@ def submit(config: schema.RunConfig, dry_run: bool, chain: int = 1) -> None:
         jobs.ask("scancel", array)
     _show_plan(made)
     _write(config, run, texts)
-    kinds = ["evaluate"] if view.is_distilled else [*["train"] * chain, "teachers", "evaluate"]
+    kinds = ["evaluate"] if view.is_distilled else ["train"] * (chain - 1) + [*texts]
     _submit_all(run, made, kinds)
 
 
@@ -72,9 +72,10 @@ def _shapes(config: schema.RunConfig, dry_run: bool) -> dict[str, nodes.Shape]:
             found,
             slurm,
             kind,
-            (cluster.teachers if kind == "teachers" else cluster.trainer).gpus_per_worker > 0,
+            (cluster.teachers if kind.startswith("teachers") else cluster.trainer).gpus_per_worker
+            > 0,
         )
-        for kind in scripts.KINDS
+        for kind in slurm.kinds
     }
 
 
@@ -87,12 +88,14 @@ def _show_plan(made: scripts.Plan) -> None:
         f"{assumed['total_device_hours']:.3g} device-hours at an assumed "
         f"{assumed['device_flops_per_s']:.3g} FLOP/s (`bowstring estimate` says more)"
     )
-    train, teachers = made.shares["train"], made.shares["teachers"]
-    print(f"trainer: {train.nodes} nodes of {train.per_node} ranks, {_node(made, 'train')}")
-    print(
-        f"teachers: {teachers.nodes} nodes of {teachers.per_node} workers at once, up to "
-        f"{teachers.most_nodes} by `bowstring scale`, {_node(made, 'teachers')}"
-    )
+    for kind, share in made.shares.items():
+        if kind == "train":
+            print(f"trainer: {share.nodes} nodes of {share.per_node} ranks, {_node(made, kind)}")
+        elif kind != "evaluate":
+            print(
+                f"{kind}: {share.nodes} nodes of {share.per_node} workers at once, up to "
+                f"{share.most_nodes} by `bowstring scale`, {_node(made, kind)}"
+            )
 
 
 def _node(made: scripts.Plan, kind: str) -> str:
@@ -126,8 +129,7 @@ def _submit_all(run: files.RunDir, made: scripts.Plan, kinds: list[str]) -> None
         for kind in kinds:
             own, _ = scripts.split_dependency(made.slurm.job(kind).options)
             job = jobs.submit(_script(run, kind), *_after(kind, ids, own), str(run.root))
-            again = sum(jobs.kind_of(name) == kind for name in ids)
-            ids[f"{kind}.{again + 1}" if again else kind] = job
+            ids[kind if kind not in ids else f"{kind}.{len(ids) + 1}"] = job  # trainers come first
             files.write_json(run.slurm / "jobs.json", ids)
             print(f"{kind}: job {job}")
     except (OSError, ConfigError):  # SlurmError too
@@ -143,7 +145,7 @@ def _after(kind: str, ids: dict[str, str], own: str) -> list[str]:
     trainers = [job for name, job in ids.items() if jobs.kind_of(name) == "train"]
     if kind == "train" or not trainers:
         return []
-    if kind == "teachers":  # they would wait for a head
+    if jobs.kind_of(kind) == "teachers":  # they would wait for a head
         return ["--dependency=" + scripts.joined(f"after:{trainers[0]}", own, kind)]
     finished = "?".join(f"afterok:{job}" for job in trainers)  # whichever of a chain it is
     return ["--dependency=" + scripts.joined(finished, own, kind), "--kill-on-invalid-dep=yes"]
@@ -158,36 +160,45 @@ def _script(run: files.RunDir, kind: str) -> Path:
 
 
 def scale(run: files.RunDir, wanted: int) -> None:
-    """Sets what the pool of a live run wants; of a run on Slurm also how many tasks of the array
-    run.
+    """Sets what the pool of a live run wants; of a run on Slurm also how many tasks of its arrays
+    run: of the first as many as it has, then of the next.
 
     Raises:
-        ConfigError: it is at rest, and has no jobs; or more than the array has.
+        ConfigError: it is at rest, and has no jobs; or more than the arrays have.
     """
-    if not jobs.read_ids(run):
+    ids = jobs.read_ids(run)
+    if not ids:
         check(
             lock.is_live(run),
             f"{run.root} is not running; start it with cluster.teachers.num_workers={wanted}",
         )
         workers.write_target(run, wanted)
         return
-    per_node, most_nodes = scripts.of_teachers(_script(run, "teachers").read_text())
-    count = -(-wanted // per_node)
     check(wanted >= 0, f"{wanted} teacher workers cannot be; 0 pauses the production")
-    check(
-        count <= most_nodes,
-        f"{wanted} teacher workers need {count} nodes, more than the {most_nodes} that the run was "
-        "submitted with; stop it and submit it with more (cluster.slurm.teachers.max_nodes="
-        f"{count})",
-    )
     there = [job for job in jobs.read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
+    kinds = [kind for kind, job in ids.items() if any(task.array == job for task in there)]
+    sizes = {kind: scripts.of_teachers(_script(run, kind).read_text()) for kind in kinds}
+    room = sum(per_node * most_nodes for per_node, most_nodes in sizes.values())
+    check(
+        wanted <= room,
+        f"{wanted} teacher workers are more than the {room} of {' and '.join(kinds)} that the run "
+        "was submitted with; stop it and submit it with more (cluster.slurm.teachers.max_nodes, or "
+        "cluster.teachers.max_workers)",
+    )
     if lock.is_live(run) and events.read_history(run).target is not None:
         workers.write_target(
             run, wanted
         )  # otherwise the pool that starts takes what fits on the nodes
-    array = there[0].array
-    running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
+    for kind, (per_node, most_nodes) in sizes.items():
+        count = min(most_nodes, -(-wanted // per_node))
+        wanted = max(0, wanted - count * per_node)
+        _throttle(ids[kind], [task for task in there if task.array == ids[kind]], count)
+
+
+def _throttle(array: str, tasks: list[jobs.Job], count: int) -> None:
+    """Lets `count` tasks of an array run."""
+    running = sorted(int(job.id.partition("_")[2]) for job in tasks if job.state == "RUNNING")
     if count:
         jobs.ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={count}")
         jobs.ask("scontrol", "release", array)

@@ -55,6 +55,12 @@ while [ ! -e "$2/../done" ]; do
   sleep 0.2 & wait $!
 done
 """
+TWO_ARRAYS = """
+defaults: [slurm, _self_]
+slurm:
+  more_teachers:
+    spot: {partition: spot, nodes: 1, max_nodes: 1, workers_per_node: 2}
+"""
 APART = "cluster.slurm.train.options=[--exclusive]"
 
 
@@ -329,6 +335,29 @@ def test_the_array_is_throttled_by_scale(case):
         case.bowstring("scale", str(case.run.root), str(count))
         case.until(lambda count=count: running() == count)
     finish(case)
+
+
+def test_two_arrays_of_teachers_are_scaled_and_stopped_as_one(case, tmp_path):
+    site = tmp_path / "sites" / "cluster" / "two.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text(TWO_ARRAYS)
+    case = case("cluster=two", "--config-dir", str(site.parents[1]))
+    ids = read_ids(case.run)
+    assert list(ids) == ["train", "teachers", "teachers.spot", "evaluate"]
+
+    def running():
+        there = [job for job in case.jobs("teachers") if job.state == "RUNNING"]
+        return [sum(job.array == ids[kind] for job in there) for kind in list(ids)[1:3]]
+
+    for count, tasks in ((3, [3, 0]), (5, [4, 1]), (2, [2, 0])):
+        case.bowstring("scale", str(case.run.root), str(count))
+        case.until(lambda tasks=tasks: running() == tasks)
+    with pytest.raises(
+        AssertionError, match="7 teacher workers are more than the 6 of teachers and"
+    ):
+        case.bowstring("scale", str(case.run.root), "7")
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
 
 
 def test_nodes_are_read_from_slurm_and_a_job_that_no_node_holds_is_refused(submitted):

@@ -11,13 +11,14 @@ from ray._private.parameter import RayParams
 from cluster.cli.main import dispatch
 from cluster.plan.nodes import Shape
 from cluster.settings.hydra import compose
-from cluster.slurm.scripts import KINDS, plan, render
+from cluster.slurm.scripts import plan, render
 from distill.config import ConfigError
 
 FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SCRIPTS = Path(__file__).parents[3] / "slurm"
 UNKNOWN = Shape()
+KINDS = ("train", "teachers", "evaluate")
 SITE = [
     "cluster=slurm_gpu",
     "cluster.trainer.num_workers=8",

@@ -13,7 +13,7 @@ from cluster.plan import nodes
 from cluster.plan.nodes import Shape
 from cluster.settings.hydra import compose
 from cluster.slurm import jobs, site
-from cluster.slurm.scripts import KINDS, of_teachers, plan, render
+from cluster.slurm.scripts import of_teachers, plan, render
 from distill.config import ConfigError
 
 EXPERIMENTS = sorted(
@@ -21,6 +21,7 @@ EXPERIMENTS = sorted(
 )
 GIB = 2**30
 UNKNOWN = Shape()
+KINDS = ("train", "teachers", "evaluate")
 SHAPES = {
     "8 x 80 GB": Shape(8, 64, 1000 * GIB),
     "4 x 64 GB": Shape(4, 32, 500 * GIB),
@@ -38,7 +39,8 @@ def one(*settings):
 
 
 def made(*settings, shape=UNKNOWN, chain=1):
-    return plan(one(*settings), dict.fromkeys(KINDS, shape), chain)
+    config = one(*settings)
+    return plan(config, dict.fromkeys(config.cluster.slurm.kinds, shape), chain)
 
 
 def options(found, kind):
@@ -270,3 +272,42 @@ def test_jobs_of_a_chain_are_not_queued_again_and_teachers_come_after_teachers()
     assert lines.index("#SBATCH --no-requeue") > lines.index("#SBATCH --requeue")
     assert "export BOWSTRING_CHAIN=3" in lines and "BOWSTRING_CHAIN=" not in teachers["script"]
     assert teachers["array"] == "0-5%1"
+
+
+# -----------------------------------------------------------------------------------------------
+# Teachers in several places
+
+MORE = """
+defaults: [slurm_gpu, _self_]
+slurm:
+  teachers: {partition: a100}
+  more_teachers:
+    spot:
+      partition: spot
+      account: b
+      num_workers: 6
+      gpu_option: --gres=gpu:v100:{gpus}
+"""
+
+
+def test_arrays_of_teachers_each_have_their_own_place_and_number(tmp_path):
+    (tmp_path / "cluster").mkdir()
+    for name, text in (("more", MORE), ("bad", MORE.replace("    spot:", "    s.t:"))):
+        (tmp_path / f"cluster/{name}.yaml").write_text(text)
+    site = ("--config-dir", str(tmp_path))
+    words = ("experiment=cifar10", "cluster=more")
+    shapes = [SHAPES[name] for name in ("8 x 80 GB", "4 x A100", "4 x 64 GB")]
+    kinds = ("train", "teachers", "teachers.spot")
+    found = plan(one(*words, *site), dict(zip(kinds, shapes, strict=True)))
+    assert list(found.shares) == [*kinds, "evaluate"]
+    first, spot = options(found, "teachers"), options(found, "teachers.spot")
+    assert (first["partition"], first["array"], first["gpus-per-node"]) == ("a100", "0-3%2", "4")
+    assert (spot["partition"], spot["account"], spot["array"]) == ("spot", "b", "0-3%2")
+    assert spot["gres"] == "gpu:v100:3" and of_teachers(spot["script"]) == (3, 4)
+    assert spot["output"] == '"/runs/a/slurm/logs/teachers.spot-%A_%a.log"'
+    assert first["job-name"] + ".spot" == spot["job-name"]
+    five = "cluster.slurm.more_teachers.spot.workers_per_node=5"
+    with pytest.raises(ConfigError, match=r"more_teachers.spot.workers_per_node=4 would do"):
+        made(*words, five, *site, shape=SHAPES["4 x A100"])
+    with pytest.raises(ConfigError, match="a name is a letter"):
+        one("experiment=cifar10", "cluster=bad", *site)
