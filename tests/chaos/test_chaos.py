@@ -164,6 +164,9 @@ def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos, mea
     code = case.supervisor.wait(timeout=300)
     ended = time.time()
     assert (code == 0) == goes_on, case.log
+    if name in ("raylet", "GCS"):
+        (ray,) = case.run.logs.glob("*/*/ray")
+        assert f"Ray's own words are in {ray}" in case.log and (ray / "raylet.out").exists()
     if not goes_on:
         case.start()  # at once: nothing that is left of the first start is in the way
         case.finish()
