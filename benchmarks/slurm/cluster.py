@@ -113,7 +113,11 @@ class Case:
             "+teacher={mixture: " + teacher + "}",
             "train.save_every=5",
             "trajectory.wait_timeout_s=300",
-            "cluster=slurm",
+            *([] if any(word.startswith("cluster=") for word in settings) else ["cluster=slurm"]),
+            "cluster.trainer.num_workers=1",
+            "cluster.teachers.num_workers=1",
+            "cluster.slurm.teachers.workers_per_node=1",
+            "cluster.slurm.teachers.nodes=2",
             f"cluster.slurm.scratch={scratch}",
             "cluster.slurm.patience_s=240",
             "cluster.slurm.train.time='30:00'",
@@ -140,9 +144,9 @@ class Case:
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    def submit(self) -> str:
+    def submit(self, *flags: str) -> str:
         """Submits the run; what was printed."""
-        return self.bowstring("submit", *self.settings)
+        return self.bowstring("submit", *self.settings, *flags)
 
     def tell(self, *command: str) -> None:
         """Runs a command of Slurm."""

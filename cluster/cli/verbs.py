@@ -247,25 +247,36 @@ def export(options: Namespace) -> int:
     argument(
         "--dry-run", action="store_true", help="prints the scripts; submits and writes nothing"
     ),
+    argument(
+        "--chain",
+        type=int,
+        default=1,
+        metavar="N",
+        help="jobs of the trainer, each where the one before stopped: for sites that queue no job "
+        "again",
+    ),
     takes_settings=True,
 )
 def submit(options: Namespace) -> int:
     """the Slurm jobs of a run
 
     Submits the Slurm jobs of a run, with a site's settings from cluster.slurm: the trainer,
-    a job array of teachers, and the evaluation after it. The same command again does
-    nothing while the trainer's job waits or runs; otherwise it submits what the run still
-    needs. Scripts, logs and job ids are in RUN/slurm. slurm/README.md tells the rest.
+    a job array of teachers, and the evaluation after it. Nodes, ranks and workers per node,
+    cores and time limits follow from the workers, the nodes that Slurm has and the estimate.
+    The same command again does nothing while the trainer's job waits or runs; otherwise it
+    submits what the run still needs. Scripts, logs and job ids are in RUN/slurm.
+    slurm/README.md tells the rest.
 
     examples:
       bowstring submit experiment=digits cluster=slurm cluster.slurm.train.partition=gpu
       bowstring submit --config-dir ~/sites experiment=digits cluster=mysite --dry-run
+      bowstring submit experiment=digits cluster=slurm --chain 4
     """
     configs = read_settings(setting_words(options))
     from cluster.slurm.submit import submit as submit_run
 
     for config in configs:
-        submit_run(config, options.dry_run)
+        submit_run(config, options.dry_run, options.chain)
     return 0
 
 
@@ -335,6 +346,40 @@ def status(options: Namespace) -> int:
     from cluster.inspect.view import show
 
     show(run, as_json=options.json, every_s=options.watch)
+    return 0
+
+
+@verb(
+    RUN,
+    argument("--rank", type=int, metavar="R", help="of this trainer rank (default: all)"),
+    argument(
+        "--worker",
+        metavar="W",
+        help="of this teacher worker, HOST:PID as the events name it, or PID (default: all)",
+    ),
+    argument("--follow", action="store_true", help="also what is added, until Ctrl-C"),
+)
+def logs(options: Namespace) -> int:
+    """what ranks and workers have printed
+
+    Prints what a trainer rank or a teacher worker has printed in the newest start, NCCL's and
+    CUDA's words too; without --rank or --worker which files there are. They are in RUN/logs, by
+    start and node, and stay there after a crash. Slurm's own are in RUN/slurm/logs.
+
+    examples:
+      bowstring logs runs/digits
+      bowstring logs runs/digits --rank 0
+      bowstring logs runs/digits --worker node7:4711 --follow
+    """
+    run = open_run(options.run)
+    from cluster.inspect.logs import show
+    from distill.config import check
+
+    check(
+        options.rank is None or options.worker is None,
+        "--rank and --worker: one of them; without either there are all",
+    )
+    show(run, options.rank, options.worker, options.follow)
     return 0
 
 

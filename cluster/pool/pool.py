@@ -22,7 +22,7 @@ from cluster.state import cursor, done, evicted, identity, workers
 from distill.config import ConfigError, check
 from distill.data.sidecar import Reason, ShardSpec
 from distill.data.stores.store import committed, is_committed
-from distill.run import events, files, records
+from distill.run import events, files, logs, records
 from distill.teachers.trial import Trial
 
 LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
@@ -238,7 +238,10 @@ class TeacherPool:
         self._part(member, reason)
         limit = DEATHS_PER_WORKER * max(1, self._most)  # a node may take most of them with it
         if self.deaths >= limit:
-            raise PoolError(f"{limit} teacher workers died without making a shard; last: {reason}")
+            raise PoolError(
+                f"{limit} teacher workers died without making a shard; last: {reason}"
+                + logs.words(self.run)
+            )
 
     def _part(self, member: Member, reason: str) -> None:
         """Forgets a worker that is gone."""

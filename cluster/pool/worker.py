@@ -17,6 +17,7 @@ from cluster.settings.schema import RunConfig
 from distill.data import generate, shards, sidecar
 from distill.data.stores.store import committed
 from distill.objectives.config import DrawnConfig
+from distill.run import logs
 from distill.run.files import RunDir
 from distill.run.identity import read_record
 from distill.run.records import tree_of
@@ -49,6 +50,7 @@ class TeacherWorker:
         Raises:
             ConfigError: a teacher is missing, or its own samples speak against it.
         """
+        logs.keep(self._run, logs.worker_name(os.getpid()))
         keep_freed_memory()
         torch.set_num_threads(self._config.cluster.teachers.threads_per_worker)
         self._teachers = {

@@ -34,7 +34,8 @@ def register() -> None:
     store.store(group="data", name="base_data", node=DataConfig)
     store.store(group="train", name="base_train", node=TrainConfig)
     store.store(group="eval", name="base_eval", node=EvalConfig)
-    store.store(group="cluster", name="base_cluster", node=schema.ClusterConfig)
+    # The root types it: a schema here would set back what the experiment says. Sites name it.
+    store.store(group="cluster", name="base_cluster", node={})
     for name, network in NETWORKS.items():
         store.store(group="student", name=f"base_{name}", node=network)
     store.store(group="student", name="base_teacher", node=SameAsTeacherConfig)
@@ -142,6 +143,12 @@ def _explain(error: errors.HydraException) -> str:
         for line in lines[1:]
         if not line.startswith(("base_", "Available", "Config search", "provider"))
     ]
+    if "Could not override 'cluster'" in str(error):
+        return (
+            f"{lines[0].partition(':')[0]}: 'override /cluster' stands in an experiment; the "
+            "cluster's file comes after it, for the site has the last word: write what the "
+            "experiment needs below cluster: instead"
+        )
     if "You must specify 'experiment'" in str(error):
         return f"which experiment? Say experiment=NAME, with NAME one of: {', '.join(options)}"
     listed = isinstance(error, errors.ConfigCompositionException) and "Available options" in str(

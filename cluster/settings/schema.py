@@ -105,20 +105,42 @@ def sbatch(name: str) -> Any:
 
 
 @dataclass
+class NodeConfig:
+    """What a node has. What is not said here is read from Slurm (`cluster.slurm.site`)."""
+
+    gpus: int | None = None
+    cpus: int | None = None  # cores as Slurm counts them, threads where it counts those
+    memory: str = ""  # of the host, e.g. 500G
+
+    def __post_init__(self) -> None:
+        check(
+            (self.gpus is None or self.gpus >= 0) and (self.cpus is None or self.cpus > 0),
+            f"cluster.slurm.node: gpus={self.gpus} and cpus={self.cpus} are no node's",
+        )
+        check(
+            re.fullmatch(r"(\d+[KMGT]?)?", self.memory) is not None,
+            f"cluster.slurm.node.memory={self.memory} is no amount such as 500G",
+        )
+
+
+@dataclass
 class JobConfig:
     """What the Slurm jobs of one kind ask for. Where it is empty, the site's default holds."""
 
-    nodes: int = 1
+    nodes: int = 0  # 0: as many as the ranks or workers need
+    node: NodeConfig = field(default_factory=NodeConfig)  # where it differs from cluster.slurm.node
     partition: str = sbatch("partition")
     account: str = sbatch("account")
     qos: str = sbatch("qos")
     constraint: str = sbatch("constraint")
-    time: str = sbatch("time")  # limit: HH:MM:SS or D-HH:MM:SS, in quotes in a file
+    # Limit: HH:MM:SS or D-HH:MM:SS, in quotes in a file. Empty: twice what `estimate` says.
+    time: str = sbatch("time")
     memory: str = sbatch("mem")  # of a node, e.g. 60G
+    memory_per_cpu: str = sbatch("mem-per-cpu")  # in its place, for sites that want it so
     options: list[str] = field(default_factory=list)  # of sbatch, e.g. --exclusive
 
     def __post_init__(self) -> None:
-        check_positive("cluster.slurm", nodes=self.nodes)
+        check(self.nodes >= 0, f"cluster.slurm.*.nodes={self.nodes} must be at least 0")
         for name, (_, value) in self._named().items():
             check(
                 re.search(r"[\s\"'\\#]", value) is None,
@@ -140,17 +162,25 @@ class JobConfig:
 @dataclass
 class TeacherJobConfig(JobConfig):
     """The job array of the teachers: one node per task. `nodes` run at once, and `bowstring scale`
-    lets up to `max_nodes` run.
+    lets up to `max_nodes` run. What is 0 follows from the workers.
     """
 
-    max_nodes: int = 16
-    workers_per_node: int = 1
+    max_nodes: int = 0  # 0: for max_workers; where that is 0 too, twice as many as run at once
+    workers_per_node: int = 0
+    num_workers: int = 0  # of this array; 0: cluster.teachers.num_workers
+    gpu_option: str | None = None  # of another kind of GPU; None: cluster.slurm.gpu_option
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("cluster.slurm.teachers", workers_per_node=self.workers_per_node)
+        if self.gpu_option:
+            _check_option("cluster.slurm.*.gpu_option", self.gpu_option)
         check(
-            self.max_nodes >= self.nodes,
+            min(self.workers_per_node, self.max_nodes, self.num_workers) >= 0,
+            f"cluster.slurm.teachers: workers_per_node={self.workers_per_node}, max_nodes="
+            f"{self.max_nodes} and num_workers={self.num_workers} must be at least 0",
+        )
+        check(
+            self.max_nodes == 0 or self.max_nodes >= self.nodes,
             f"cluster.slurm.teachers.max_nodes={self.max_nodes} is less than "
             f"cluster.slurm.teachers.nodes={self.nodes}",
         )
@@ -162,8 +192,13 @@ class SlurmConfig:
 
     train: JobConfig = field(default_factory=JobConfig)
     teachers: TeacherJobConfig = field(default_factory=TeacherJobConfig)
+    # By name: teachers elsewhere at the same time, on another partition, account, kind of GPU.
+    more_teachers: dict[str, TeacherJobConfig] = field(default_factory=dict)
     evaluate: JobConfig = field(default_factory=JobConfig)
-    gpu_option: str = "--gpus-per-node={gpus}"  # another site may want --gres=gpu:a100:{gpus}
+    node: NodeConfig = field(default_factory=NodeConfig)  # of all jobs
+    # Another site may want --gres=gpu:a100:{gpus}. "": its Slurm knows no GPUs, and jobs take whole
+    # nodes of `node.gpus`.
+    gpu_option: str = "--gpus-per-node={gpus}"
     setup: list[str] = field(default_factory=list)  # lines of bash: module load, an environment
     launch: str = ""  # before every command, e.g. apptainer exec --nv IMAGE
     scratch: str = "/tmp"  # on each node's own disk, for Ray's sockets; at most 20 characters
@@ -172,12 +207,43 @@ class SlurmConfig:
 
     def __post_init__(self) -> None:
         check_positive("cluster.slurm", save_s=self.save_s, patience_s=self.patience_s)
-        _check_option("cluster.slurm.gpu_option", self.gpu_option)
+        if self.gpu_option:
+            _check_option("cluster.slurm.gpu_option", self.gpu_option)
         check(
             self.scratch.startswith("/") and len(self.scratch) <= 20,
             f"cluster.slurm.scratch={self.scratch} must be an absolute path of at most 20 "
             "characters; the paths of Ray's sockets below it are limited",
         )
+
+        for name in self.more_teachers:
+            check(
+                re.fullmatch(r"[A-Za-z][\w-]*", name) is not None,
+                f"cluster.slurm.more_teachers.{name}: a name is a letter, and letters and digits",
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of jobs: train, teachers, teachers.NAME for each of `more_teachers`, evaluate."""
+        more = (f"teachers.{name}" for name in self.more_teachers)
+        return ("train", "teachers", *more, "evaluate")
+
+    def job(self, kind: str) -> JobConfig:
+        """The settings of one kind of job."""
+        kinds = {"train": self.train, "teachers": self.teachers, "evaluate": self.evaluate}
+        return kinds.get(kind) or self.array(kind)
+
+    def array(self, kind: str) -> TeacherJobConfig:
+        """The settings of one array of teachers."""
+        return self.more_teachers[name] if (name := kind.partition(".")[2]) else self.teachers
+
+    def gpus_by(self, kind: str) -> str:
+        """Option of sbatch for the GPUs of one kind of job."""
+        own = self.array(kind).gpu_option if kind.startswith("teachers") else None
+        return self.gpu_option if own is None else own
+
+    def key(self, kind: str) -> str:
+        """Name of the settings of one kind of job."""
+        return "cluster.slurm." + kind.replace("teachers.", "more_teachers.")
 
 
 @dataclass
@@ -197,11 +263,11 @@ class ClusterConfig:
     slurm: SlurmConfig | None = None  # for `submit`
 
     def __post_init__(self) -> None:
-        nodes = self.slurm.train.nodes if self.slurm else 1
+        nodes = (self.slurm.train.nodes if self.slurm else 0) or 1
         check(
             self.trainer.max_workers % nodes == 0,
             f"cluster.trainer.num_workers={self.trainer.max_workers} must be a multiple of "
-            f"cluster.slurm.train.nodes={nodes}",
+            f"cluster.slurm.train.nodes={nodes}; 0 nodes are as many as it needs",
         )
 
     @property

@@ -1,7 +1,7 @@
 """The Slurm jobs of a run as Slurm sees them. No torch, no ray.
 
     slurm/jobs.json   {"train": "1204", "teachers": "1205", "evaluate": "1206"}: ids of the last
-                      submission
+                      submission; "train.2" and so on of a chain
 
 Slurm is asked by its own commands, so this works wherever `squeue` does. A controller that is being
 started again, or is overloaded, does not answer for a while: it is asked again, and what is not
@@ -147,8 +147,14 @@ class Job:
         return self.state not in ENDED
 
 
+def kind_of(name: str) -> str:
+    """Kind of a job of jobs.json."""
+    return name.partition(".")[0]
+
+
 def read_ids(run: RunDir) -> dict[str, str]:
-    """Job ids of the last submission by kind; empty when there was none.
+    """Job ids of the last submission by kind, of a chain by kind and place; empty when there was
+    none.
 
     Raises:
         ConfigError, SlurmError: as `ask`, which is needed where the file is damaged.
@@ -164,7 +170,11 @@ def read_ids(run: RunDir) -> dict[str, str]:
         return {str(kind): str(job) for kind, job in found.items()}
     # Damaged, or of a version that took a site's greeting for an id. Slurm knows them too.
     try:
-        return {script.stem: ids[-1] for script, ids in _of_scripts(run) if ids}
+        return {
+            f"{script.stem}.{n}" if n else script.stem: job
+            for script, ids in _of_scripts(run)
+            for n, job in enumerate(reversed(ids))  # the newest first: the others may have ended
+        }
     except ConfigError as error:
         raise ConfigError(
             f"{path} is corrupt, and {error}; see `squeue --me` there for jobs that are left"
@@ -191,7 +201,9 @@ def read_jobs(run: RunDir) -> list[Job]:
     found = []
     for name, state, again, nodes, left, reason, where in _rows(lines, len(COLUMNS)):
         if kind := kinds.get(name.partition("_")[0]):
-            found.append(Job(kind, name, state, int(again), int(nodes), left, reason, where))
+            found.append(
+                Job(kind_of(kind), name, state, int(again), int(nodes), left, reason, where)
+            )
     return found
 
 

@@ -5,12 +5,12 @@ slurm/stop                               `bowstring stop` was here: a job that i
                                          does not queue itself again
 """
 
-import math
 from pathlib import Path
 
+from cluster.plan import nodes
 from cluster.plan.estimate import estimate
 from cluster.settings import file, schema
-from cluster.slurm import jobs, scripts
+from cluster.slurm import jobs, scripts, site
 from cluster.state import done, identity, lock, workers
 from distill.config import ConfigError, check
 from distill.run import events, files
@@ -19,16 +19,22 @@ from distill.run import events, files
 # Submit
 
 
-def submit(config: schema.RunConfig, dry_run: bool) -> None:
+def submit(config: schema.RunConfig, dry_run: bool, chain: int = 1) -> None:
     """Submits what a run still needs and says what; with `dry_run` prints the scripts instead.
 
+    `chain` jobs of the trainer follow one another, each where the one before stopped.
+
     Raises:
-        ConfigError: the settings cannot work, or the run is there with others.
+        ConfigError: the settings cannot work, on the nodes that there are, or the run is there with
+            others.
         SlurmError: Slurm refused; nothing of it is left in the queue.
     """
     run = files.RunDir(config.files.root.absolute(), config.trajectory.location)
     view = done.view_of(config, identity.check_identity(config, run))
-    texts = scripts.render(config, run.root)
+    check(chain > 0, f"--chain {chain} must be at least 1")
+    scripts.slurm_of(config)  # said before Slurm is asked
+    made = scripts.plan(config, _shapes(config, dry_run), chain)
+    texts = scripts.render(made, run.root)
     if dry_run:
         for kind, text in texts.items():
             print(f"# ---- {run.slurm / f'{kind}.sbatch'} {run.root}\n{text}")
@@ -36,7 +42,6 @@ def submit(config: schema.RunConfig, dry_run: bool) -> None:
     if view.is_finished:
         print(f"nothing left to do; the report is at {run.report}")
         return
-    jobs.ask("sbatch", "--version")  # refused here, before anything is written
     there = [job for job in jobs.read_jobs(run) if job.is_there]
     if any(job.kind == "train" for job in there) or (there and view.is_distilled):
         print(f"{run.root} is submitted already; nothing was changed:")
@@ -46,15 +51,36 @@ def submit(config: schema.RunConfig, dry_run: bool) -> None:
     check(not lock.is_live(run), f"{run.root} is being worked on outside Slurm; wait for it")
     for array in {job.array for job in there}:  # without their trainer they have nothing to do
         jobs.ask("scancel", array)
-    _show_plan(config)
+    _show_plan(made)
     _write(config, run, texts)
-    _submit_all(
-        run, [kind for kind in scripts.KINDS if kind == "evaluate" or not view.is_distilled]
-    )
+    kinds = ["evaluate"] if view.is_distilled else ["train"] * (chain - 1) + [*texts]
+    _submit_all(run, made, kinds)
 
 
-def _show_plan(config: schema.RunConfig) -> None:
-    slurm, figures = scripts.slurm_of(config), estimate(config)
+def _shapes(config: schema.RunConfig, dry_run: bool) -> dict[str, nodes.Shape]:
+    """Nodes of each kind of job; with `dry_run` by the settings alone, where no Slurm answers."""
+    slurm, cluster = scripts.slurm_of(config), config.cluster
+    try:
+        found = site.read_nodes(patiently=not dry_run)
+    except (ConfigError, jobs.SlurmError) as error:
+        if not dry_run:
+            raise
+        print(f"# nodes as cluster.slurm.node says, for {str(error).splitlines()[0]}")
+        found = []
+    return {
+        kind: site.shape_for(
+            found,
+            slurm,
+            kind,
+            (cluster.teachers if kind.startswith("teachers") else cluster.trainer).gpus_per_worker
+            > 0,
+        )
+        for kind in slurm.kinds
+    }
+
+
+def _show_plan(made: scripts.Plan) -> None:
+    config, figures = made.config, estimate(made.config)
     exact, assumed = figures["exact"], figures["assumed"]
     print(
         f"{config.run.name}: {exact['samples']:,} pairs in {exact['shards']:,} shards, "
@@ -62,11 +88,20 @@ def _show_plan(config: schema.RunConfig) -> None:
         f"{assumed['total_device_hours']:.3g} device-hours at an assumed "
         f"{assumed['device_flops_per_s']:.3g} FLOP/s (`bowstring estimate` says more)"
     )
-    print(
-        f"trainer: {slurm.train.nodes} nodes; teachers: {slurm.teachers.nodes} nodes at once, up "
-        f"to {slurm.teachers.max_nodes} by `bowstring scale`, {slurm.teachers.workers_per_node} "
-        "workers each"
-    )
+    for kind, share in made.shares.items():
+        if kind == "train":
+            print(f"trainer: {share.nodes} nodes of {share.per_node} ranks, {_node(made, kind)}")
+        elif kind != "evaluate":
+            print(
+                f"{kind}: {share.nodes} nodes of {share.per_node} workers at once, up to "
+                f"{share.most_nodes} by `bowstring scale`, {_node(made, kind)}"
+            )
+
+
+def _node(made: scripts.Plan, kind: str) -> str:
+    """What a kind takes of its nodes, in words."""
+    share, shape = made.shares[kind], made.shapes[kind]
+    return f"each {share.gpus} GPUs and {share.cpus} cores of {shape.where} with {shape.words()}"
 
 
 def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -> None:
@@ -85,28 +120,35 @@ def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -
     file.save_config(run, config)
 
 
-def _submit_all(run: files.RunDir, kinds: list[str]) -> None:
-    for kind in kinds:  # partition, limits, account: refused before anything runs
+def _submit_all(run: files.RunDir, made: scripts.Plan, kinds: list[str]) -> None:
+    """Submits a job for each kind; those of a chain are "train", "train.2", ... in jobs.json."""
+    for kind in dict.fromkeys(kinds):  # partition, limits, account: refused before anything runs
         jobs.ask("sbatch", "--test-only", str(_script(run, kind)), str(run.root))
     ids: dict[str, str] = {}
     try:
         for kind in kinds:
-            ids[kind] = jobs.submit(_script(run, kind), *_after(kind, ids), str(run.root))
+            own, _ = scripts.split_dependency(made.slurm.job(kind).options)
+            job = jobs.submit(_script(run, kind), *_after(kind, ids, own), str(run.root))
+            ids[kind if kind not in ids else f"{kind}.{len(ids) + 1}"] = job  # trainers come first
             files.write_json(run.slurm / "jobs.json", ids)
-            print(f"{kind}: job {ids[kind]}")
-    except OSError:  # SlurmError too
+            print(f"{kind}: job {job}")
+    except (OSError, ConfigError):  # SlurmError too
         for job in ids.values():
             jobs.ask("scancel", job)
         raise
 
 
-def _after(kind: str, ids: dict[str, str]) -> list[str]:
-    """On what a job waits."""
-    if "train" not in ids:
+def _after(kind: str, ids: dict[str, str], own: str) -> list[str]:
+    """On what a job waits, beside `own`, what its settings say; those of the trainer stand in its
+    script.
+    """
+    trainers = [job for name, job in ids.items() if jobs.kind_of(name) == "train"]
+    if kind == "train" or not trainers:
         return []
-    if kind == "teachers":  # they would wait for a head
-        return [f"--dependency=after:{ids['train']}"]
-    return [f"--dependency=afterok:{ids['train']}", "--kill-on-invalid-dep=yes"]
+    if jobs.kind_of(kind) == "teachers":  # they would wait for a head
+        return ["--dependency=" + scripts.joined(f"after:{trainers[0]}", own, kind)]
+    finished = "?".join(f"afterok:{job}" for job in trainers)  # whichever of a chain it is
+    return ["--dependency=" + scripts.joined(finished, own, kind), "--kill-on-invalid-dep=yes"]
 
 
 def _script(run: files.RunDir, kind: str) -> Path:
@@ -118,40 +160,49 @@ def _script(run: files.RunDir, kind: str) -> Path:
 
 
 def scale(run: files.RunDir, wanted: int) -> None:
-    """Sets what the pool of a live run wants; of a run on Slurm also how many tasks of the array
-    run.
+    """Sets what the pool of a live run wants; of a run on Slurm also how many tasks of its arrays
+    run: of the first as many as it has, then of the next.
 
     Raises:
-        ConfigError: it is at rest, and has no jobs; or more than the array has.
+        ConfigError: it is at rest, and has no jobs; or more than the arrays have.
     """
-    if not jobs.read_ids(run):
+    ids = jobs.read_ids(run)
+    if not ids:
         check(
             lock.is_live(run),
             f"{run.root} is not running; start it with cluster.teachers.num_workers={wanted}",
         )
         workers.write_target(run, wanted)
         return
-    teachers = scripts.slurm_of(file.load_config(run)).teachers
-    nodes = math.ceil(wanted / teachers.workers_per_node)
     check(wanted >= 0, f"{wanted} teacher workers cannot be; 0 pauses the production")
-    check(
-        nodes <= teachers.max_nodes,
-        f"{wanted} teacher workers need {nodes} nodes, more than "
-        f"cluster.slurm.teachers.max_nodes={teachers.max_nodes}; stop the run and submit it with "
-        "more",
-    )
     there = [job for job in jobs.read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
+    kinds = [kind for kind, job in ids.items() if any(task.array == job for task in there)]
+    sizes = {kind: scripts.of_teachers(_script(run, kind).read_text()) for kind in kinds}
+    room = sum(per_node * most_nodes for per_node, most_nodes in sizes.values())
+    check(
+        wanted <= room,
+        f"{wanted} teacher workers are more than the {room} of {' and '.join(kinds)} that the run "
+        "was submitted with; stop it and submit it with more (cluster.slurm.teachers.max_nodes, or "
+        "cluster.teachers.max_workers)",
+    )
     if lock.is_live(run) and events.read_history(run).target is not None:
         workers.write_target(
             run, wanted
         )  # otherwise the pool that starts takes what fits on the nodes
-    array = there[0].array
-    running = sorted(int(job.id.partition("_")[2]) for job in there if job.state == "RUNNING")
-    if nodes:
-        jobs.ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={nodes}")
+    for kind, (per_node, most_nodes) in sizes.items():
+        count = min(most_nodes, -(-wanted // per_node))
+        wanted = max(0, wanted - count * per_node)
+        _throttle(ids[kind], [task for task in there if task.array == ids[kind]], count)
+
+
+def _throttle(array: str, tasks: list[jobs.Job], count: int) -> None:
+    """Lets `count` tasks of an array run."""
+    running = sorted(int(job.id.partition("_")[2]) for job in tasks if job.state == "RUNNING")
+    if count:
+        jobs.ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={count}")
         jobs.ask("scontrol", "release", array)
-        for task in running[nodes:]:
+        for task in running[count:]:
             jobs.ask("scontrol", "requeue", f"{array}_{task}")
     else:  # a throttle of 0 would be none
         jobs.ask("scontrol", "hold", array)
@@ -170,7 +221,9 @@ def stop(run: files.RunDir) -> list[str]:
         for array in {job.array for job in there if job.kind == kind}:
             jobs.ask("scancel", array)
             said.append(f"{kind} {array}: cancelled")
-    for job in [job for job in there if job.kind == "train"]:
+    trainers = [job for job in there if job.kind == "train"]
+    # What waits first: of a chain the next would start.
+    for job in sorted(trainers, key=lambda job: job.state == "RUNNING"):
         if job.state == "RUNNING":
             jobs.ask("scancel", "--batch", "--signal=TERM", job.id)
             said.append(f"train {job.id}: saves, then ends")

@@ -18,7 +18,7 @@ from cluster.trainer import fit, watchdog
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError
-from distill.run import events, files, measured
+from distill.run import events, files, logs, measured
 
 POLL_PERIOD_S = 0.1
 FROZEN = "health check has been hanging"  # Ray Train's words
@@ -214,7 +214,7 @@ class TrainerGroup:
         if self._failures > self._trainer.max_restarts:
             raise RunFailed(
                 f"training failed {self._failures} times without a new verified checkpoint "
-                f"(step {verified}); the last failure:\n{said}"
+                f"(step {verified}); the last failure:\n{said}{logs.words(self.job.config.files)}"
             )
         short = last_line(said)
         events.append(self.job.run, events.Restart(verified, short))

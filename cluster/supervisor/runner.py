@@ -149,7 +149,7 @@ def _work(session: Session, work: stages.Work) -> None:
                 if lost := session.lost_daemon():
                     raise RunFailed(
                         f"Ray's {lost} has died, out of memory perhaps (see dmesg); the same "
-                        "command goes on from the last verified checkpoint"
+                        "command goes on from the last verified checkpoint" + session.ray_words()
                     )
                 if pool is None:
                     time.sleep(POLL_PERIOD_S)

@@ -27,6 +27,7 @@ from cluster.settings.schema import RunConfig
 from cluster.state.lock import held
 from cluster.supervisor.progress import StageBars
 from distill.config import check
+from distill.run import logs
 from distill.run.files import RunDir
 
 JOIN_PERIOD_S = 0.5
@@ -35,6 +36,7 @@ RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # what a rank prints is in its log, once
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # Slurm's signals say it; a process less
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "1",
 }
@@ -76,6 +78,7 @@ class Session:
         """
         if ray.is_initialized():
             return
+        logs.begin(self.run)
         for name, value in RAY_ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         # Ray Train gives up a rank that does not answer for as long as a step may take: one that is
@@ -141,6 +144,7 @@ class Session:
                         f"({str(error).strip().splitlines()[-1]:.200}); its load is {load:.1f} on "
                         f"{cores} cores. Try again when less is going on here, or ask for fewer "
                         "workers; `bowstring doctor` looks at memory, ports and shared memory"
+                        + self.ray_words()
                     ) from error
 
     def _start_local_ray(self) -> None:
@@ -173,6 +177,13 @@ class Session:
     def lost_daemon(self) -> str:
         """Name of a daemon of the Ray started here that has died; "" as long as all live."""
         return next((name for name, child in self._daemons.items() if not is_alive(child)), "")
+
+    def ray_words(self) -> str:
+        """What to add to an error of the Ray started here: where the last of its own logs is kept
+        from now on; "" if nowhere.
+        """
+        kept = logs.keep_ray(self.run, self._ray_temp / "session_latest")
+        return f"; Ray's own words are in {kept}" if kept else ""
 
     def stop_ray(self) -> None:
         """Ends a Ray started here; leaves a cluster."""

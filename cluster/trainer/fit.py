@@ -19,7 +19,8 @@ from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.data.stream import StreamError
-from distill.run.files import write_json
+from distill.run import logs
+from distill.run.files import RunDir, write_json
 from distill.training.loop import TrainingError
 
 # A restart would only repeat these; a save that failed (SaveError) may succeed the next time.
@@ -51,7 +52,7 @@ def fit(job: TrainJob, ranks: int, name: str) -> int:
     trainer = ray.train.torch.TorchTrainer(
         train_rank,
         train_loop_config={"job": job},
-        torch_config=SignalConfig(backend="nccl" if on_gpu else "gloo"),
+        torch_config=RankConfig(backend="nccl" if on_gpu else "gloo", run=job.config.files),
         scaling_config=ray.train.ScalingConfig(
             num_workers=ranks, use_gpu=on_gpu, resources_per_worker=resources
         ),
@@ -100,25 +101,37 @@ def final_error(job: TrainJob) -> Exception | None:
     return {kind.__name__: kind for kind in FINAL}[found["kind"]](found["message"])
 
 
-class SignalBackend(ray.train.torch.config._TorchBackend):
-    """Ray's process-group set-up, and a flag for stop signals.
+class RankBackend(ray.train.torch.config._TorchBackend):
+    """Ray's process-group set-up, a log of each rank, and a flag for stop signals.
 
     Python takes signals in the main thread, and Ray Train runs its function in another one; this
     hook is called in the main thread of every rank.
     """
 
-    def on_start(self, worker_group: Any, backend_config: ray.train.torch.TorchConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: "RankConfig") -> None:
+        assert backend_config.run is not None
+        each = range(len(worker_group))
+        ask = worker_group.execute_single_async
+        ray.get([ask(rank, keep_words, backend_config.run, rank) for rank in each])
         super().on_start(worker_group, backend_config)
         worker_group.execute(catch_stop_signals)
 
 
 @dataclass
-class SignalConfig(ray.train.torch.TorchConfig):
+class RankConfig(ray.train.torch.TorchConfig):
     """Ray's settings of the process group, with the hook above."""
 
+    run: RunDir | None = None  # Ray's own settings have defaults, so this one must
+
     @property
-    def backend_cls(self) -> type[SignalBackend]:
-        return SignalBackend
+    def backend_cls(self) -> type[RankBackend]:
+        return RankBackend
+
+
+def keep_words(run: RunDir, rank: int) -> None:
+    """From now on what this rank prints is kept in the run, and NCCL's warnings are among it."""
+    os.environ.setdefault("NCCL_DEBUG", "WARN")
+    logs.keep(run, logs.rank_name(rank))
 
 
 def catch_stop_signals() -> None:

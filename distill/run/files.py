@@ -64,6 +64,7 @@ class RunDir:
     wandb = _Inside("wandb")  # W&B's own files, and the run's id there
     profile = _Inside("profile")  # traces of a few steps by torch.profiler
     hangs = _Inside("hangs")  # where the ranks stood that took no step for too long
+    logs = _Inside("logs")  # what ranks and workers print (`distill.run.logs`)
     cursor = _Inside("cursor.json")  # the block the trainer reads
     target = _Inside("target.json")  # how many teacher workers a live run shall have
     results = _Inside("results.json")  # the evaluation

@@ -92,6 +92,9 @@ def test_workers_die_at_every_point_then_everything_dies_and_files_are_damaged(c
     must = (must for _, must in DAMAGES.values())
     assert aside == {shard for shard, is_bad in enumerate(must, first) if is_bad}
     assert len(committed(case.run)) <= FIT
+    kept = {path.name for path in case.run.logs.glob("*/*/*.txt")}  # also of those that were killed
+    joined = {event["worker"].partition(":")[2] for event in case.events("worker_join")}
+    assert {"rank-00000.txt", *(f"worker-{pid}.txt" for pid in joined)} <= kept
 
     resumed = [event["step"] for event in case.events("resume")]
     assert resumed[0] == 0 and len(resumed) == 2 and KILL_AT - 10 <= resumed[1] < 240
@@ -161,6 +164,9 @@ def test_a_process_dies_and_the_run_or_the_same_command_goes_on(name, chaos, mea
     code = case.supervisor.wait(timeout=300)
     ended = time.time()
     assert (code == 0) == goes_on, case.log
+    if name in ("raylet", "GCS"):
+        (ray,) = case.run.logs.glob("*/*/ray")
+        assert f"Ray's own words are in {ray}" in case.log and (ray / "raylet.out").exists()
     if not goes_on:
         case.start()  # at once: nothing that is left of the first start is in the way
         case.finish()

@@ -68,6 +68,9 @@ class Session:
     def lost_daemon(self):
         return self.lost
 
+    def ray_words(self):
+        return ""
+
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):

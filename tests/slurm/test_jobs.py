@@ -42,6 +42,10 @@ def test_a_run_is_submitted_once_and_trained_to_its_end(submitted, measured):
     case.finish()
     case.check()
     assert (case.run.slurm / "token").stat().st_mode & 0o777 == 0o600
+    kept = {path.name: path for path in case.run.logs.glob(f"{ids['train']}.0/node*/*.txt")}
+    assert "rank-00000.txt" in kept and len(kept) > 1  # and workers, on whatever nodes
+    said = case.bowstring("logs", str(case.run.root), "--rank", "0")
+    assert said == kept["rank-00000.txt"].read_text() and " process " in said
     measured(f"from submit to the first step: {case.step_times()[0] - start:.1f} s")
 
     case.bowstring("stop", str(case.run.root))  # the evaluation

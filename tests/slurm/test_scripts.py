@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from cluster.plan.nodes import share
+from cluster.settings.hydra import compose
 from cluster.slurm.jobs import read_ids, read_jobs
+from cluster.slurm.site import read_nodes, shape_for
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -24,6 +27,11 @@ while :; do sleep 1 & wait $!; done
 """
 # The first time on each node it gives up.
 RAY_AT_LAST = RAY.replace("\n", '\nmkdir "$0-$SLURMD_NODENAME" 2>/dev/null && exit 1\n', 1)
+RAY_NEVER = """#!/bin/bash
+[[ "$*" =~ --temp-dir=([^ ]*) ]] && mkdir -p "${BASH_REMATCH[1]}/session_latest/logs"
+echo "no memory" >"${BASH_REMATCH[1]}/session_latest/logs/raylet.out"
+exit 1
+"""
 # The head listens. Others give up until they may start.
 RAY_LISTENS = """#!/bin/bash
 echo "ray $*"
@@ -47,6 +55,12 @@ while [ ! -e "$2/../done" ]; do
   sleep 0.2 & wait $!
 done
 """
+TWO_ARRAYS = """
+defaults: [slurm, _self_]
+slurm:
+  more_teachers:
+    spot: {partition: spot, nodes: 1, max_nodes: 1, workers_per_node: 2}
+"""
 APART = "cluster.slurm.train.options=[--exclusive]"
 
 
@@ -61,7 +75,7 @@ def scratch():
 def case(submitted, scratch):
     """Makes runs whose jobs find the stand-ins."""
 
-    def make(*settings, ray=RAY, supervisor=SUPERVISOR):
+    def make(*settings, ray=RAY, supervisor=SUPERVISOR, flags=()):
         place = f"cluster.slurm.scratch={scratch}"
         case = submitted("cluster.slurm.teachers.nodes=1", place, *settings)
         folder = case.folder / "bin"
@@ -70,8 +84,9 @@ def case(submitted, scratch):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
         case.env["PATH"] = f"{folder}:{os.environ['PATH']}"
-        case.submit()
-        case.until(lambda: case.said("supervisor at") == 1)
+        case.submit(*flags)
+        if ray is not RAY_NEVER:
+            case.until(lambda: case.said("supervisor at") == 1)
         return case
 
     return make
@@ -115,6 +130,15 @@ def test_ray_is_started_again_where_it_gave_up(case):
     case.until(lambda: "started" in "".join(f.read_text() for f in logs.glob("*.0-node2.txt")))
     assert case.said("supervisor at") == 1 and case.train.restarts == 0
     finish(case)
+
+
+def test_of_a_ray_that_does_not_start_the_words_are_kept(case):
+    case = case(ray=RAY_NEVER)
+    case.until(lambda: case.train.state == "FAILED")
+    kept = list(case.run.logs.glob(f"{case.train.id}.0/{case.train.node_list}/ray/*"))
+    assert [path.read_text() for path in kept] == ["no memory\n"]
+    assert case.said(f"Ray's own logs are in {case.run.logs / case.train.id}.0") == 1
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
 
 
 def test_a_time_limit_that_leaves_no_time_for_a_step_ends_the_run(case):
@@ -164,6 +188,30 @@ def test_the_grace_time_of_a_preemption_is_used_to_save(case):
     case.until(lambda: case.said("supervisor at") == 2)
     assert case.said("\nsaved\n") == 1 and case.said("DUE TO PREEMPTION") == 0
     finish(case)
+
+
+def test_each_job_of_a_chain_goes_on_and_the_one_that_finishes_ends_it(case):
+    """For a site that lets no job queue itself again."""
+    case = case(flags=("--chain", "3"))
+    ids = read_ids(case.run)
+    assert list(ids) == ["train", "train.2", "train.3", "teachers", "evaluate"]
+    case.tell("scancel", "--batch", "--signal=USR1", ids["train"])
+    case.until(lambda: case.said("supervisor at") == 2)
+    case.until(lambda: {job.id: job.state for job in case.jobs("train")}[ids["train"]] == "FAILED")
+    assert all(job.restarts == 0 for job in case.jobs("train"))
+    assert case.said("the next job of the chain goes on") == 1
+    (case.folder / "done").touch()
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    states = {job.id: job.state for job in read_jobs(case.run)}
+    assert states[ids["train.2"]] == states[ids["evaluate"]] == "COMPLETED"
+    assert states[ids["train.3"]] == "CANCELLED" and case.said("supervisor at") == 2
+
+
+def test_a_stop_ends_a_chain(case):
+    case = case(flags=("--chain", "2"))
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    assert case.said("\nsaved\n") == 1 and case.said("supervisor at") == 1
 
 
 def test_a_task_of_the_teachers_that_is_told_to_leave_is_queued_again_alone(case):
@@ -287,6 +335,47 @@ def test_the_array_is_throttled_by_scale(case):
         case.bowstring("scale", str(case.run.root), str(count))
         case.until(lambda count=count: running() == count)
     finish(case)
+
+
+def test_two_arrays_of_teachers_are_scaled_and_stopped_as_one(case, tmp_path):
+    site = tmp_path / "sites" / "cluster" / "two.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text(TWO_ARRAYS)
+    case = case("cluster=two", "--config-dir", str(site.parents[1]))
+    ids = read_ids(case.run)
+    assert list(ids) == ["train", "teachers", "teachers.spot", "evaluate"]
+
+    def running():
+        there = [job for job in case.jobs("teachers") if job.state == "RUNNING"]
+        return [sum(job.array == ids[kind] for job in there) for kind in list(ids)[1:3]]
+
+    for count, tasks in ((3, [3, 0]), (5, [4, 1]), (2, [2, 0])):
+        case.bowstring("scale", str(case.run.root), str(count))
+        case.until(lambda tasks=tasks: running() == tasks)
+    with pytest.raises(
+        AssertionError, match="7 teacher workers are more than the 6 of teachers and"
+    ):
+        case.bowstring("scale", str(case.run.root), "7")
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+
+
+def test_nodes_are_read_from_slurm_and_a_job_that_no_node_holds_is_refused(submitted):
+    """Nodes here have four cores and no GPU."""
+    found = [nodes for nodes in read_nodes() if nodes.partition == "main"]
+    assert [(each.num, each.shape.cpus, each.shape.gpus) for each in found] == [(4, 4, 0)]
+    ranks = ("cluster.trainer.num_workers=8", "train.batch_size=8", "cluster.slurm.train.nodes=0")
+    (config,) = compose(
+        ["experiment=tiny", "cluster=slurm", "cluster.trainer.cpus_per_worker=2", *ranks]
+    )
+    shape = shape_for(read_nodes(), config.cluster.slurm, "train", on_gpu=False)
+    assert share(config, "train", shape).nodes == 4
+    case = submitted("cluster.slurm.train.node.cpus=64")
+    with pytest.raises(
+        AssertionError, match=r"no node of the default partition, .* 0 GPUs, 4 core"
+    ):
+        case.submit()
+    assert not case.run.slurm.exists()
 
 
 def test_a_job_that_cannot_run_is_refused_before_any_is_submitted(submitted):

@@ -51,8 +51,37 @@ def test_every_option_composes(group, option):
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_names_its_schema_first(group, option):
     defaults = yaml.safe_load((CONFIGS / group / f"{option}.yaml").read_text()).get("defaults")
-    if group != "teacher":  # a dictionary of teachers: the root's schema types its values
+    # The root's schema types a dictionary of teachers, and the cluster, where an experiment comes
+    # before the option.
+    if group not in ("teacher", "cluster"):
         assert str(defaults[0]).startswith("base_")
+
+
+SITE = """
+defaults: [base_cluster, slurm_gpu, _self_]
+trainer: {num_workers: 16}
+teachers: {lease_timeout_s: 7}
+"""
+
+
+def test_a_site_has_the_last_word_before_the_command_line(in_empty_folder):
+    """An experiment's ranks came after a site's, which then were nobody's."""
+    site = in_empty_folder / "sites" / "cluster" / "mine.yaml"
+    site.parent.mkdir(parents=True)
+    site.write_text(SITE)
+    words = ("--config-dir", str(site.parents[1]), "experiment=imagenet64", "cluster=mine")
+    cluster = one(*words).cluster
+    assert (cluster.trainer.num_workers, cluster.teachers.lease_timeout_s) == (16, 7)
+    assert cluster.teachers.num_workers == 64 and cluster.trainer.cpus_per_worker == 8
+    assert one(*words, "cluster.trainer.num_workers=4").cluster.trainer.num_workers == 4
+
+
+def test_an_experiment_that_names_a_cluster_is_told_where_that_goes(in_empty_folder):
+    file = in_empty_folder / "mine" / "experiment" / "other.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text("# @package _global_\ndefaults:\n  - override /cluster: one_gpu\n")
+    with pytest.raises(ConfigError, match="write what the experiment needs below cluster:"):
+        one("--config-dir", str(file.parents[1]), "experiment=other")
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)

@@ -9,13 +9,16 @@ import pytest
 from ray._private.parameter import RayParams
 
 from cluster.cli.main import dispatch
+from cluster.plan.nodes import Shape
 from cluster.settings.hydra import compose
-from cluster.slurm.scripts import KINDS, render
+from cluster.slurm.scripts import plan, render
 from distill.config import ConfigError
 
 FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
 SHELLCHECK = Path(sys.executable).with_name("shellcheck")
 SCRIPTS = Path(__file__).parents[3] / "slurm"
+UNKNOWN = Shape()
+KINDS = ("train", "teachers", "evaluate")
 SITE = [
     "cluster=slurm_gpu",
     "cluster.trainer.num_workers=8",
@@ -23,6 +26,8 @@ SITE = [
     "cluster.slurm.train.memory=60G",
     "cluster.slurm.teachers.partition=spot",
     "cluster.slurm.teachers.workers_per_node=2",
+    "cluster.teachers.num_workers=4",
+    "cluster.teachers.max_workers=32",
     "cluster.slurm.teachers.options=['--comment=\"two words\"']",
     "cluster.slurm.gpu_option='--gres=gpu:a100:{gpus}'",
     "cluster.slurm.launch='apptainer exec --nv image.sif'",
@@ -30,9 +35,9 @@ SITE = [
 ]
 
 
-def scripts(*settings, root="/runs/a b"):
+def scripts(*settings, root="/runs/a b", shape=UNKNOWN, chain=1):
     (config,) = compose(["experiment=tiny", "train.batch_size=16", *settings])
-    return render(config, Path(root))
+    return render(plan(config, dict.fromkeys(KINDS, shape), chain), Path(root))
 
 
 def options(script):
@@ -107,7 +112,7 @@ def test_runs_of_one_name_in_two_folders_do_not_wait_for_each_other():
     ("setting", "message"),
     [
         ("cluster.slurm.train.nodes=3", "must be a multiple of"),
-        ("cluster.slurm.teachers.max_nodes=1", "is less than"),
+        ("cluster.slurm.teachers={nodes: 2, max_nodes: 1}", "is less than"),
         ("cluster.slurm.scratch=/a/very/long/folder/name", "at most 20 characters"),
         ("cluster.slurm.train.options=[exclusive]", "is no option of sbatch"),
         ("cluster.slurm.gpu_option='--gpus={gpus}\nid'", "is no option of sbatch"),
@@ -133,7 +138,7 @@ def test_what_a_setting_says_is_not_run_by_the_shell():
     words = "apptainer exec --env A='$(id)' `id`; id"
     (config,) = compose(["experiment=tiny", "cluster=slurm"])
     config.cluster.slurm.launch = words
-    for text in render(config, Path("/runs/a")).values():
+    for text in render(plan(config, {}), Path("/runs/a")).values():
         (line,) = [line for line in text.splitlines() if "BOWSTRING_LAUNCH=" in line]
         shown = subprocess.run(
             ["bash", "-c", f"{line}\nprintenv BOWSTRING_LAUNCH"], capture_output=True

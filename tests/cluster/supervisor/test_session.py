@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -12,6 +13,7 @@ from cluster.state.cursor import Position, read_cursor
 from cluster.state.lock import holder, is_live
 from cluster.supervisor.session import is_alive, missing_resources, open_session
 from distill.config import ConfigError
+from distill.run import logs
 from distill.run.files import RunDir, append_lines
 from distill.run.measured import last_step
 
@@ -60,6 +62,9 @@ def test_a_ray_that_does_not_start_is_started_again(config, tmp_path, monkeypatc
 
     def init(**options):
         starts.append(options["address"])
+        raylet = Path(options["_temp_dir"]) / "session_latest/logs/raylet.out"
+        raylet.parent.mkdir(parents=True)
+        raylet.write_text(f"no memory {len(starts)}")
         if len(starts) <= failures:
             raise RuntimeError("long story\nthe raylet did not register in time")
 
@@ -69,8 +74,11 @@ def test_a_ray_that_does_not_start_is_started_again(config, tmp_path, monkeypatc
             session._try_local_ray()
         else:
             words = r"in 3 tries \(the raylet did not register in time\); its load is"
-            with pytest.raises(ConnectionError, match=words):
-                session._try_local_ray()
+            with pytest.raises(ConnectionError, match=words) as raised:
+                session.start_ray()
+            kept = logs.here(session.run) / "ray"
+            assert f"Ray's own words are in {kept}" in str(raised.value)
+            assert (kept / "raylet.out").read_text() == "no memory 3"
     assert starts == ["local"] * min(failures + 1, 3)
 
 
@@ -80,7 +88,9 @@ def test_what_a_cluster_lacks_is_said_in_numbers(config):
 
 
 def test_teachers_with_slurm_jobs_of_their_own_come_later(tmp_path):
-    (config,) = compose(["experiment=tiny", "cluster=slurm", f"run.dir={tmp_path / 'run'}"])
+    (config,) = compose(
+        ["experiment=tiny", "cluster=slurm", "cluster.trainer.num_workers=1", f"run.dir={tmp_path}"]
+    )
     assert missing_resources(config, {"trainer": 1.0, "CPU": 1.0}) == []
     assert missing_resources(config, {"CPU": 1.0}) == ["trainer: 1 asked for, 0 there"]
 

@@ -5,14 +5,20 @@ import os
 import signal
 import threading
 import time
-from types import SimpleNamespace
 
 import pytest
+import ray
 import torch
 from ray.train.torch.config import _TorchBackend
 from small_training import EVERY_TERM, config_of, fit, manifest, zero_engine
 
-from cluster.trainer.fit import RANK_STOP_SIGNALS, SignalConfig, catch_stop_signals, stop_signal
+from cluster.trainer.fit import (
+    RANK_STOP_SIGNALS,
+    RankConfig,
+    catch_stop_signals,
+    keep_words,
+    stop_signal,
+)
 from distill.checkpoint.manifest import latest_verified
 from distill.objectives.build import build_objective
 from distill.run.files import RunDir
@@ -92,11 +98,24 @@ def test_a_forked_child_ends_by_the_signal_and_the_training_goes_on(tmp_path):
     assert found == [*ended, (0, True)]
 
 
-def test_ray_train_has_every_rank_catch_them(monkeypatch):
-    """After its own start of the process group, in the main thread of each."""
+def test_ray_train_has_every_rank_catch_them(tmp_path, monkeypatch):
+    """After its own start of the process group, in the main thread of each; before it what a rank
+    prints goes to a file, so that the words of the start are there.
+    """
     calls: list = []
     monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: calls.append("process group"))
-    group = SimpleNamespace(execute=calls.append)
-    config = SignalConfig()
-    config.backend_cls().on_start(group, config)
-    assert calls == ["process group", catch_stop_signals]
+    monkeypatch.setattr(ray, "get", lambda asked: calls.append(asked))
+
+    class Group:
+        execute = calls.append
+
+        def __len__(self):
+            return 2
+
+        def execute_single_async(self, rank, work, *words):
+            return (work, *words)
+
+    config = RankConfig(run=RunDir(tmp_path))
+    config.backend_cls().on_start(Group(), config)
+    kept = [(keep_words, RunDir(tmp_path), rank) for rank in range(2)]
+    assert calls == [kept, "process group", catch_stop_signals]
