@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -259,7 +260,7 @@ def schema_for(stored: DictConfig, path: Path) -> DictConfig:
 def read_tree(path: Path) -> DictConfig:
     """The values in a config.yaml. Raises ConfigError for a file that is no configuration."""
     try:
-        tree = OmegaConf.load(path)
+        tree = files.patiently(partial(OmegaConf.load, path))
     except (OSError, ValueError, yaml.YAMLError, errors.OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     check(isinstance(tree, DictConfig) and len(tree) > 0, f"{path} holds no configuration")

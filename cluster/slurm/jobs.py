@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.config import ConfigError
-from distill.run.files import RunDir
+from distill.run.files import RunDir, read_bytes
 from distill.run.records import RecordError, parse_json
 
 COLUMNS = {
@@ -155,7 +155,7 @@ def read_ids(run: RunDir) -> dict[str, str]:
     """
     path = run.slurm / "jobs.json"
     try:
-        found = parse_json(path.read_bytes())
+        found = parse_json(read_bytes(path))
     except FileNotFoundError:
         return {}
     except RecordError:

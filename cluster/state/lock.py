@@ -10,10 +10,11 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from distill.config import ConfigError, check
-from distill.run.files import RunDir, lock_file
+from distill.run.files import RunDir, lock_file, patiently
 
 PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
 
@@ -59,7 +60,7 @@ def held(run: RunDir, patience_s: float = 0.0) -> Iterator[None]:
 def is_live(run: RunDir) -> bool:
     """Whether a supervisor holds the run now."""
     try:
-        with run.lock.open("rb") as file:
+        with patiently(partial(run.lock.open, "rb")) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
