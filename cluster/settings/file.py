@@ -5,6 +5,7 @@ torch nor hydra.
 import copy
 import dataclasses
 import difflib
+import hashlib
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -236,9 +237,22 @@ def to_tree(config: Any) -> DictConfig:
 # config.yaml
 
 
+SEAL = b"# sha256 of what follows: "
+
+
 def save_config(run: files.RunDir, config: RunConfig) -> None:
-    """Writes config.yaml of a run, atomically."""
-    files.write_atomic(run.config, OmegaConf.to_yaml(to_tree(config)).encode())
+    """Writes config.yaml of a run, atomically. Its first line is a hash of the rest."""
+    content = OmegaConf.to_yaml(to_tree(config)).encode()
+    files.write_atomic(
+        run.config, SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+    )
+
+
+def is_as_written(run: files.RunDir) -> bool:
+    """Whether config.yaml is what a start wrote; one of an older version does not tell, and is."""
+    first, _, content = files.read_bytes(run.config).partition(b"\n")
+    sealed = first.startswith(SEAL)
+    return not sealed or first[len(SEAL) :] == hashlib.sha256(content).hexdigest().encode()
 
 
 def schema_for(stored: DictConfig, path: Path) -> DictConfig:
