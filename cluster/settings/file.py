@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import hashlib
+import re
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -226,9 +227,37 @@ def to_config(tree: DictConfig) -> RunConfig:
     return config
 
 
+# Settings whose ${...} is bash's, below a key `slurm`.
+BASH = ("setup", "launch", "scratch", "container")
+
+
+def is_bash(key: str) -> bool:
+    """Whether `${...}` in the value of a dotted key is for bash."""
+    return re.match(rf"cluster\.slurm\.({'|'.join(BASH)})\b", key) is not None
+
+
+def escaped(value: Any) -> Any:
+    """A plain value with the `${` of all its strings as text for OmegaConf."""
+    if isinstance(value, str):
+        return re.sub(r"(?<!\\)\$\{", r"\\${", value)
+    if isinstance(value, dict):
+        return {key: escaped(one) for key, one in value.items()}
+    return [escaped(one) for one in value] if isinstance(value, list) else value
+
+
+def with_bash(tree: Any) -> Any:
+    """A plain tree in which what is for bash is text, wherever its key `slurm` stands."""
+    if not isinstance(tree, dict):
+        return tree
+    found = {key: with_bash(value) for key, value in tree.items()}
+    if isinstance(slurm := found.get("slurm"), dict):
+        found["slurm"] = slurm | {key: escaped(slurm[key]) for key in BASH if key in slurm}
+    return found
+
+
 def to_tree(config: Any) -> DictConfig:
     """The plain values of a configuration dataclass, without types or interpolations."""
-    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    tree = OmegaConf.create(with_bash(dataclasses.asdict(config)))
     assert isinstance(tree, DictConfig)
     return tree
 
@@ -335,8 +364,13 @@ def dotted(overrides: list[str]) -> DictConfig:
             f"{override} cannot be changed on an existing run; start another one with "
             f"experiment=... {override}",
         )
+    pairs = [(key, value) for key, _, value in (word.partition("=") for word in overrides)]
     try:
-        return OmegaConf.from_dotlist(overrides)
+        tree = OmegaConf.from_dotlist([f"{k}={v}" for k, v in pairs if not is_bash(k)])
+        for key, value in pairs:
+            if is_bash(key):
+                OmegaConf.update(tree, key, escaped(yaml.safe_load(value)))
+        return tree
     except (ValueError, yaml.YAMLError, errors.OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {' '.join(overrides)}: {error}") from error
 
