@@ -51,6 +51,13 @@ def held(run: RunDir, patience_s: float = 0.0) -> Iterator[None]:
                 f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
                 "wait for it, or start a new run with --force-new NAME"
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"the file system of run.dir={run.root} has no locks ({error.strerror}): two "
+                "commands could work on one run; mount it with them (Lustre: -o flock), or choose "
+                "another place with run.dir=...; shards alone may lie anywhere "
+                "(trajectory.location)"
+            ) from error
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
@@ -66,6 +73,8 @@ def is_live(run: RunDir) -> bool:
         return False
     except BlockingIOError:
         return True
+    except OSError:  # a file system without locks holds no run
+        return False
     return False
 
 
