@@ -185,10 +185,15 @@ def restarts(history: events.History) -> dict[str, int]:
 
 def slurm_jobs(run: files.RunDir) -> dict[str, Any] | None:
     """The run's Slurm jobs, or why they cannot be told; None when it was never submitted."""
+    said: list[str] = []
     try:
-        return {"jobs": [asdict(job) for job in read_jobs(run)]} if read_ids(run) else None
+        ids = read_ids(run)
+        if not ids:
+            return None
+        said = last_words(run, ids)
+        return {"jobs": [asdict(job) for job in read_jobs(run)], "said": said}
     except (ConfigError, SlurmError) as error:
-        return {"jobs": [], "unknown": str(error)}
+        return {"jobs": [], "unknown": str(error), "said": said}
 
 
 def stage_of(run: files.RunDir, config: schema.RunConfig, found: dict[str, Any]) -> str:

@@ -202,6 +202,22 @@ def ids_of(script: Path) -> list[str]:
     return sorted(found, key=int)
 
 
+LOG_BYTES = 20_000  # of the end of a log, in which its error stands
+
+
+def last_words(run: RunDir, ids: dict[str, str]) -> list[str]:
+    """The last error in the newest log of each kind of job, and up to five lines behind it."""
+    found = []
+    for kind, job in ids.items():
+        names = (f"logs/{kind}-{job}.log", f"logs/{kind}-{job}_*.log")
+        logs = [path for name in names for path in run.slurm.glob(name)]
+        for path in sorted(logs, key=lambda path: path.stat().st_mtime)[-1:]:
+            lines = read_bytes(path)[-LOG_BYTES:].decode(errors="replace").splitlines()
+            errors = [number for number, line in enumerate(lines) if "error:" in line]
+            found += [f"{kind} {job}: {line}" for line in lines[errors[-1] :][:6]] if errors else []
+    return found
+
+
 def _of_scripts(run: RunDir) -> Iterator[tuple[Path, list[str]]]:
     for script in sorted(run.slurm.glob("*.sbatch")):
         yield script, ids_of(script)

@@ -71,18 +71,31 @@ def _render(config: RunConfig, slurm: SlurmConfig, kind: str, root: Path) -> str
     last = max(n for n, line in enumerate(lines) if line.startswith("#SBATCH"))
     mark = next(n for n, line in enumerate(lines) if line.startswith(SETTINGS_MARK))
     options = [f"#SBATCH {option}" for option in sbatch_options(config, slurm, kind, root)]
-    settings = [f"export {k}={shlex.quote(v)}" for k, v in variables(config, slurm, kind).items()]
+    settings = [
+        f"export {k}={shlex.quote(v)}" for k, v in variables(config, slurm, kind, root).items()
+    ]
     return "\n".join(
         [
             *lines[: last + 1],
             *options,
             *lines[last + 1 : mark],
             *settings,
-            *slurm.setup,
+            *set_up(slurm.setup),
             *lines[mark + 1 :],
             "",
         ]
     )
+
+
+def set_up(lines: list[str]) -> list[str]:
+    """A site's lines of bash. One that fails ends the job with its text, as with `set -e`; what
+    fails inside a function or a file that it reads does not.
+    """
+    if not lines:
+        return []
+    failed = 'echo "error: a line of cluster.slurm.setup failed: $BASH_COMMAND"; exit 1'
+    trap = f"[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {{ {failed}; }}"
+    return [f"trap {shlex.quote(trap)} ERR", *lines, "trap - ERR"]
 
 
 def sbatch_options(config: RunConfig, slurm: SlurmConfig, kind: str, root: Path) -> list[str]:
@@ -123,13 +136,22 @@ def node_resources(config: RunConfig, slurm: SlurmConfig, kind: str) -> tuple[in
     return max(1, math.ceil(cores)), math.ceil(gpus)
 
 
-def variables(config: RunConfig, slurm: SlurmConfig, kind: str) -> dict[str, str]:
+def container_words(slurm: SlurmConfig, root: Path) -> str:
+    """Options of srun for the container that commands run in; "" for none."""
+    box = slurm.container
+    own = [f"{path}:{path}" for path in (str(root), slurm.scratch)]
+    mounts = ",".join(dict.fromkeys([*own, *box.mounts]))
+    return f"--container-image={box.image} --container-mounts={mounts}" if box.image else ""
+
+
+def variables(config: RunConfig, slurm: SlurmConfig, kind: str, root: Path) -> dict[str, str]:
     """What a script takes from its environment."""
-    found = {"BOWSTRING_LAUNCH": slurm.launch}
+    found = {"BOWSTRING_LAUNCH": slurm.launch, "BOWSTRING_CONTAINER": container_words(slurm, root)}
     if kind != "evaluate":
         found["BOWSTRING_OBJECT_STORE_BYTES"] = str(config.cluster.object_store_bytes)
         found["BOWSTRING_PATIENCE_S"] = str(slurm.patience_s)
         found["BOWSTRING_SCRATCH"] = slurm.scratch
+        found["BOWSTRING_INTERFACE"] = slurm.interface
     if kind == "train":
         found["BOWSTRING_RANKS"] = str(config.cluster.trainer.max_workers // slurm.train.nodes)
     if kind == "teachers":
