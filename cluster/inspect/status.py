@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.plan.stream import stream_plan
 from cluster.settings import file, schema
-from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
+from cluster.slurm.jobs import SlurmError, last_words, read_ids, read_jobs
 from cluster.state import cursor, evicted, lock
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
