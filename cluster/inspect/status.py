@@ -8,7 +8,7 @@ from typing import Any
 
 from cluster.plan.stream import stream_plan
 from cluster.settings import file, schema
-from cluster.slurm.jobs import SlurmError, read_ids, read_jobs
+from cluster.slurm.jobs import SlurmError, last_words, read_ids, read_jobs
 from cluster.state import cursor, evicted, lock
 from distill.checkpoint.manifest import CheckpointError, committed_steps, read_manifest, verify
 from distill.config import ConfigError
@@ -185,10 +185,15 @@ def restarts(history: events.History) -> dict[str, int]:
 
 def slurm_jobs(run: files.RunDir) -> dict[str, Any] | None:
     """The run's Slurm jobs, or why they cannot be told; None when it was never submitted."""
+    said: list[str] = []
     try:
-        return {"jobs": [asdict(job) for job in read_jobs(run)]} if read_ids(run) else None
+        ids = read_ids(run)
+        if not ids:
+            return None
+        said = last_words(run, ids)
+        return {"jobs": [asdict(job) for job in read_jobs(run)], "said": said}
     except (ConfigError, SlurmError) as error:
-        return {"jobs": [], "unknown": str(error)}
+        return {"jobs": [], "unknown": str(error), "said": said}
 
 
 def stage_of(run: files.RunDir, config: schema.RunConfig, found: dict[str, Any]) -> str:

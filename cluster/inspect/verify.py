@@ -1,9 +1,11 @@
 """The audit of a run: is anything lost, doubled or corrupt? From files only, read-only, no torch.
 
-Three things are proven:
+Four things are proven:
 - every shard on disk is byte for byte what was committed, and of this run; of one that was deleted
   for room that is its sidecar, and no checkpoint would read it again;
 - every checkpoint is byte for byte what its manifest says;
+- config.yaml has the settings of run.json, and the newest checkpoint is the one that the events
+  tell of: a record that is missing, changed or cut is a finding;
 - the trainer consumed exactly the planned sequence. Each window of steps in events.jsonl carries a
   hash of its sample ids; it must equal the hash of what `distill.data.order` plans for those steps,
   and the windows must follow each other without a gap from step 0. Windows that a restart fell back
@@ -21,18 +23,24 @@ from typing import Any
 from rich import console, progress
 
 from cluster.plan.stream import order_of
+from cluster.settings.file import is_as_written, load_config
 from cluster.state.evicted import first_shard_read, recorded
+from cluster.state.identity import difference, identity_of
 from distill.checkpoint.manifest import KEPT, committed_steps, foreign, read_manifest, verify
+from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar
 from distill.data.stores.store import open_store, read_sidecar, verify_shard
 from distill.run import events, files, identity
 
+LOG = "events.jsonl"
+
 
 def audit(run: files.RunDir) -> dict[str, Any]:
     """The proof as plain values, ready for JSON.
 
-    ok: nothing is missing, duplicate, corrupt, consumed otherwise than planned, or torn.
+    ok: nothing is missing, duplicate, corrupt, consumed otherwise than planned, or torn, and the
+        records agree.
     shards, samples: those that are sound; `evicted` of the shards are proven by their sidecar and
         the events alone, since their tar was deleted for room.
     missing: shards that the consumed steps needed, or that the events say were made, and that are
@@ -43,20 +51,24 @@ def audit(run: files.RunDir) -> dict[str, Any]:
     consumed_sha256: of the planned ids of those steps, little-endian int64; equal for two runs that
         read the same samples in the same order.
     consumption: what is wrong with the windows.
+    records: where events.jsonl, config.yaml and the checkpoints contradict each other, or were
+        changed, in words.
     checkpoints: steps that verify, of those that a run goes on from (verified) and of those kept
-        for good (kept), and the problems of those that do not (bad).
+        for good (kept), of the run's own teacher (teacher), and the problems of those that do not
+        (bad).
     quarantined, orphans, produced_again: for information.
-    events: lines of events.jsonl that could not be read, or not whole, in words; for information. A
-        newer version may have written them.
+    events: lines of events.jsonl that could not be read, or not whole, and whether config.yaml was
+        edited, in words; for information. A newer version may have written such lines.
 
     Raises:
         ConfigError: there is no run, or run.json is corrupt or of a newer version.
     """
     record = identity.record_of(run)
     stream, order = record.stream, order_of(record.stream)
-    made_before = events.read_history(run).made
+    before = events.read_history(run)
     origin = {"seed": record.seed, "config_hash": record.hash}
     shards, checkpoints = _audit_shards(run), _audit_checkpoints(run, origin)
+    wrong = _audit_config(run, record) + _audit_saves(run, before)
     # After the shards: a live run may have deleted some or set some aside meanwhile.
     said: list[str] = []
     history = events.read_history(run, said.append)
@@ -64,6 +76,12 @@ def audit(run: files.RunDir) -> dict[str, Any]:
     first_read = first_shard_read(order, stream.block_shards, oldest)
     _audit_evicted(run, shards, history.evicted, first_read)
     consumed = audit_consumption(history.course, order)
+    wrong += _audit_log(run, checkpoints["verified"], consumed.steps)
+    if checkpoints["teacher"]:
+        own = events.read_history(run.teacher, lambda words: said.append(f"teacher/{words}"))
+        wrong += _audit_log(run.teacher, checkpoints["teacher"], steps_told(own.course))
+    if run.config.exists() and not is_as_written(run):
+        said.append(f"{run.config.name} was edited since the last start wrote it")
     needed = order.num_blocks(consumed.steps) * stream.block_shards
     per_shard = stream.samples_per_shard
     for shard, sidecar in shards.misplaced.items():
@@ -72,7 +90,7 @@ def audit(run: files.RunDir) -> dict[str, Any]:
     there = shards.sidecars.keys() | {entry["shard"] for entry in shards.corrupt}
     missing = [
         {"shard": n, "first_id": n * per_shard, "last_id": (n + 1) * per_shard - 1}
-        for n in sorted({*range(needed), *(made_before & history.made)} - there)
+        for n in sorted({*range(needed), *(before.made & history.made)} - there)
     ]
     foreign = _of_another_run(shards.sidecars, stream, record.teachers)
     found: dict[str, Any] = {
@@ -86,14 +104,15 @@ def audit(run: files.RunDir) -> dict[str, Any]:
         "consumed_steps": consumed.steps,
         "consumed_sha256": planned_sha256(order, 0, consumed.steps),
         "consumption": consumed.problems,
+        "records": wrong,
         "checkpoints": checkpoints,
         "quarantined": _quarantined(run),
         "orphans": shards.orphans,
         "produced_again": sorted(history.made_twice),
         "events": said,
     }
-    wrong = ("missing", "duplicate", "corrupt", "consumption")
-    found["ok"] = not any(found[name] for name in wrong) and not checkpoints["bad"]
+    proofs = ("missing", "duplicate", "corrupt", "consumption", "records")
+    found["ok"] = not any(found[name] for name in proofs) and not checkpoints["bad"]
     return found
 
 
@@ -215,8 +234,10 @@ def _quarantined(run: files.RunDir) -> list[str]:
 
 def _audit_checkpoints(run: files.RunDir, origin: dict[str, Any]) -> dict[str, Any]:
     """Those that verify and are of this run, and the others."""
-    found: dict[str, Any] = {"verified": [], "kept": [], "bad": []}
-    for name, parent in (("verified", run.checkpoints), ("kept", run.checkpoints / KEPT)):
+    found: dict[str, Any] = {"verified": [], "kept": [], "teacher": [], "bad": []}
+    own = run.teacher.checkpoints
+    folders = {"verified": run.checkpoints, "kept": run.checkpoints / KEPT, "teacher": own}
+    for name, parent in folders.items():
         for step, folder in committed_steps(parent).items():
             problems = verify(folder)
             if not problems and (problem := foreign(read_manifest(folder), origin)):
@@ -229,6 +250,53 @@ def _audit_checkpoints(run: files.RunDir, origin: dict[str, Any]) -> dict[str, A
                 found[name].append(step)
     return found
 
+
+# -----------------------------------------------------------------------------------------------
+# Records
+
+
+def _audit_config(run: files.RunDir, record: identity.RunRecord) -> list[str]:
+    """Whether config.yaml can be read, and has the settings of run.json."""
+    if not run.config.exists():  # a run that no command line has made
+        return []
+    try:
+        config = load_config(run)
+        lines = difference(record.identity, identity_of(config), config)
+    except ConfigError as error:
+        return [str(error)]
+    return [f"{run.config.name} differs from {run.identity.name}: {line}" for line in lines]
+
+
+def _audit_saves(run: files.RunDir, history: events.History) -> list[str]:
+    """Whether the checkpoint that was saved last is there, or a later one. `history` is older than
+    this look at the folder.
+    """
+    step = history.saved
+    if step is None or any(there >= step for there in committed_steps(run.checkpoints)):
+        return []
+    return [f"{LOG} tells of a checkpoint of step {step}, which is not there"]
+
+
+def _audit_log(run: files.RunDir, verified: list[int], told: int) -> list[str]:
+    """Whether lines were changed, and whether the log is as long as the training that it tells of.
+
+    A checkpoint is written after the lines of its steps.
+    """
+    name = f"{run.root.name}/{LOG}"
+    problems = [
+        f"{name} line {number} was changed: it is whole, and no JSON object"
+        for number in events.changed_lines(run)
+    ]
+    if verified and max(verified) > told:
+        problems.append(
+            f"there is a checkpoint of step {max(verified)}, and {name} tells of {told} steps: "
+            "records are missing or cut"
+        )
+    return problems
+
+
+# -----------------------------------------------------------------------------------------------
+# Consumption
 
 HASH_STEPS = 4096  # steps whose ids are in memory at once
 
@@ -261,6 +329,12 @@ def audit_consumption(course: list[events.Resume | events.Steps], order: Order) 
             found.problems.append(f"steps {first}-{last} read other samples than planned")
         found.steps = last + 1
     return found
+
+
+def steps_told(course: list[events.Resume | events.Steps]) -> int:
+    """Steps done, as the windows say, whatever they hold."""
+    last = course[-1] if course else None
+    return last.last + 1 if isinstance(last, events.Steps) else last.step if last else 0
 
 
 def planned_sha256(order: Order, first: int, end: int) -> str:

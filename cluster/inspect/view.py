@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from rich import console, live, table
+from rich.text import Text
 
 from cluster.inspect.status import status
 from cluster.state.identity import flatten
@@ -75,6 +76,8 @@ def _summary(found: dict[str, Any]) -> table.Table:
     head.add_row("disk free", f"{found['disk_free_bytes'] / 1e9:,.1f} GB")
     if found["slurm"] is not None and not found["slurm"]["jobs"]:
         head.add_row("Slurm jobs", found["slurm"].get("unknown", "none left"))
+    if found["slurm"] is not None and found["slurm"].get("said"):
+        head.add_row("their last error", Text("\n".join(found["slurm"]["said"])))
     return head
 
 

@@ -53,6 +53,7 @@ class TeacherPool:
     def __post_init__(self) -> None:
         view = self.view
         self.config, self.run, self.plan = view.config, view.run, view.plan
+        self._position = cursor.START
         limits = production_limits(view, self.trainer_reads)
         self.coordinator = coordinator.Coordinator(
             limits, view.shards, view.evicted, cursor=self._cursor()
@@ -81,10 +82,12 @@ class TeacherPool:
         before, self._now_s, core = self._now_s, time.monotonic(), time.thread_time()
         self._excuse_silence(self._now_s - before)
         if self._now_s >= self._next_look_s:
-            self._look()
+            with files.next_time():
+                self._look()
             self._next_look_s = self._now_s + LOOK_PERIOD_S
         if self._scans.is_due(self._now_s):
-            self._scan()
+            with files.next_time():
+                self._scan()
             self._scans.done(SCAN_PERIOD_S)
         if self.is_done:
             self.close()  # a shard that is quarantined later brings new workers
@@ -167,7 +170,8 @@ class TeacherPool:
 
     def _cursor(self) -> int:
         """First shard of the newest block the trainer reads."""
-        return cursor.read_cursor(self.run).block * self.config.trajectory.block_shards
+        self._position = cursor.read_cursor(self.run, self._position)
+        return self._position.block * self.config.trajectory.block_shards
 
     def _collect(self) -> None:
         """Takes the results that are there."""

@@ -5,7 +5,10 @@ torch nor hydra.
 import copy
 import dataclasses
 import difflib
+import hashlib
+import re
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
@@ -224,9 +227,37 @@ def to_config(tree: DictConfig) -> RunConfig:
     return config
 
 
+# Settings whose ${...} is bash's, below a key `slurm`.
+BASH = ("setup", "launch", "scratch", "container")
+
+
+def is_bash(key: str) -> bool:
+    """Whether `${...}` in the value of a dotted key is for bash."""
+    return re.match(rf"cluster\.slurm\.({'|'.join(BASH)})\b", key) is not None
+
+
+def escaped(value: Any) -> Any:
+    """A plain value with the `${` of all its strings as text for OmegaConf."""
+    if isinstance(value, str):
+        return re.sub(r"(?<!\\)\$\{", r"\\${", value)
+    if isinstance(value, dict):
+        return {key: escaped(one) for key, one in value.items()}
+    return [escaped(one) for one in value] if isinstance(value, list) else value
+
+
+def with_bash(tree: Any) -> Any:
+    """A plain tree in which what is for bash is text, wherever its key `slurm` stands."""
+    if not isinstance(tree, dict):
+        return tree
+    found = {key: with_bash(value) for key, value in tree.items()}
+    if isinstance(slurm := found.get("slurm"), dict):
+        found["slurm"] = slurm | {key: escaped(slurm[key]) for key in BASH if key in slurm}
+    return found
+
+
 def to_tree(config: Any) -> DictConfig:
     """The plain values of a configuration dataclass, without types or interpolations."""
-    tree = OmegaConf.create(OmegaConf.to_container(OmegaConf.structured(config), resolve=True))
+    tree = OmegaConf.create(with_bash(dataclasses.asdict(config)))
     assert isinstance(tree, DictConfig)
     return tree
 
@@ -235,9 +266,22 @@ def to_tree(config: Any) -> DictConfig:
 # config.yaml
 
 
+SEAL = b"# sha256 of what follows: "
+
+
 def save_config(run: files.RunDir, config: RunConfig) -> None:
-    """Writes config.yaml of a run, atomically."""
-    files.write_atomic(run.config, OmegaConf.to_yaml(to_tree(config)).encode())
+    """Writes config.yaml of a run, atomically. Its first line is a hash of the rest."""
+    content = OmegaConf.to_yaml(to_tree(config)).encode()
+    files.write_atomic(
+        run.config, SEAL + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+    )
+
+
+def is_as_written(run: files.RunDir) -> bool:
+    """Whether config.yaml is what a start wrote; one of an older version does not tell, and is."""
+    first, _, content = files.read_bytes(run.config).partition(b"\n")
+    sealed = first.startswith(SEAL)
+    return not sealed or first[len(SEAL) :] == hashlib.sha256(content).hexdigest().encode()
 
 
 def schema_for(stored: DictConfig, path: Path) -> DictConfig:
@@ -259,7 +303,7 @@ def schema_for(stored: DictConfig, path: Path) -> DictConfig:
 def read_tree(path: Path) -> DictConfig:
     """The values in a config.yaml. Raises ConfigError for a file that is no configuration."""
     try:
-        tree = OmegaConf.load(path)
+        tree = files.patiently(partial(OmegaConf.load, path))
     except (OSError, ValueError, yaml.YAMLError, errors.OmegaConfBaseException) as error:
         raise ConfigError(f"{path} cannot be read: {str(error).splitlines()[0]}") from error
     check(isinstance(tree, DictConfig) and len(tree) > 0, f"{path} holds no configuration")
@@ -320,8 +364,13 @@ def dotted(overrides: list[str]) -> DictConfig:
             f"{override} cannot be changed on an existing run; start another one with "
             f"experiment=... {override}",
         )
+    pairs = [(key, value) for key, _, value in (word.partition("=") for word in overrides)]
     try:
-        return OmegaConf.from_dotlist(overrides)
+        tree = OmegaConf.from_dotlist([f"{k}={v}" for k, v in pairs if not is_bash(k)])
+        for key, value in pairs:
+            if is_bash(key):
+                OmegaConf.update(tree, key, escaped(yaml.safe_load(value)))
+        return tree
     except (ValueError, yaml.YAMLError, errors.OmegaConfBaseException) as error:
         raise ConfigError(f"cannot read {' '.join(overrides)}: {error}") from error
 

@@ -9,14 +9,22 @@ Where a launcher is named, Hydra then goes over the sweep again and hands each j
 import contextlib
 import io
 import os
+import shlex
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import hydra
 import omegaconf
+import yaml
 from hydra import errors, types
-from hydra.core import config_store, hydra_config
+from hydra._internal import sources_registry
+from hydra._internal.core_plugins import file_config_source
+from hydra.core import config_store, hydra_config, plugins
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.plugins import config_source
+from omegaconf._utils import get_yaml_loader
 
 from cluster.settings import file, schema
 from distill.config import ConfigError, TrainConfig, check
@@ -26,9 +34,31 @@ from distill.networks.config import NETWORKS, SameAsTeacherConfig
 from distill.objectives.config import OBJECTIVES
 
 
+class SiteFiles(file_config_source.FileConfigSource):
+    """A folder of `--config-dir`, in whose files the `${...}` of a site's lines is bash's."""
+
+    def load_config(self, config_path: str) -> config_source.ConfigResult:
+        """The content of a file."""
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if not path.is_file():
+            raise config_source.ConfigLoadError(f"Config not found : {path}")
+        text = path.read_text(encoding="utf-8")
+        try:
+            tree = yaml.load(text, Loader=get_yaml_loader())
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        header = self._get_header_dict(text[:512])
+        place, content = f"{self.scheme()}://{self.path}", file.with_bash(tree or {})
+        return config_source.ConfigResult(
+            self.provider, place, omegaconf.OmegaConf.create(content), header
+        )
+
+
 def register() -> None:
     """Stores one schema per variant, so that an unknown key fails while Hydra composes."""
     file.register_resolvers()
+    plugins.Plugins.instance()  # it registers Hydra's own
+    sources_registry.SourcesRegistry.instance().types["file"] = SiteFiles
     store = config_store.ConfigStore.instance()
     store.store(name="base_run", node=file.RunTree)
     store.store(group="data", name="base_data", node=DataConfig)
@@ -91,16 +121,25 @@ def drive(task: types.TaskFunction, args: list[str]) -> None:
         ConfigError: one sentence that names the key or the option.
     """
     register()
+    words = checked_words(args)
     through_hydra = hydra.main(
         version_base="1.3", config_path="pkg://bowstring_configs", config_name="config"
     )
     try:
-        with _hydra_process(args):
+        with _hydra_process(words):
             through_hydra(task)()
     except errors.HydraException as error:
         raise ConfigError(_explain(error)) from error
     except omegaconf.errors.OmegaConfBaseException as error:
         raise ConfigError(file.sentence(error)) from error
+    except AssertionError as error:
+        below = [word for word in args if word.lstrip("+~").startswith("cluster.slurm.")]
+        if "Unexpected type for root" not in str(error) or not below:
+            raise
+        raise ConfigError(
+            f"{below[0]}: these settings name no Slurm cluster; add cluster=slurm, or a file of "
+            "your site"
+        ) from error
 
 
 def compose(args: list[str]) -> list[schema.RunConfig]:
@@ -125,6 +164,64 @@ def compose(args: list[str]) -> list[schema.RunConfig]:
 
     drive(task, args)
     return [file.to_config(tree) for tree in trees]
+
+
+# -----------------------------------------------------------------------------------------------
+# Words of the command line
+
+# Flags of Hydra's that a word of their own follows
+FOLLOWED = {"-cd", "--config-dir", "-c", "--cfg", "-p", "--package", "-cn", "--config-name", "-i"}
+
+
+def checked_words(args: list[str]) -> list[str]:
+    """The words of the command line as Hydra shall read them.
+
+    Raises:
+        ConfigError: Hydra cannot read one, or takes it for several values; with what to write.
+    """
+    is_sweep = not {"-m", "--multirun"}.isdisjoint(args)
+    before = ["", *args]
+    return [
+        word
+        if word.startswith(("-", "~")) or before[place] in FOLLOWED
+        else _checked(word, is_sweep)
+        for place, word in enumerate(args)
+    ]
+
+
+def _checked(word: str, is_sweep: bool) -> str:
+    key, equals, value = word.partition("=")
+    check(key != "", f"{word} names no setting; write key=value")
+    check(equals != "", f"'{word}' has no value; write {word}=VALUE")
+    if file.is_bash(key.lstrip("+")) and "${" in value:
+        text = f"{key}={file.escaped(value)}"
+        word = text if _parsed(text) else f"{key}={file.escaped(quoted(value))}"
+    found, way = _parsed(word), shlex.quote(f"{key}={quoted(value)}")
+    if found is None:
+        raise ConfigError(f"{word} cannot be read as it stands; in a shell write {way}")
+    check(
+        is_sweep or not found.is_sweep_override(),
+        f"{word} has a comma; as one text, in a shell, write {way}, as a list "
+        f"{shlex.quote(f'{key}=[{value}]')}, and for a run of each add --multirun",
+    )
+    return word
+
+
+def _parsed(word: str) -> Override | None:
+    """A word as Hydra reads it; None where it cannot."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except errors.HydraException:
+        return None
+
+
+def quoted(value: str) -> str:
+    """A value in quotes of Hydra; of a list each of its texts."""
+    if len(value) > 1 and value[0] + value[-1] == "[]":
+        return f"[{','.join(quoted(part.strip()) for part in value[1:-1].split(','))}]"
+    if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"":
+        return value
+    return '"' + value.replace('"', '\\"') + '"'
 
 
 # -----------------------------------------------------------------------------------------------

@@ -99,6 +99,16 @@ def _check_option(key: str, option: str) -> None:
     )
 
 
+def _check_variables(key: str, text: str) -> None:
+    """Raises ConfigError for what a job does not expand: only $NAME and ${NAME} are."""
+    bad = re.search(r"[$`]\S*", re.sub(r"\$(?:[A-Za-z_]\w*|\{[A-Za-z_]\w*\})", "", text))
+    check(
+        bad is None,
+        f"{key}: '{bad[0] if bad else ''}' is not expanded there; $NAME and ${{NAME}} are, and a "
+        "line of cluster.slurm.setup may set NAME",
+    )
+
+
 def sbatch(name: str) -> Any:
     """A field whose value becomes the option `--name=value` of sbatch; "" leaves it to the site."""
     return field(default="", metadata={"sbatch": name})
@@ -187,6 +197,27 @@ class TeacherJobConfig(JobConfig):
 
 
 @dataclass
+class ContainerConfig:
+    """The image that commands run in, where Slurm has pyxis. $NAME is of the node's environment."""
+
+    image: str = ""  # of srun --container-image: /images/x.sqsh, or registry#name:tag
+    mounts: list[str] = field(default_factory=list)  # besides run.dir and scratch: /data:/data
+
+    def __post_init__(self) -> None:
+        for key, words in (("image", [self.image]), ("mounts", self.mounts)):
+            for word in words:
+                check(
+                    re.search(r"[\s,\"'\\]", word) is None,
+                    f"cluster.slurm.container.{key}: '{word}' must be one word without quotes or "
+                    "commas",
+                )
+        check(
+            not self.mounts or self.image != "",
+            f"cluster.slurm.container.mounts={self.mounts} need cluster.slurm.container.image",
+        )
+
+
+@dataclass
 class SlurmConfig:
     """The jobs of a run on a Slurm cluster, and what a site needs (`cluster.slurm`)."""
 
@@ -200,8 +231,11 @@ class SlurmConfig:
     # nodes of `node.gpus`.
     gpu_option: str = "--gpus-per-node={gpus}"
     setup: list[str] = field(default_factory=list)  # lines of bash: module load, an environment
-    launch: str = ""  # before every command, e.g. apptainer exec --nv IMAGE
+    # Before every command, e.g. apptainer exec --nv IMAGE. $NAME is of the node's environment
+    launch: str = ""
+    container: ContainerConfig = field(default_factory=ContainerConfig)
     scratch: str = "/tmp"  # on each node's own disk, for Ray's sockets; at most 20 characters
+    interface: str = ""  # that nodes reach each other by: eth0, 10.1.0.0/16, 2001:db8::/32
     save_s: int = 300  # before the time limit the run saves and asks to be queued again
     patience_s: int = 900  # a wait for the other nodes, or for a head, longer than this fails
 
@@ -210,7 +244,17 @@ class SlurmConfig:
         if self.gpu_option:
             _check_option("cluster.slurm.gpu_option", self.gpu_option)
         check(
-            self.scratch.startswith("/") and len(self.scratch) <= 20,
+            re.fullmatch(r"[\w.:@/-]*", self.interface) is not None,
+            f"cluster.slurm.interface={self.interface} is no name of an interface, nor a subnet "
+            "such as 10.1.0.0/16",
+        )
+        for key, text in (("launch", self.launch), ("scratch", self.scratch)):
+            _check_variables(f"cluster.slurm.{key}", text)
+        box = self.container
+        _check_variables("cluster.slurm.container", " ".join([box.image, *box.mounts]))
+        check(
+            self.scratch.startswith("$")
+            or (self.scratch.startswith("/") and ("$" in self.scratch or len(self.scratch) <= 20)),
             f"cluster.slurm.scratch={self.scratch} must be an absolute path of at most 20 "
             "characters; the paths of Ray's sockets below it are limited",
         )

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distill.config import ConfigError
-from distill.run.files import RunDir
+from distill.run.files import RunDir, read_bytes
 from distill.run.records import RecordError, parse_json
 
 COLUMNS = {
@@ -161,7 +161,7 @@ def read_ids(run: RunDir) -> dict[str, str]:
     """
     path = run.slurm / "jobs.json"
     try:
-        found = parse_json(path.read_bytes())
+        found = parse_json(read_bytes(path))
     except FileNotFoundError:
         return {}
     except RecordError:
@@ -212,6 +212,22 @@ def ids_of(script: Path) -> list[str]:
     lines = ask("squeue", "--me", "-h", "-t", "all", "-O", "JobArrayID:60|,Command:4000|")
     found = {name.partition("_")[0] for name, command in _rows(lines, 2) if command == str(script)}
     return sorted(found, key=int)
+
+
+LOG_BYTES = 20_000  # of the end of a log, in which its error stands
+
+
+def last_words(run: RunDir, ids: dict[str, str]) -> list[str]:
+    """The last error in the newest log of each kind of job, and up to five lines behind it."""
+    found = []
+    for kind, job in ids.items():
+        names = (f"logs/{kind}-{job}.log", f"logs/{kind}-{job}_*.log")
+        logs = [path for name in names for path in run.slurm.glob(name)]
+        for path in sorted(logs, key=lambda path: path.stat().st_mtime)[-1:]:
+            lines = read_bytes(path)[-LOG_BYTES:].decode(errors="replace").splitlines()
+            errors = [number for number, line in enumerate(lines) if "error:" in line]
+            found += [f"{kind} {job}: {line}" for line in lines[errors[-1] :][:6]] if errors else []
+    return found
 
 
 def _of_scripts(run: RunDir) -> Iterator[tuple[Path, list[str]]]:

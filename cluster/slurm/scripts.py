@@ -103,18 +103,29 @@ def _render(made: Plan, kind: str, root: Path) -> str:
     last = max(n for n, line in enumerate(lines) if line.startswith("#SBATCH"))
     mark = next(n for n, line in enumerate(lines) if line.startswith(SETTINGS_MARK))
     options = [f"#SBATCH {option}" for option in sbatch_options(made, kind, root)]
-    settings = [f"export {k}={shlex.quote(v)}" for k, v in variables(made, kind).items()]
+    settings = [f"export {k}={shlex.quote(v)}" for k, v in variables(made, kind, root).items()]
     return "\n".join(
         [
             *lines[: last + 1],
             *options,
             *lines[last + 1 : mark],
             *settings,
-            *made.slurm.setup,
+            *set_up(made.slurm.setup),
             *lines[mark + 1 :],
             "",
         ]
     )
+
+
+def set_up(lines: list[str]) -> list[str]:
+    """A site's lines of bash. One that fails ends the job with its text, as with `set -e`; what
+    fails inside a function or a file that it reads does not.
+    """
+    if not lines:
+        return []
+    failed = 'echo "error: a line of cluster.slurm.setup failed: $BASH_COMMAND"; exit 1'
+    trap = f"[ ${{#BASH_SOURCE[@]}} -gt 1 ] || {{ {failed}; }}"
+    return [f"trap {shlex.quote(trap)} ERR", *lines, "trap - ERR"]
 
 
 def sbatch_options(made: Plan, kind: str, root: Path) -> list[str]:
@@ -168,16 +179,25 @@ def joined(ours: str, own: str, kind: str) -> str:
     return f"{ours},{own}" if own else ours
 
 
-def variables(made: Plan, kind: str) -> dict[str, str]:
+def container_words(slurm: SlurmConfig, root: Path) -> str:
+    """Options of srun for the container that commands run in; "" for none."""
+    box = slurm.container
+    own = [f"{path}:{path}" for path in (str(root), slurm.scratch)]
+    mounts = ",".join(dict.fromkeys([*own, *box.mounts]))
+    return f"--container-image={box.image} --container-mounts={mounts}" if box.image else ""
+
+
+def variables(made: Plan, kind: str, root: Path) -> dict[str, str]:
     """What a script takes from its environment."""
     slurm, share = made.slurm, made.shares[kind]
-    found = {"BOWSTRING_LAUNCH": slurm.launch}
+    found = {"BOWSTRING_LAUNCH": slurm.launch, "BOWSTRING_CONTAINER": container_words(slurm, root)}
     if kind != "evaluate":
         found["BOWSTRING_OBJECT_STORE_BYTES"] = str(made.config.cluster.object_store_bytes)
         found["BOWSTRING_PATIENCE_S"] = str(slurm.patience_s)
         found["BOWSTRING_SCRATCH"] = slurm.scratch
         is_blind = share.gpus and not slurm.gpus_by(kind)
         found["BOWSTRING_GPUS"] = str(share.gpus) if is_blind else ""
+        found["BOWSTRING_INTERFACE"] = slurm.interface
     if kind == "train":
         found["BOWSTRING_RANKS"] = str(share.per_node)
         found["BOWSTRING_CHAIN"] = str(made.chain) if made.chain > 1 else ""

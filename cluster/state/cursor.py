@@ -18,14 +18,22 @@ class Position:
     waiting_for: str  # why no batch came yet; "" when the trainer does not wait
 
 
+START = Position(0, "")
+LONGEST = 300  # characters of a reason that are shown
+
+
 def write_cursor(run: files.RunDir, block: int, waiting_for: str) -> None:
     """Writes the newest block being read, and what the trainer waits for, "" when it does not."""
     files.write_json(run.cursor, records.tree_of(Position(block, waiting_for)))
 
 
-def read_cursor(run: files.RunDir) -> Position:
-    """Where the trainer reads; the first block before it has started, or where the file is torn."""
+def read_cursor(run: files.RunDir, known: Position = START) -> Position:
+    """Where the trainer reads; `known` where the file does not say it: before it has started, while
+    a file server is away, or where anything else stands in the file.
+    """
     try:
-        return records.read_record(Position, run.cursor)
-    except (FileNotFoundError, records.RecordError):
-        return Position(0, "")
+        found = records.parse_record(Position, run.cursor.read_bytes())
+    except (OSError, records.RecordError):
+        return known
+    words = "".join(char for char in found.waiting_for[:LONGEST] if char.isprintable())
+    return Position(found.block, words) if found.block >= 0 else known

@@ -18,9 +18,11 @@ from omegaconf import OmegaConf
 
 from cluster.plan.stream import stream_of
 from cluster.settings import file, schema
+from distill.checkpoint.manifest import KEPT, committed_steps
 from distill.config import ConfigError, before, is_free
+from distill.data.stores.store import open_store
 from distill.objectives.config import name_now
-from distill.run import files, identity as run_json
+from distill.run import events, files, identity as run_json
 
 PACKAGES = (
     "bowstring",
@@ -43,7 +45,7 @@ def identity_of(config: schema.RunConfig) -> dict[str, Any]:
     A teacher of this run's own pre-training is named by its path inside the run, so a run can be
     moved. Another one is named by the fingerprint of its weights, which `record_teachers` compares.
     """
-    values = OmegaConf.to_container(OmegaConf.structured(config), resolve=True)
+    values = OmegaConf.to_container(file.to_tree(config), resolve=True)
     assert isinstance(values, dict)
     identity, own = _bound(config, values, ""), False
     for name, teacher in config.teacher.items():
@@ -142,8 +144,23 @@ def difference(stored: dict[str, Any], asked: dict[str, Any], settings: Any) -> 
     return lines
 
 
+def has_work(run: files.RunDir) -> bool:
+    """Whether anything was made in a run: a shard, a step, a step of its own teacher."""
+    old = replace(run, location=file.shard_location(run))  # where its shards lie so far
+    found = open_store(old).listing()
+    return bool(
+        found.committed
+        or found.without_tar
+        or committed_steps(run.checkpoints)
+        or committed_steps(run.checkpoints / KEPT)
+        or committed_steps(run.teacher.checkpoints)
+        or any(isinstance(one, events.Steps) for one in events.read_history(run).course)
+    )
+
+
 def check_identity(config: schema.RunConfig, run: files.RunDir) -> run_json.RunRecord | None:
-    """run.json, or None for a new run. Writes nothing.
+    """run.json, or None for a new run, or one without a step or a shard: it may become another one.
+    Writes nothing.
 
     Raises:
         ConfigError: the configuration is another run's (with a diff), or run.json is corrupt or
@@ -151,6 +168,8 @@ def check_identity(config: schema.RunConfig, run: files.RunDir) -> run_json.RunR
     """
     record = run_json.read_record(run)
     lines = difference(record.identity, identity_of(config), config) if record else []
+    if record and lines and not (run_json.newer(record.versions) or has_work(run)):
+        return None
     if record and lines:
         raise ConfigError(
             f"{run.root} was started with other settings{run_json.newer(record.versions)}:\n  "

@@ -10,10 +10,11 @@ import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 from distill.config import ConfigError, check
-from distill.run.files import RunDir, lock_file
+from distill.run.files import RunDir, lock_file, patiently
 
 PATIENCE_S = 3.0  # `bowstring status` holds the lock for an instant to look at it
 
@@ -50,6 +51,13 @@ def held(run: RunDir, patience_s: float = 0.0) -> Iterator[None]:
                 f"{run.root} is being worked on by another process ({run.lock.read_text()}); "
                 "wait for it, or start a new run with --force-new NAME"
             ) from None
+        except OSError as error:
+            raise ConfigError(
+                f"the file system of run.dir={run.root} has no locks ({error.strerror}): two "
+                "commands could work on one run; mount it with them (Lustre: -o flock), or choose "
+                "another place with run.dir=...; shards alone may lie anywhere "
+                "(trajectory.location)"
+            ) from error
         file.truncate(0)
         file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         file.flush()
@@ -59,12 +67,14 @@ def held(run: RunDir, patience_s: float = 0.0) -> Iterator[None]:
 def is_live(run: RunDir) -> bool:
     """Whether a supervisor holds the run now."""
     try:
-        with run.lock.open("rb") as file:
+        with patiently(partial(run.lock.open, "rb")) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
     except BlockingIOError:
         return True
+    except OSError:  # a file system without locks holds no run
+        return False
     return False
 
 

@@ -55,11 +55,16 @@ def read_target(run: files.RunDir) -> int | None:
         ConfigError: the file is not as `bowstring scale` writes it.
     """
     try:
-        return records.read_record(Target, run.target).workers
+        found = files.patiently(
+            lambda: records.parse_record(Target, run.target.read_bytes()), records.RecordError
+        )
     except FileNotFoundError:
         return None
     except records.RecordError as error:
-        raise ConfigError(f"{error}; write it again with `bowstring scale RUN N`") from error
+        raise ConfigError(
+            f"{run.target} {error}; write it again with `bowstring scale RUN N`"
+        ) from error
+    return found.workers
 
 
 # -----------------------------------------------------------------------------------------------

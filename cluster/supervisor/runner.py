@@ -24,7 +24,7 @@ from cluster.supervisor.session import Session, Stopped, open_session
 from cluster.trainer.job import stop_file
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
-from distill.run import events, measured
+from distill.run import events, files, measured
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +141,8 @@ def _work(session: Session, work: stages.Work) -> None:
             while not (produced and trained):
                 produced = pool is None or pool.poll()
                 trained = group is None or group.poll()
-                _show(session, pool, group, before)
+                with files.next_time():
+                    _show(session, pool, group, before)
                 while pool is not None and pool.notes:
                     session.bars.say(pool.notes.pop(0))
                 if session.stop_signal:
@@ -155,7 +156,8 @@ def _work(session: Session, work: stages.Work) -> None:
                     time.sleep(POLL_PERIOD_S)
                 else:
                     pool.rest(POLL_PERIOD_S)
-            _show(session, pool, group, before)
+            with files.next_time():
+                _show(session, pool, group, before)
     finally:
         stop_file(session.scratch).touch()
         answers = not session.lost_daemon()

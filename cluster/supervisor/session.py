@@ -9,29 +9,32 @@ import hashlib
 import logging
 import math
 import os
+import resource
+import secrets
 import shutil
 import signal
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+import ray._private.ray_constants
 import ray.exceptions
 
 from cluster.plan.placement import most_workers
 from cluster.settings.schema import RunConfig
 from cluster.state.lock import held
 from cluster.supervisor.progress import StageBars
-from distill.config import check
+from distill.config import ConfigError, check
 from distill.run import logs
 from distill.run.files import RunDir
 
 JOIN_PERIOD_S = 0.5
-LONGEST_TEMP = 40  # characters; Ray's socket paths below it must stay under 107
+LONGEST_TEMP = 27  # characters; Ray's socket paths below it must stay under 107
 RAY_ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",  # nothing is sent anywhere
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -43,6 +46,7 @@ RAY_ENVIRONMENT = {
 
 
 ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
+TOKEN = secrets.token_hex(32)  # Ray reads it once in a process
 START_TRIES = 3
 START_ERRORS = (RuntimeError, OSError, ray.exceptions.RayError)
 DAEMONS = ("gcs_server", "raylet")  # Ray's processes without which none of its calls ends
@@ -74,6 +78,7 @@ class Session:
         """Starts Ray, or joins the cluster at `cluster.address`, unless that is done.
 
         Raises:
+            Stopped: a signal came meanwhile; nothing is under way yet.
             ConfigError: the cluster has less than the run asks for.
         """
         if ray.is_initialized():
@@ -85,20 +90,21 @@ class Session:
         # frozen whole cannot say so itself (`cluster.trainer.watchdog`).
         os.environ[ANSWER_TIMEOUT] = f"{self.config.cluster.trainer.step_timeout_s:g}"
         logging.getLogger("ray").setLevel(logging.ERROR)
-        try:
-            self._initialize_ray()
-        except SystemExit:  # Ray has a handler of its own from somewhere in there
-            self.stop_signal = signal.SIGTERM
-            return
-        finally:
-            self._take_signals()
+        raise_file_limit()
+        with self.stopping_at_once():
+            try:
+                self._initialize_ray()
+            except SystemExit:  # Ray has a handler of its own from somewhere in there
+                self.stop_signal = signal.SIGTERM
+            finally:
+                self._take_signals()
         missing = self._missing()
         check(
             not missing or self.stop_signal != 0,
             "the cluster has too little for this run: "
             + "; ".join(missing)
             + "; ask for less with "
-            "cluster.teachers.* and cluster.trainer.*, or add nodes",
+            "cluster.teachers.* and cluster.trainer.*, or add nodes" + hidden_gpus(missing),
         )
 
     def _initialize_ray(self) -> None:
@@ -111,6 +117,7 @@ class Session:
                 "set; a Slurm job sets it (`bowstring submit`), and cluster.address= starts Ray on "
                 "this machine",
             )
+            mend_token()
             ray.init(address=address, logging_level=logging.ERROR, log_to_driver=False)
         else:
             self._try_local_ray()
@@ -155,7 +162,7 @@ class Session:
             teachers * cluster.teachers.cpus_per_worker + trainer * cluster.trainer.cpus_per_worker
         )
         gpus = cluster.teachers.gpus_per_worker + cluster.trainer.gpus_per_worker
-        shutil.rmtree(self._ray_temp, ignore_errors=True)
+        self._guard()
         ray.init(
             address="local",  # whatever cluster RAY_ADDRESS names
             num_cpus=max(1, math.ceil(cpus)),
@@ -165,10 +172,45 @@ class Session:
             object_store_memory=cluster.object_store_bytes,
             logging_level=logging.ERROR,
             log_to_driver=False,
-            _temp_dir=str(self._ray_temp),
+            _temp_dir=str(self._ray_temp / "ray"),
         )
         children = psutil.Process().children()
         self._daemons = {c.name(): c for c in children if c.name() in DAEMONS}
+
+    def _guard(self) -> None:
+        """Whoever may join or look at the Ray of this machine is this user, with a token.
+
+        Ray makes its own folders everybody's, so they lie in one that is not.
+
+        Raises:
+            ConfigError: the temporary folder takes no file.
+        """
+        shutil.rmtree(self._ray_temp, ignore_errors=True)
+        token = self._ray_temp / "token"
+        try:
+            self._ray_temp.mkdir(mode=0o700)
+            with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(TOKEN)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot write to {self._ray_temp}, where Ray's files lie ({error.strerror}); make "
+                "room there, or name another folder by TMPDIR=FOLDER, with a short name"
+            ) from error
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
+        # The first goes before the file; without the second a Ray that starts asks for a token.
+        for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+            os.environ.pop(name, None)
+        # Ray's word for "this machine is the cluster": its servers listen on loopback.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+
+    def _end_daemons(self) -> None:
+        """Ends what a start that was broken off has left."""
+        for child in psutil.Process().children():
+            with suppress(psutil.Error):
+                if child.name() in DAEMONS:
+                    child.kill()
+                    child.wait(JOIN_PERIOD_S)
 
     def nodes(self) -> list[dict[str, Any]]:
         """What Ray says of each node, dead ones too."""
@@ -192,6 +234,7 @@ class Session:
             self._daemons = {}
             self._take_signals()  # Ray leaves SIGTERM to the system, behind Python's back
         if not self.config.cluster.address:
+            self._end_daemons()
             shutil.rmtree(self._ray_temp, ignore_errors=True)
 
     @contextmanager
@@ -220,6 +263,55 @@ class Session:
             raise Stopped
         if again:
             raise KeyboardInterrupt
+
+
+def mend_token() -> None:
+    """Makes the token of a cluster that is joined this user's alone.
+
+    Raises:
+        ConfigError: others can read it, and it is not this user's to change.
+    """
+    named = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    path = Path(named) if named else Path.home() / ".ray" / "auth_token"
+    with suppress(FileNotFoundError):
+        if path.stat().st_mode & 0o077:
+            try:
+                path.chmod(0o600)
+            except OSError as error:
+                raise ConfigError(
+                    f"{path} lets others join the cluster: they can read it, and its mode cannot "
+                    f"be changed ({error.strerror}); name another file by RAY_AUTH_TOKEN_PATH, of "
+                    "mode 600"
+                ) from error
+
+
+FILES = 1024  # that Ray wants to have open
+
+
+def raise_file_limit() -> None:
+    """Lets this process and its children open as many files as the system lets them.
+
+    Raises:
+        ConfigError: that is too few for Ray, which would fail in words of its own.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(ValueError, OSError):  # a system may allow less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    check(
+        soft == resource.RLIM_INFINITY or soft >= FILES,
+        f"this shell lets a process open {soft} files, and Ray needs {FILES}: raise the limit "
+        f"(ulimit -Hn, /etc/security/limits.conf)",
+    )
+
+
+def hidden_gpus(missing: list[str]) -> str:
+    """In words, why there may be fewer GPUs than the machine has."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or not any(words.startswith("GPU") for words in missing):
+        return ""
+    return f"; CUDA_VISIBLE_DEVICES='{visible}' shows this process no more: unset it, or name them"
 
 
 def is_alive(process: psutil.Process) -> bool:

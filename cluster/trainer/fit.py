@@ -19,8 +19,7 @@ from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
 from distill.data.stream import StreamError
-from distill.run import logs
-from distill.run.files import RunDir, write_json
+from distill.run import files, logs
 from distill.training.loop import TrainingError
 
 # A restart would only repeat these; a save that failed (SaveError) may succeed the next time.
@@ -76,7 +75,7 @@ def train_rank(arguments: dict[str, Any]) -> int:
         return run_rank(job, ray.train.torch.get_device(), lambda: is_told_to_stop(job))
     except FINAL as error:
         kind = next(kind.__name__ for kind in FINAL if isinstance(error, kind))
-        write_json(job.final, {"kind": kind, "message": str(error)})
+        files.write_json(job.final, {"kind": kind, "message": str(error)})
         raise
 
 
@@ -89,13 +88,13 @@ def is_told_to_stop(job: TrainJob) -> bool:
         with suppress(OSError):  # the supervisor has ended, and its folder with it
             job.stop.touch()
         return True
-    return job.stop.exists()
+    return os.path.exists(job.stop)  # a file server that is away says nothing
 
 
 def final_error(job: TrainJob) -> Exception | None:
     """The error a rank left behind that a restart would only repeat."""
     try:
-        found = json.loads(job.final.read_text())
+        found = files.patiently(lambda: json.loads(job.final.read_bytes()), ValueError)
     except FileNotFoundError:
         return None
     return {kind.__name__: kind for kind in FINAL}[found["kind"]](found["message"])
@@ -121,14 +120,14 @@ class RankBackend(ray.train.torch.config._TorchBackend):
 class RankConfig(ray.train.torch.TorchConfig):
     """Ray's settings of the process group, with the hook above."""
 
-    run: RunDir | None = None  # Ray's own settings have defaults, so this one must
+    run: files.RunDir | None = None  # Ray's own settings have defaults, so this one must
 
     @property
     def backend_cls(self) -> type[RankBackend]:
         return RankBackend
 
 
-def keep_words(run: RunDir, rank: int) -> None:
+def keep_words(run: files.RunDir, rank: int) -> None:
     """From now on what this rank prints is kept in the run, and NCCL's warnings are among it."""
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     logs.keep(run, logs.rank_name(rank))

@@ -4,13 +4,13 @@ Reading a large checkpoint takes minutes for one process, so every rank reads a 
 All calls are collective: every rank makes them, and every rank gets the same answer or error.
 """
 
-import hashlib
 from pathlib import Path
 
 import torch
 
 from distill.checkpoint import manifest
 from distill.engine.engine import Peers
+from distill.run import files
 
 TEXT_BYTES = 1024  # of what one rank tells the others
 REASONS = 3  # that an error names; where all ranks fail, they fail alike
@@ -45,7 +45,7 @@ def verify_together(folder: Path, ranks: Peers) -> list[str]:
     world_size = ranks.world_size
     problems = manifest.verify(folder, (ranks.rank + world_size // 2) % world_size, world_size)
     try:
-        content = hashlib.sha256((folder / manifest.MANIFEST).read_bytes()).hexdigest()
+        content = files.sha256_file(folder / manifest.MANIFEST)
     except OSError:
         content = "none"
     said = gather_texts(ranks, "\n".join([content, *problems]))

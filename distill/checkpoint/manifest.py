@@ -85,7 +85,7 @@ def committed_steps(checkpoints: Path) -> dict[int, Path]:
     if not checkpoints.is_dir():
         return {}
     found = {}
-    for path in checkpoints.iterdir():
+    for path in files.patiently(lambda: list(checkpoints.iterdir())):
         match = STEP_PATTERN.fullmatch(path.name)
         if match and path.is_dir():
             found[int(match.group(1))] = path
@@ -108,7 +108,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path, is_sealed = folder / MANIFEST, False
     try:
-        tree = records.parse_json(path.read_bytes())
+        tree = files.patiently(lambda: records.parse_json(path.read_bytes()), records.RecordError)
         if isinstance(tree, dict) and (seal := tree.pop(SEAL, None)) is not None:
             is_sealed = seal == records.tree_sha256(tree)
             if not is_sealed:
@@ -162,7 +162,7 @@ def verify(folder: Path, part: int = 0, parts: int = 1) -> list[str]:
 def _problem(path: Path, entry: File) -> str:
     """What is wrong with a file, "" when nothing is."""
     try:
-        size = path.stat().st_size
+        size = files.patiently(path.stat).st_size
         if size != entry.bytes:
             return f"{path}: {size} bytes instead of {entry.bytes}"
         if files.sha256_file(path) != entry.sha256:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ from jaxtyping import Float, Int
 
 from distill.config import ConfigError, check
 from distill.data import config, layout, shards, sidecar
+from distill.data.lookout import Lookout
 from distill.data.order import Order
 from distill.data.stores.store import open_store
 from distill.flow.noise import sample_noise
 from distill.flow.trajectory import TrajectoryBatch
-from distill.run.files import RunDir
+from distill.run import files
 
-POLL_S = 0.1  # how often a missing shard is looked for
+POLL_S = 0.1  # how often a wait looks up
 
 
 class StreamError(RuntimeError):
@@ -69,7 +71,7 @@ class TrajectoryStream:
 
     def __init__(
         self,
-        run: RunDir,
+        run: files.RunDir,
         spec: sidecar.ShardSpec,
         trajectory: config.TrajectoryConfig,
         order: Order,
@@ -215,7 +217,9 @@ class _ToldToStop(Exception):
 class _Loading(threading.Thread):
     """A block on its way into memory."""
 
-    def __init__(self, run: RunDir, spec: sidecar.ShardSpec, order: Order, block: int) -> None:
+    def __init__(
+        self, run: files.RunDir, spec: sidecar.ShardSpec, order: Order, block: int
+    ) -> None:
         super().__init__(name=f"block-{block}", daemon=True)
         self._run, self._spec = run, spec
         per_block = order.block_samples // spec.samples_per_shard
@@ -253,17 +257,17 @@ class _Loading(threading.Thread):
             (len(self._shards) * count, *spec.sample_shape), dtype=layout.stored_dtype(spec)
         )
         labels = np.empty(len(states), dtype=np.int64)
-        missing = list(self._shards)
+        missing, lookout = list(self._shards), Lookout(self._run)
         while missing and not self.cancelled:
-            for shard in list(missing):
+            for shard in self._found(lookout, missing):
                 first = (shard - self._shards[0]) * count
                 part = slice(first, first + count)
                 if self._read(shard, states[part], labels[part]):
                     missing.remove(shard)
                     self.num_ready += 1
             if missing:
-                self.doing = f"shard {missing[0]} is not there yet"
-                time.sleep(max(POLL_S, open_store(self._run).pause_s))
+                self._rest(lookout.pause_s)
+        lookout.close()
         if self.cancelled:
             return
         ids = np.arange(spec.ids(self._shards[0])[0], spec.ids(self._shards[-1])[-1] + 1)
@@ -276,16 +280,40 @@ class _Loading(threading.Thread):
             num_states=self._spec.num_states,
         )
 
+    def _found(self, lookout: Lookout, missing: list[int]) -> list[int]:
+        """Those that are there. A file server that is away is one of the things waited for."""
+        self.doing = f"shard {missing[0]} is not there yet"
+        try:
+            return lookout.found(missing)
+        except OSError as error:
+            return self._later(missing[0], error)
+
+    def _later(self, shard: int, error: OSError) -> list[int]:
+        """No shard now, for a reason that passes; raises `error` if that is none."""
+        if not files.passes(error):
+            raise error
+        self.doing = f"shard {shard} cannot be read ({error.strerror})"
+        return []
+
+    def _rest(self, seconds: float) -> None:
+        """Sleeps, unless the block is not wanted any more."""
+        end = time.monotonic() + seconds
+        while not self.cancelled and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, POLL_S))
+
     def _read(self, shard: int, states: np.ndarray, labels: np.ndarray) -> bool:
-        """Whether the shard was there and good."""
+        """Whether the shard was there and good. Bytes that are bad are read again first: another
+        machine may not see all of them yet.
+        """
         store = open_store(self._run)
-        if not store.has(shard):
-            return False
+        read = partial(shards.read_shard, self._run, self._spec, shard, states, labels)
         try:
             seen = store.mark(shard)
-            shards.read_shard(self._run, self._spec, shard, states, labels)
+            files.patiently(read, sidecar.CorruptShard)
         except FileNotFoundError:  # another rank has set it aside meanwhile
             return False
+        except OSError as error:
+            return bool(self._later(shard, error))
         except sidecar.CorruptShard as error:
             store.quarantine(shard, str(error), seen)
             return False

@@ -307,6 +307,17 @@ def read_events(run: files.RunDir, say: Callable[[str], None] = lambda _: None) 
         yield event
 
 
+def changed_lines(run: files.RunDir) -> list[int]:
+    """Numbers of lines that are no JSON object though they are whole, so no crash has cut them."""
+    lines = files.read_bytes(run.events).splitlines() if run.events.exists() else []
+    torn = {number for number, record in files.numbered_lines(run.events) if record is None}
+    return [
+        number
+        for number, line in enumerate(lines, 1)
+        if number in torn and line.count(b"{") == line.count(b"}")
+    ]
+
+
 # -----------------------------------------------------------------------------------------------
 # What they mean
 
@@ -330,6 +341,7 @@ class History:
         evicted: shards whose tars were deleted for room at any time.
         course: starts of the training, and windows of its steps, in their order.
         waits_for_nodes: there are too few for a group of trainer ranks.
+        saved: step of the last save since the last start of the training; None before it.
     """
 
     target: int | None = None
@@ -345,6 +357,7 @@ class History:
     evicted: set[int] = field(default_factory=set)
     course: list[Resume | Steps] = field(default_factory=list)
     waits_for_nodes: bool = False
+    saved: int | None = None
 
     @property
     def starts(self) -> list[Resume]:
@@ -440,6 +453,9 @@ def _take_training(found: History, event: Event) -> None:
     match event:
         case Resume() | Steps():
             found.course.append(event)
+            found.saved = found.saved if isinstance(event, Steps) else None
+        case Save():
+            found.saved = event.step
         case Group():
             found.waits_for_nodes = False
         case GroupWaits():

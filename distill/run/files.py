@@ -5,6 +5,7 @@ A run directory is the whole truth about a run; every process can be killed and 
 from its files.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -14,11 +15,12 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 # -----------------------------------------------------------------------------------------------
 # Names
@@ -95,6 +97,63 @@ class RunDir:
     def model(self, step: int) -> Path:
         """Folder of the model exported at `step`."""
         return self.root / "models" / f"step_{step:08d}"
+
+
+# -----------------------------------------------------------------------------------------------
+# A file system that several machines share
+
+T = TypeVar("T")
+# What it answers for a moment: where a file was just replaced, or a server is away.
+PASSING = (errno.ESTALE, errno.EIO, errno.EAGAIN, errno.EINTR, errno.ETIMEDOUT, errno.ESHUTDOWN)
+PAUSES_S = (0.1, 0.2, 0.4, 0.8, 1.6, 3.2, 6.4)  # between the tries of a read
+LOOKS = 3  # pauses, of these, that content which is not whole is worth
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same read may succeed a little later."""
+    return isinstance(error, OSError) and error.errno in PASSING
+
+
+def patiently(read: Callable[[], T], *torn: type[Exception]) -> T:
+    """What `read` returns, which is tried again for some seconds while the file system answers with
+    an error of PASSING, and for a moment where it raises one of `torn`: another machine may see a
+    file half written.
+    """
+    for tries, pause_s in enumerate(PAUSES_S):
+        try:
+            return read()
+        except torn:
+            if tries >= LOOKS:
+                raise
+        except OSError as error:
+            if not passes(error):
+                raise
+        time.sleep(pause_s)
+    return read()
+
+
+@contextmanager
+def next_time() -> Iterator[None]:
+    """Around a look that is made again and again: a passing error in it leaves that to the next."""
+    try:
+        yield
+    except OSError as error:
+        if not passes(error):
+            raise
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file of that name. One that cannot be seen is not taken for missing."""
+    try:
+        patiently(path.stat)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a file; raises as `open` does, after some tries."""
+    return patiently(path.read_bytes)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -196,19 +255,33 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, dict[str, Any] | None]]:
     """(number from 1, record) of every line of a JSON-lines file; None for a torn one."""
-    if not path.exists():
-        return
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    number = offset = 0
+    while lines := patiently(partial(_lines_from, path, offset)):
+        for line in lines:
+            number, offset = number + 1, offset + len(line)
             try:
                 record = json.loads(line)
-            except ValueError:  # not JSON, or not text at all
+            except (ValueError, RecursionError):  # not JSON, or not text at all
                 record = None
             yield number, record if isinstance(record, dict) else None
 
 
+def _lines_from(path: Path, offset: int) -> list[bytes]:
+    """Some lines of a file; none at its end, or where there is no file."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            return file.readlines(1 << 20)
+    except FileNotFoundError:
+        return []
+
+
 def sha256_file(path: Path) -> str:
     """Hexadecimal sha256 of a file's content."""
+    return patiently(partial(_sha256, path))
+
+
+def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:  # hashlib.file_digest needs Python 3.11
         while chunk := file.read(1 << 20):

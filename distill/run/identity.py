@@ -79,14 +79,12 @@ def read_record(run: files.RunDir) -> RunRecord | None:
         ConfigError: a newer version wrote it, or it is corrupt. It stays as it is.
     """
     try:
-        content = run.identity.read_bytes()
+        tree = files.patiently(lambda: json.loads(run.identity.read_bytes()), ValueError)
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise ConfigError(f"cannot read {run.identity}: {error.strerror}") from error
-    try:
-        tree = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _corrupt(run.identity, str(error)) from error
     if not isinstance(tree, dict):
         raise _corrupt(run.identity, "it must be an object")

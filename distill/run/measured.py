@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,7 @@ def read_metrics(run: files.RunDir) -> Iterator[Metrics]:
 def last_step(metrics: Path) -> int:
     """Steps done according to the last whole line of metrics.jsonl; 0 when there is none."""
     try:
-        with metrics.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            lines = file.read().splitlines()
+        lines = files.patiently(partial(_tail, metrics)).splitlines()
     except FileNotFoundError:
         return 0
     for line in reversed(lines):
@@ -75,6 +74,12 @@ def last_step(metrics: Path) -> int:
         except (ValueError, KeyError, TypeError):
             continue
     return 0
+
+
+def _tail(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
+        return file.read()
 
 
 # -----------------------------------------------------------------------------------------------

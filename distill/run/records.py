@@ -15,6 +15,8 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from distill.run import files
+
 T = TypeVar("T")
 Tree = dict[str, Any]
 REST = {"rest": True}  # metadata of a field that `rest` made
@@ -122,7 +124,7 @@ def read_record(kind: type[T], path: Path) -> T:
         FileNotFoundError: there is none.
         NewerRecord, RecordError: as `record_of`; the message begins with the file.
     """
-    data = path.read_bytes()
+    data = files.read_bytes(path)
     try:
         return parse_record(kind, data)
     except RecordError as error:

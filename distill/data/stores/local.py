@@ -52,6 +52,9 @@ class LocalStore:
 
     def listing(self) -> Listing:
         """Looks at names and sizes only."""
+        return files.patiently(self._listing)
+
+    def _listing(self) -> Listing:
         sizes: dict[int, int] = {}
         sidecars: set[int] = set()
         if self.run.shards.is_dir():
@@ -73,25 +76,25 @@ class LocalStore:
 
     def has(self, shard: int) -> bool:
         """Whether a shard is committed."""
-        return self.run.sidecar(shard).exists() and self.run.tar(shard).exists()
+        return files.is_there(self.run.sidecar(shard)) and files.is_there(self.run.tar(shard))
 
     def mark(self, shard: int) -> str:
         """The sidecar's inode."""
-        return str(self.run.sidecar(shard).stat().st_ino)
+        return str(files.patiently(self.run.sidecar(shard).stat).st_ino)
 
     def sidecar(self, shard: int) -> bytes:
         """The content of a sidecar."""
-        return self.run.sidecar(shard).read_bytes()
+        return files.read_bytes(self.run.sidecar(shard))
 
     def sidecars(self) -> Iterator[bytes]:
         """The content of every sidecar, by number."""
         for path in sorted(self.run.shards.glob("*.json")):
-            yield path.read_bytes()
+            yield files.read_bytes(path)
 
     def read_tar(self, sidecar: Sidecar) -> bytes:
         """The tar, read in one go."""
         place = self.place(sidecar.shard)
-        content = self.run.tar(sidecar.shard).read_bytes()
+        content = files.read_bytes(self.run.tar(sidecar.shard))
         sidecar.check_size(place, len(content))
         sidecar.check_sha256(place, hashlib.sha256(content).hexdigest())
         return content
@@ -99,7 +102,7 @@ class LocalStore:
     def verify(self, sidecar: Sidecar) -> None:
         """Hashes the file piece by piece."""
         place, path = self.place(sidecar.shard), self.run.tar(sidecar.shard)
-        sidecar.check_size(place, path.stat().st_size)
+        sidecar.check_size(place, files.patiently(path.stat).st_size)
         sidecar.check_sha256(place, files.sha256_file(path))
 
     # ---------------------------------------------------------------------------------------
@@ -218,7 +221,7 @@ class LocalStore:
 def local_reasons(run: files.RunDir) -> dict[str, bytes]:
     """Content of every reason below `run.quarantine`, by the name of its folder."""
     paths = sorted(run.quarantine.glob("*/*.reason.json"))
-    return {path.parent.name: path.read_bytes() for path in paths}
+    return {path.parent.name: files.read_bytes(path) for path in paths}
 
 
 def _claim(source: Path, name: Path) -> None:

@@ -19,6 +19,7 @@ from cluster.inspect.status import (
     last_verified,
     open_leases,
     pairs_per_s,
+    slurm_jobs,
     status,
 )
 from cluster.inspect.view import render, show_audit
@@ -301,3 +302,14 @@ def test_watch_shows_what_changes_until_it_is_interrupted(run, form):
         while os.read(ours, 4096):
             pass
     assert watch.wait(timeout=30) == 130
+
+
+def test_what_its_jobs_said_last_is_shown_also_where_there_is_no_slurm(tmp_path, monkeypatch):
+    run = RunDir(tmp_path)
+    write_json(run.slurm / "jobs.json", {"train": "7"})
+    (run.slurm / "logs").mkdir()
+    (run.slurm / "logs" / "train-7.log").write_text("error: Ray's head did not start\n")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = slurm_jobs(run)
+    assert found["jobs"] == [] and "squeue is not here" in found["unknown"]
+    assert found["said"] == ["train 7: error: Ray's head did not start"]

@@ -3,19 +3,25 @@
 import hashlib
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cluster.inspect.status import status
 from cluster.inspect.verify import audit
+from cluster.settings.file import load_config, save_config
 from cluster.state.evicted import evict
-from distill.checkpoint.manifest import KEPT
+from distill.checkpoint.manifest import KEPT, committed_steps, read_manifest, write_manifest
 from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.stores.store import open_store
+from distill.run import files
 from distill.run.events import Commit, MakeAgain, Quarantine, Resume, Save, Steps, append
 from distill.run.files import RunDir
 from distill.run.identity import StreamRecord
@@ -56,7 +62,7 @@ def test_a_whole_run(run):
     assert found["ok"] is True
     assert (found["shards"], found["samples"], found["consumed_steps"]) == (6, 24, 5)
     assert found["missing"] == found["duplicate"] == found["corrupt"] == []
-    assert found["checkpoints"] == {"verified": [2, 5], "kept": [], "bad": []}
+    assert found["checkpoints"] == {"verified": [2, 5], "kept": [], "teacher": [], "bad": []}
     assert found["consumed_sha256"] == window(0, 4).ids_sha256
     json.dumps(found)
 
@@ -203,7 +209,7 @@ def test_a_checkpoint_kept_for_good_is_checked_too(run):
     kept = run.checkpoints / KEPT
     kept.mkdir()
     (run.checkpoints / "step_00000002").rename(kept / "step_00000002")
-    assert audit(run)["checkpoints"] == {"verified": [5], "kept": [2], "bad": []}
+    assert audit(run)["checkpoints"] == {"verified": [5], "kept": [2], "teacher": [], "bad": []}
     os.truncate(kept / "step_00000002" / "rank_00000.safetensors", 3)
     found = audit(run)
     assert not found["ok"] and found["checkpoints"]["bad"][0]["step"] == 2
@@ -244,3 +250,108 @@ def test_audit_needs_no_torch():
     heavy = "sys.exit('torch' in sys.modules or 'ray' in sys.modules)"
     code = f"import sys, cluster.inspect.verify; {heavy}"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# -----------------------------------------------------------------------------------------------
+# Records against each other
+
+
+def test_a_checkpoint_newer_than_the_events_is_a_finding(run):
+    lines = run.events.read_text().splitlines(keepends=True)
+    run.events.write_text("".join(lines[:-1]))  # the window of steps 3 and 4
+    found = audit(run)
+    assert not found["ok"] and found["consumption"] == []
+    assert found["records"] == [
+        "there is a checkpoint of step 5, and run/events.jsonl tells of 3 steps: records are "
+        "missing or cut"
+    ]
+    run.events.unlink()
+    assert not audit(run)["ok"]
+
+
+def test_a_save_without_its_checkpoint_is_a_finding(run):
+    append(run, Save(5))
+    assert audit(run)["ok"]
+    shutil.rmtree(run.checkpoints / "step_00000005")
+    assert audit(run)["records"] == [
+        "events.jsonl tells of a checkpoint of step 5, which is not there"
+    ]
+    append(run, Resume(2, 1), window(2, 4))  # it fell back behind it since
+    assert audit(run)["ok"]
+
+
+def test_a_line_that_was_changed_is_a_finding_and_one_that_a_crash_cut_is_told(run):
+    lines = run.events.read_bytes().splitlines(keepends=True)
+    append(run, window(5, 6))
+    whole = run.events.read_bytes()
+    run.events.write_bytes(whole.replace(b'"kind": "save"', b'"kind"; "save"'))
+    assert audit(run)["records"] == [
+        f"run/events.jsonl line {len(lines[:3])} was changed: it is whole, and no JSON object"
+    ]
+    run.events.write_bytes(whole[:-7])
+    found = audit(run)
+    assert found["ok"] and found["events"] == [
+        "events.jsonl line 8: no JSON object, as a crash leaves it"
+    ]
+
+
+FINISHED = Path(__file__).parents[2] / "fixtures" / "run-0.1"
+PARTS = (
+    "shards/*.json",
+    "shards/*.tar",
+    "checkpoints/*/rank_*",
+    "checkpoints/*/MANIFEST.json",
+    "events.jsonl",
+    "cursor.json",
+    "config.yaml",
+    "checkpoints/latest",
+)
+
+
+@pytest.fixture
+def finished(tmp_path, monkeypatch) -> RunDir:
+    """A real run that has ended, with the seals of this version."""
+    monkeypatch.setattr(files, "LOOKS", 0)
+    run = RunDir(tmp_path / "finished")
+    shutil.copytree(FINISHED, run.root)
+    save_config(run, load_config(run))
+    (folder,) = committed_steps(run.checkpoints).values()
+    write_manifest(folder, read_manifest(folder))
+    assert audit(run)["ok"]
+    return run
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_changed_byte_anywhere_is_seen_or_costs_nothing(finished, part):
+    clean, odd = audit(finished), random.Random(part)
+    for _ in range(6):
+        path = odd.choice(sorted(finished.root.glob(part)))
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[odd.randrange(len(content))] ^= odd.randrange(1, 256)
+        path.write_bytes(changed)
+        found = audit(finished)
+        assert not found["ok"] or found["events"] or found == clean
+        if part not in ("events.jsonl", "cursor.json", "checkpoints/latest"):
+            assert not found["ok"] or found["events"]
+        with suppress(ConfigError):  # a sentence
+            status(finished)
+        path.write_bytes(content)
+    assert audit(finished) == clean
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "sentence"),
+    [
+        ("seed: 0", "seed: 1", "config.yaml differs from run.json: seed: the run has 0, asked"),
+        ("seed: 0", "seed: [", "config.yaml cannot be read"),
+        ("\nseed: 0", "\nsead: 0", "sead"),
+    ],
+)
+def test_settings_that_are_not_those_of_run_json_are_a_finding(finished, old, new, sentence):
+    text = finished.config.read_text()
+    assert old in text
+    finished.config.write_text(text.replace(old, new))
+    found = audit(finished)
+    assert not found["ok"] and sentence in found["records"][0]
+    assert found["events"] == ["config.yaml was edited since the last start wrote it"]

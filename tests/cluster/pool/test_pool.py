@@ -1,8 +1,11 @@
 """The pool against a Ray of one process: workers that die, hang, fail or hold other weights."""
 
 import dataclasses
+import errno
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from ray.exceptions import (
@@ -21,11 +24,12 @@ from cluster.pool.messages import Asked, Joined, Quarantined, Released
 from cluster.pool.pool import PoolError, TeacherPool
 from cluster.settings.hydra import compose
 from cluster.state import done
-from cluster.state.cursor import Position
+from cluster.state.cursor import Position, write_cursor
 from cluster.state.done import view_of
 from cluster.state.workers import read_target, write_target
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec
+from distill.run import files
 from distill.run.events import read_history
 from distill.run.files import RunDir, read_lines, write_json
 from distill.testing import tiny_spec, write_tiny_record, write_tiny_shards
@@ -314,7 +318,7 @@ def test_a_pool_that_stood_still_in_the_middle_of_a_round_ends_no_worker(
     pool.poll()
     pool.poll()
 
-    def hangs(run):
+    def hangs(run, known):
         now[0] += 130.0
         return Position(0, "")
 
@@ -323,6 +327,30 @@ def test_a_pool_that_stood_still_in_the_middle_of_a_round_ends_no_worker(
         pool.poll()
     kinds = [event["kind"] for event in read_lines(pool.run.events)]
     assert kinds.count("lease") == 2 and "expire" not in kinds and pool.deaths == 0
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+def test_a_file_server_that_answers_badly_for_a_while_ends_no_pool(
+    ray, tmp_path, monkeypatch, number
+):
+    """Nor does it take what it does not say for "none": cursor, target and shards stay known."""
+    pool = make_pool(tmp_path, trainer_reads=True)
+    write_cursor(pool.run, 1, "")
+    write_target(pool.run, 1)
+    monkeypatch.setattr(pool_module, "LOOK_PERIOD_S", 0.0)
+    pool.poll()
+    before = (pool.target, pool.coordinator.cursor)
+    assert before == (1, pool.config.trajectory.block_shards)
+    monkeypatch.setattr(files, "PAUSES_S", ())
+
+    def away(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    monkeypatch.setattr(os, "scandir", away)
+    for _ in range(3):
+        pool.poll()
+        assert (pool.target, pool.coordinator.cursor) == before
 
 
 def test_a_shard_that_a_listing_lacks_is_looked_for_by_name(ray, tmp_path, monkeypatch):

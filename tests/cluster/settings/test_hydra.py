@@ -1,5 +1,7 @@
 """Every YAML composes into typed settings, and every mistake is one sentence that names its key."""
 
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -300,3 +302,85 @@ def test_teachers_compute_in_bf16_where_they_have_gpus(overrides, precision, tmp
     file.save_config(config.files, config)  # and a resume elsewhere does not change what the run is
     found = file.load_config(config.files, ["cluster.teachers.gpus_per_worker=0"])
     assert {teacher.precision for teacher in found.teacher.values()} == {precision}
+
+
+# -----------------------------------------------------------------------------------------------
+# What a shell and Hydra make of a word
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "ckpt/epoch=999-step=87999.ckpt",
+        "/data/50%#x.npz",
+        "/data/a(b)",
+        "/data/@home{x}",
+        "s3://bucket/run?x=1",
+        "~/data.npz",
+        'a "word"',
+        "a, b",
+    ],
+)
+def test_a_word_that_hydra_cannot_read_is_shown_as_it_must_be_written(value):
+    with pytest.raises(ConfigError) as caught:
+        one("experiment=tiny", f"data.path={value}")
+    said = str(caught.value)
+    assert said.startswith(f"data.path={value} ")
+    (written,) = shlex.split(re.search(r"write ('.*?')(,|$)", said)[1])
+    assert one("experiment=tiny", written).data.path == value
+
+
+@pytest.mark.parametrize(
+    ("word", "list_of"),
+    [
+        (
+            "cluster.slurm.train.options=[--mail-user=a@b.c,--x={y}]",
+            ["--mail-user=a@b.c", "--x={y}"],
+        ),
+        ("cluster.slurm.train.options=[--comment=50%]", ["--comment=50%"]),
+    ],
+)
+def test_in_a_list_each_text_is_quoted(word, list_of):
+    with pytest.raises(ConfigError) as caught:
+        one("experiment=tiny", "cluster=slurm", word)
+    (written,) = shlex.split(str(caught.value).split(" write ")[1])
+    assert one("experiment=tiny", "cluster=slurm", written).cluster.slurm.train.options == list_of
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("train.lr", "'train.lr' has no value; write train.lr=VALUE"),
+        ("=3", "=3 names no setting"),
+        ("cluster.slurm.save_s=3", "cluster.slurm.save_s=3: these settings name no Slurm cluster"),
+    ],
+)
+def test_a_word_that_says_nothing_is_named(word, message):
+    with pytest.raises(ConfigError, match=message):
+        one("experiment=tiny", word)
+
+
+BASH = [
+    ". ${HOME}/bowstring/.venv/bin/activate",
+    "export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}",
+    "export NAME=${SLURMD_NODENAME%%.*} ALL=${LIST[@]} N=$((1 + 2)) M=$(hostname)",
+    "export NCCL_IB_HCA=mlx5_0:1,mlx5_3:1",
+]
+
+
+def test_braces_in_the_lines_of_a_site_are_for_bash(in_empty_folder):
+    """In a site's file, on the command line of a new run and of one that is there, and kept."""
+    (in_empty_folder / "cluster").mkdir()
+    site = {"defaults": ["slurm", "_self_"], "slurm": {"setup": BASH, "launch": "run ${HOME}/x"}}
+    (in_empty_folder / "cluster" / "mine.yaml").write_text(yaml.safe_dump(site))
+    words = ("--config-dir", str(in_empty_folder), "experiment=tiny")
+    config = one(*words, "cluster=mine")
+    assert config.cluster.slurm.setup == BASH and config.cluster.slurm.launch == "run ${HOME}/x"
+    quoted = "cluster.slurm.setup=" + str(BASH)
+    assert one("experiment=tiny", "cluster=slurm", quoted).cluster.slurm.setup == BASH
+    plain = one("experiment=tiny", "cluster=slurm", f"cluster.slurm.setup=[{BASH[0]}]")
+    assert plain.cluster.slurm.setup == BASH[:1]
+    file.save_config(config.files, config)
+    assert file.load_config(config.files).cluster.slurm == config.cluster.slurm
+    again = file.load_config(config.files, [quoted])
+    assert again.cluster.slurm.setup == BASH

@@ -1,6 +1,7 @@
 """Batch scripts: shellcheck, what rendering adds, and what needs no Slurm."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from ray._private.parameter import RayParams
 from cluster.cli.main import dispatch
 from cluster.plan.nodes import Shape
 from cluster.settings.hydra import compose
-from cluster.slurm.scripts import plan, render
+from cluster.slurm.scripts import plan, render, set_up
 from distill.config import ConfigError
 
 FIELDS = {"dashboard-agent-grpc": "metrics_agent_port"}  # names of `ray start` and of its settings
@@ -241,3 +242,93 @@ def test_a_node_is_known_by_an_address_that_others_reach(
         words=words, named=named, devices=devices, functions=functions(kind, "address")
     )
     assert bash(text, tmp_path).stdout.strip() == found
+
+
+@pytest.mark.parametrize("kind", ["train", "teachers"])
+@pytest.mark.parametrize(
+    ("interface", "asked"), [("ib0", "dev ib0"), ("10.1.0.0/16", "to 10.1.0.0/16")]
+)
+def test_a_site_names_the_network_of_its_nodes(tmp_path, kind, interface, asked):
+    devices = (
+        f"[ \"$*\" = '-o addr show {asked}' ] && echo '3: ib0 inet6 fe80::1/64' && "
+        "echo '3: ib0 inet6 2001:db8::7/64'"
+    )
+    text = ADDRESS.format(
+        words="10.9.9.9",
+        named="echo 10.8.8.8",
+        devices=devices,
+        functions=functions(kind, "address"),
+    )
+    found = bash(f"BOWSTRING_INTERFACE={interface}\n{text}", tmp_path)
+    assert found.stdout.strip() == "2001:db8::7"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_variables_of_a_node_stand_in_its_words_and_nothing_else_is_run(tmp_path, kind):
+    """Quotes keep a word together; a variable that is not set ends the job with its name."""
+    text = (SCRIPTS / f"{kind}.sbatch").read_text()
+    lines = text[text.index("export USER=") : text.index("here=(")]
+    head = 'set -u\nfail() { echo "failed: $*"; exit 1; }\n' + functions(kind, "expand")
+    show = 'printf \'<%s>\' "${launch[@]}" -- "${box[@]}"'
+    launch = "apptainer exec --nv --bind '/my data:/d' $WHERE/x.sif ${WHERE}y $(id)"
+    given = (
+        f"WHERE=/w BOWSTRING_LAUNCH={shlex.quote(launch)} BOWSTRING_CONTAINER='--a=$WHERE --b'\n"
+    )
+    words = ["apptainer", "exec", "--nv", "--bind", "/my data:/d", "/w/x.sif", "/wy", "$(id)"]
+    shown = "".join(f"<{word}>" for word in [*words, "--", "--a=/w", "--b"])
+    assert bash(given + head + lines + show, tmp_path).stdout == shown
+    assert bash(head + lines + show, tmp_path).stdout == "<-->"
+    done = bash(f"BOWSTRING_LAUNCH='run $NOT_SET'\n{head}{lines}", tmp_path)
+    assert done.returncode == 1 and "NOT_SET is not set on" in done.stderr
+    assert done.stdout == "failed: cluster.slurm.launch: run $NOT_SET\n"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said", "code"),
+    [
+        (["module load cuda/99", "echo on"], "setup failed: module load cuda/99", 1),
+        (["export A=1 && . ./activate", "echo on"], "on", 0),
+        (["printenv NOT_THERE >/dev/null && export A=1", "echo on"], "on", 0),
+        (["if true; then", "  false || true", "fi", "f() { false; true; }; f", "echo on"], "on", 0),
+        ([". ./missing", "echo on"], "setup failed: . ./missing", 1),
+        ([], "", 0),
+    ],
+)
+def test_a_line_of_the_site_that_fails_ends_the_job_with_its_text(tmp_path, lines, said, code):
+    (tmp_path / "activate").write_text("false\ntrue\n")
+    script = tmp_path / "job"
+    script.write_text("\n".join([*set_up(lines), '[ -z "$(trap -p ERR)" ]']))
+    done = subprocess.run(["bash", script], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == code and done.stdout.strip().endswith(said)
+
+
+def test_a_container_is_a_step_of_srun_that_sees_the_run():
+    made = scripts(
+        "cluster=slurm",
+        "cluster.slurm.container.image=/images/bow.sqsh",
+        "cluster.slurm.container.mounts=[/data:/data]",
+        "cluster.slurm.scratch=$SLURM_TMPDIR",
+        root="/runs/a",
+    )
+    words = (
+        "--container-image=/images/bow.sqsh --container-mounts=/runs/a:/runs/a,"
+        "$SLURM_TMPDIR:$SLURM_TMPDIR,/data:/data"
+    )
+    for text in made.values():
+        assert f"export BOWSTRING_CONTAINER='{words}'\n" in text
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("cluster.slurm.launch='run $(id)'", r"launch: '\$\(id\)' is not expanded there"),
+        ("cluster.slurm.launch='run `id`'", "launch: '`id`' is not expanded there"),
+        ("cluster.slurm.scratch='${A:-/tmp}'", "is not expanded there; \\$NAME"),
+        ("cluster.slurm.container.image='a b'", "must be one word"),
+        ("cluster.slurm.container.mounts=[/a:/a]", "need cluster.slurm.container.image"),
+        ("cluster.slurm.interface='eth0; id'", "is no name of an interface"),
+    ],
+)
+def test_words_that_a_job_cannot_take_are_refused_before_it_starts(setting, message):
+    with pytest.raises(ConfigError, match=message):
+        scripts("cluster=slurm", setting)

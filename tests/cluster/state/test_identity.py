@@ -12,8 +12,10 @@ from cluster.settings.file import Removed
 from cluster.settings.hydra import compose
 from cluster.state.identity import check_or_write, difference, identity_of, record_teachers
 from distill.config import ConfigError, since
+from distill.run.events import Pool, Resume, Steps, append
 from distill.run.files import RunDir, write_json
 from distill.run.identity import hash_of, record_of
+from distill.testing import tiny_spec, write_tiny_shards
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 HASHES = json.loads((FIXTURES / "identity_hashes.json").read_text())
@@ -27,6 +29,12 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def tiny(*args: str):
     (config,) = compose(["experiment=tiny", *args])
     return config, RunDir(Path("runs/tiny"))
+
+
+def begin(config, run):
+    """Writes run.json, and the first step: from here on the settings stand."""
+    assert check_or_write(config, run)[1] == []
+    append(run, Steps(0, 0, "0"))
 
 
 @pytest.mark.parametrize(
@@ -70,7 +78,7 @@ def test_what_changes_neither_data_nor_weights_resumes(override):
 )
 def test_other_data_or_weights_are_refused_with_a_diff(override, line):
     config, run = tiny()
-    assert check_or_write(config, run)[1] == []
+    begin(config, run)
     before = run.identity.read_bytes()
     other, _ = tiny(override)
     with pytest.raises(ConfigError, match="started with other settings") as caught:
@@ -79,6 +87,41 @@ def test_other_data_or_weights_are_refused_with_a_diff(override, line):
     assert "(bowstring run runs/tiny)" in str(caught.value)
     assert "--force-new NAME" in str(caught.value)
     assert run.identity.read_bytes() == before
+
+
+def test_a_run_without_a_step_or_a_shard_takes_new_settings_without_a_word():
+    config, run = tiny()
+    check_or_write(config, run)
+    append(run, Pool(1, 2), Resume(0, 1))
+    other, _ = tiny("train.lr=0.5", "seed=3")
+    record, notes = check_or_write(other, run)
+    assert notes == [] and record == record_of(run)
+    assert record.identity == identity_of(other) and record.seed == 3
+
+
+@pytest.mark.parametrize("made", ["shard", "evicted", "checkpoint", "kept", "teacher", "step"])
+def test_whatever_was_made_keeps_its_settings(made, write_checkpoint):
+    config, run = tiny()
+    check_or_write(config, run)
+    match made:
+        case "shard":
+            write_tiny_shards(run, tiny_spec(), [0])
+        case "evicted":
+            write_tiny_shards(run, tiny_spec(), [0])
+            run.tar(0).unlink()
+        case "checkpoint":
+            write_checkpoint(run, 2)
+        case "kept":
+            write_checkpoint(run, 2)
+            run.checkpoints.rename(run.root / "kept")
+            run.checkpoints.mkdir()
+            (run.root / "kept").rename(run.checkpoints / "kept")
+        case "teacher":
+            write_checkpoint(run.teacher, 2)
+        case "step":
+            append(run, Steps(0, 0, "0"))
+    with pytest.raises(ConfigError, match="started with other settings"):
+        check_or_write(tiny("seed=3")[0], run)
 
 
 def test_the_record_names_stream_versions_and_hash():
@@ -110,7 +153,7 @@ def test_a_longer_run_is_allowed_said_and_written_down():
 
 def test_a_run_older_than_the_spread_of_passes_read_its_blocks_in_turn():
     config, run = tiny("trajectory.spread=4")
-    check_or_write(config, run)
+    begin(config, run)
     assert order_of(record_of(run).stream) == config.trajectory.order(0, 16)
     content = rewritten(run, lambda identity: identity["trajectory"].pop("spread"))
     record = json.loads(content)
@@ -126,7 +169,7 @@ def test_a_run_older_than_the_spread_of_passes_read_its_blocks_in_turn():
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"identity": {}, "stream": {}}'])
 def test_a_corrupt_record_is_named_and_left_alone(content):
     config, run = tiny()
-    check_or_write(config, run)
+    begin(config, run)
     run.identity.write_text(content)
     with pytest.raises(ConfigError, match=r"run.json is corrupt"):
         check_or_write(config, run)
@@ -135,7 +178,7 @@ def test_a_corrupt_record_is_named_and_left_alone(content):
 
 def test_a_flipped_value_is_corruption():
     config, run = tiny()
-    check_or_write(config, run)
+    begin(config, run)
     run.identity.write_text(run.identity.read_text().replace('"lr": 0.001', '"lr": 0.002'))
     with pytest.raises(ConfigError, match="hash does not match"):
         check_or_write(config, run)
@@ -143,7 +186,7 @@ def test_a_flipped_value_is_corruption():
 
 def test_other_teacher_weights_are_refused():
     config, run = tiny()
-    check_or_write(config, run)
+    begin(config, run)
     record_teachers(run, record_of(run), {"pretrained": "a" * 64})
     record_teachers(run, record_of(run), {"pretrained": "a" * 64})
     with pytest.raises(ConfigError, match=r"teacher.pretrained has other weights"):
@@ -181,7 +224,7 @@ def rewritten(run, change):
 )
 def test_an_objective_that_version_0_1_called_otherwise_is_the_same_run(now, then):
     config, run = tiny(f"objective={now}", "run.name=tiny")
-    check_or_write(config, run)
+    begin(config, run)
     before = rewritten(run, lambda identity: identity["objective"].update(name=then))
     assert check_or_write(config, run)[1] == [] and run.identity.read_bytes() == before
     drawn, _ = tiny(f"objective={then}", "run.name=tiny")
@@ -205,7 +248,7 @@ def test_an_objective_that_version_0_1_called_otherwise_is_the_same_run(now, the
 )
 def test_a_setting_that_an_older_run_lacks_counts_as_its_default(key, default, other):
     config, run = tiny(f"{key}={default}")
-    check_or_write(config, run)
+    begin(config, run)
     *parents, name = key.split(".")
 
     def remove(identity):
@@ -244,7 +287,7 @@ def test_a_setting_may_say_what_was_so_before_it():
 
 def test_a_group_that_an_older_run_lacks_counts_as_its_defaults():
     config, run = tiny()
-    check_or_write(config, run)
+    begin(config, run)
     rewritten(run, lambda identity: identity.pop("pretrain"))
     with pytest.raises(
         ConfigError, match=r"pretrain\.train\.batch_size: the run has 256, since it"
@@ -254,7 +297,7 @@ def test_a_group_that_an_older_run_lacks_counts_as_its_defaults():
 
 def test_another_teacher_is_not_taken_for_an_older_run():
     config, run = tiny()
-    check_or_write(config, run)
+    begin(config, run)
     rewritten(run, lambda identity: identity["teacher"].clear())
     with pytest.raises(ConfigError, match=r"teacher\.pretrained\.steps: the run has none, asked"):
         check_or_write(config, run)
@@ -262,7 +305,7 @@ def test_another_teacher_is_not_taken_for_an_older_run():
 
 def test_a_setting_that_is_no_more_is_named_with_what_to_do(monkeypatch):
     config, run = tiny()
-    check_or_write(config, run)
+    begin(config, run)
     rewritten(run, lambda identity: identity["train"].update(warmth=3))
     with pytest.raises(ConfigError, match=r"train\.warmth: the run has 3, asked for none"):
         check_or_write(config, run)
@@ -277,7 +320,7 @@ def test_a_setting_that_is_no_more_is_named_with_what_to_do(monkeypatch):
 
 def test_what_a_later_version_knows_is_refused_with_both_versions():
     config, run = tiny()
-    check_or_write(config, run)
+    begin(config, run)
     rewritten(run, lambda identity: identity["train"].update(warmth=3))
     record = json.loads(run.identity.read_text())
     write_json(run.identity, record | {"versions": {"bowstring": "99.0"}})

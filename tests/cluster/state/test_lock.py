@@ -1,5 +1,6 @@
 """The lock of a run: who holds it, and that a dead process holds nothing."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -73,3 +74,16 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path):
     elsewhere = pytest.raises(ConfigError, match=r"cannot write to run.dir=.*Not a directory")
     with elsewhere, held(RunDir(tmp_path / "file" / "run")):
         pass
+
+
+def test_a_file_system_without_locks_is_refused_by_name(tmp_path, monkeypatch):
+    """Two supervisors could not be told apart there."""
+
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    words = r"has no locks \(No locks available\)"
+    with pytest.raises(ConfigError, match=words), held(RunDir(tmp_path)):
+        pass
+    assert not is_live(RunDir(tmp_path))

@@ -1,8 +1,12 @@
 """The session of a run, the cursor and the progress shown."""
 
+import errno
 import os
+import shutil
 import signal
+import stat
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -11,7 +15,15 @@ import pytest
 from cluster.settings.hydra import compose
 from cluster.state.cursor import Position, read_cursor
 from cluster.state.lock import holder, is_live
-from cluster.supervisor.session import is_alive, missing_resources, open_session
+from cluster.supervisor.session import (
+    Stopped,
+    hidden_gpus,
+    is_alive,
+    mend_token,
+    missing_resources,
+    open_session,
+    raise_file_limit,
+)
 from distill.config import ConfigError
 from distill.run import logs
 from distill.run.files import RunDir, append_lines
@@ -50,9 +62,103 @@ def test_sigterm_while_ray_starts_is_a_stop(config, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ray.init", init)
     with open_session(config, RunDir(tmp_path / "run")) as session:
-        session.start_ray()
+        with pytest.raises(Stopped):
+            session.start_ray()
         assert session.stop_signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == session._on_signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_a_start_of_ray_at_once_and_nothing_of_it_stays(
+    config, tmp_path, monkeypatch, number
+):
+    def init(**options):
+        (Path(options["_temp_dir"]) / "session").mkdir(parents=True)
+        daemon = shutil.copy("/bin/sleep", tmp_path / "raylet")
+        children.append(psutil.Popen([daemon, "60"]))
+        os.kill(os.getpid(), number)
+        time.sleep(60)
+
+    children = []
+    monkeypatch.setattr("ray.init", init)
+    with open_session(config, RunDir(tmp_path / "run")) as session, pytest.raises(Stopped):
+        session.start_ray()
+    assert session.stop_signal == number
+    assert not is_alive(children[0]) and not session._ray_temp.exists()
+
+
+def test_a_local_ray_is_this_users_and_asks_for_a_token(config, tmp_path, monkeypatch):
+    found = {}
+
+    def init(**options):
+        token = Path(os.environ["RAY_AUTH_TOKEN_PATH"])
+        assert token.parent == Path(options["_temp_dir"]).parent
+        found.update(
+            token=stat.S_IMODE(token.stat().st_mode),
+            folder=stat.S_IMODE(token.parent.stat().st_mode),
+            secret=token.read_text(),
+            mode=os.environ.get("RAY_AUTH_MODE"),
+            given=os.environ.get("RAY_AUTH_TOKEN"),
+        )
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "everybody knows it")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
+    old = os.umask(0)
+    try:
+        with open_session(config, RunDir(tmp_path / "run")) as session:
+            session._try_local_ray()
+    finally:
+        os.umask(old)
+    assert (found["token"], found["folder"], len(found["secret"])) == (0o600, 0o700, 64)
+    assert found["mode"] is None and found["given"] is None  # so Ray asks for one by itself
+
+
+def test_a_temporary_folder_without_room_is_named(config, tmp_path, monkeypatch):
+    with open_session(config, RunDir(tmp_path / "run")) as session:
+        session._ray_temp = tmp_path / "file" / "bow"
+        (tmp_path / "file").write_text("")
+        with pytest.raises(ConfigError, match=r"cannot write to .*bow, where Ray's .*TMPDIR"):
+            session._try_local_ray()
+
+
+def test_a_token_that_others_can_read_is_mended_or_refused(tmp_path, monkeypatch):
+    token = tmp_path / "token"
+    token.write_text("secret")
+    token.chmod(0o644)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
+    mend_token()
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    token.chmod(0o640)
+
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "chmod", refuse)
+    with pytest.raises(ConfigError, match="token lets others join the cluster"):
+        mend_token()
+
+
+def test_a_low_limit_of_open_files_is_raised_or_said(monkeypatch):
+    limits = [(256, 4096), (4096, 4096)]
+    monkeypatch.setattr("resource.getrlimit", lambda _: limits.pop(0))
+    raised = []
+    monkeypatch.setattr("resource.setrlimit", lambda _, pair: raised.append(pair))
+    raise_file_limit()
+    assert raised == [(4096, 4096)]
+    limits += [(256, 256), (256, 256)]
+    with pytest.raises(ConfigError, match=r"lets a process open 256 files, and Ray needs 1024"):
+        raise_file_limit()
+
+
+@pytest.mark.parametrize("visible", ["", "NoDevFiles"])
+def test_hidden_gpus_are_named_where_gpus_are_missing(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert f"CUDA_VISIBLE_DEVICES='{visible}'" in hidden_gpus(["GPU: 1 asked for, 0 there"])
+    assert hidden_gpus(["CPU: 4 asked for, 2 there"]) == ""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert hidden_gpus(["GPU: 1 asked for, 0 there"]) == ""
 
 
 @pytest.mark.parametrize("failures", [0, 2, 3])

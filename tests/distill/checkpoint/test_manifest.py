@@ -21,10 +21,17 @@ from distill.checkpoint.manifest import (
     verify_once,
 )
 from distill.config import ConfigError
+from distill.run import files
 from distill.run.files import sha256_file
 from distill.run.records import tree_of, tree_sha256
 
 A, B = rank_file(0), rank_file(1)
+
+
+@pytest.fixture(autouse=True)
+def _no_second_look(monkeypatch):
+    """These files are bad and stay so."""
+    monkeypatch.setattr(files, "LOOKS", 0)
 
 
 @pytest.fixture

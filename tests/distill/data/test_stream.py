@@ -1,5 +1,6 @@
 """The stream is a function of the step: not of ranks, restarts, or when shards come."""
 
+import errno
 import threading
 import time
 from dataclasses import replace
@@ -12,10 +13,11 @@ from distill.config import ConfigError, ImageSpec
 from distill.data import stream as stream_module
 from distill.data.config import TrajectoryConfig
 from distill.data.order import Order
-from distill.data.sidecar import ForeignShard, ShardSpec, shard_spec
+from distill.data.sidecar import CorruptShard, ForeignShard, ShardSpec, shard_spec
 from distill.data.stores.store import committed
 from distill.data.stream import StreamError, TrajectoryStream
 from distill.flow.noise import sample_noise
+from distill.run import files
 from distill.run.files import RunDir
 from distill.teachers.config import NativeConfig
 from distill.testing import tiny_shard, tiny_spec, write_tiny_shards
@@ -205,23 +207,58 @@ def test_the_next_batch_is_made_while_this_one_is_used(run):
     stream.close()
 
 
-def test_a_file_server_that_was_away_while_a_block_was_loaded_ahead_costs_nothing(run, monkeypatch):
-    spec = tiny_spec()
+def _answering(run, spec, monkeypatch, *answers):
+    """A stream to whom each read of shard 4 answers so first, and the stream as it should be."""
     write_tiny_shards(run, spec, range(6))
-    expected = open_stream(run, spec)
-    away, read_shard = threading.Event(), stream_module.shards.read_shard
+    left, read_shard = list(answers), stream_module.shards.read_shard
 
     def read(run, spec, shard, *arrays):
-        if shard >= BLOCK_SHARDS and not away.is_set():
-            away.set()
-            raise OSError(116, "Stale file handle")
-        read_shard(run, spec, shard, *arrays)
+        if shard == 4 and run.root.name != "good" and left:
+            raise left.pop(0)
+        return read_shard(run, spec, shard, *arrays)
 
     monkeypatch.setattr(stream_module.shards, "read_shard", read)
-    stream = open_stream(run, spec)
+    good = RunDir(run.root.parent / "good")
+    write_tiny_shards(good, spec, range(6))
+    return left, open_stream(run, spec), open_stream(good, spec)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [OSError(errno.ESTALE, "stale"), OSError(errno.EIO, "i/o"), CorruptShard("cut short")],
+    ids=["ESTALE", "EIO", "half"],
+)
+def test_a_read_that_a_shared_file_system_answers_badly_once_is_made_again(
+    run, monkeypatch, answer
+):
+    left, stream, expected = _answering(run, tiny_spec(), monkeypatch, answer)
+    for step in range(4):
+        assert torch.equal(stream.read(step).states, expected.read(step).states)
+    assert left == [] and not run.quarantine.exists()
+    stream.close()
+    expected.close()
+
+
+def test_a_file_server_that_is_away_is_waited_for_as_a_shard_is(run, monkeypatch):
+    monkeypatch.setattr(files, "PAUSES_S", (0.01,))
+    away = [OSError(errno.ESTALE, "Stale file handle")] * 40
+    left, stream, expected = _answering(run, tiny_spec(), monkeypatch, *away)
+    stream.read(0)
+    while stream._loading[1].doing != "shard 4 cannot be read (Stale file handle)":
+        assert stream._loading[1].is_alive()
+    for step in range(4):
+        assert torch.equal(stream.read(step).states, expected.read(step).states)
+    assert left == []
+    stream.close()
+    expected.close()
+
+
+def test_what_ended_the_loading_ahead_is_tried_again_when_the_block_is_needed(run, monkeypatch):
+    error = OSError(errno.EACCES, "Permission denied")
+    left, stream, expected = _answering(run, tiny_spec(), monkeypatch, error)
     stream.read(0)
     stream._loading[1].join(10)
-    assert away.is_set() and stream._loading[1].has_failed
+    assert left == [] and stream._loading[1].has_failed
     for step in range(4):
         assert torch.equal(stream.read(step).states, expected.read(step).states)
     stream.close()
