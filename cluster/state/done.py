@@ -32,7 +32,9 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         config,
         run=replace(config.run, dir=_absolute(config.run.dir)),
         trajectory=replace(config.trajectory, location=location),
-        data=replace(config.data, path=_absolute(config.data.path)),
+        data=replace(
+            config.data, path=_absolute(config.data.path), manifest=_absolute(config.data.manifest)
+        ),
         teacher={name: teacher(value) for name, value in config.teacher.items()},
     )
 

@@ -90,7 +90,8 @@ def pretrain(session: Session, view: done.RunView) -> Work:
     if not missing:
         return Work()
     check(sets.SETS[view.config.data.name].has_images, sets.NO_IMAGES)
-    images.check_files(view.config.data)
+    for note in images.check_files(view.config.data, session.bars.say):
+        session.bars.say(note)
     job = _job("pretrain", session, view, None)
     made = [job.run.model(step) for step in job.exports]
     for name, folder in missing.items():

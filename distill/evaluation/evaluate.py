@@ -6,7 +6,7 @@ describes results.json.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from hashlib import sha256
 from typing import Any
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from distill.config import ImageSpec, check
+from distill.data import images
 from distill.data.config import DataConfig
-from distill.data.images import load_images
 from distill.evaluation import curves, metrics, sampling
 from distill.evaluation.config import EvalConfig
 from distill.export.student import latest_student
@@ -44,10 +44,10 @@ class Evaluator:
         self.features: metrics.FeatureDistance | None = None
         self.real = measured.Reference(data.name)
         if data.image.is_picture:
-            real = to_uint8(load_images(data)[0])
-            self.features = metrics.FeatureDistance(evaluation.extractor, real, device)
-            digest = sha256(real.numpy().tobytes()).hexdigest()
-            self.real = measured.Reference(data.name, n=len(real), sha256=digest)
+            real, digest = images.open_images(data), sha256()
+            parts = real_parts(data, real, digest.update)
+            self.features = metrics.FeatureDistance(evaluation.extractor, parts, device)
+            self.real = measured.Reference(data.name, n=len(real), sha256=digest.hexdigest())
         self._reference: tuple[torch.Tensor, float] | None = None
 
     def draw(
@@ -90,6 +90,16 @@ class Evaluator:
         tree: dict[str, Any] = {"nfe": nfe} | ({"solver": solver} if solver else {})
         tree |= metrics.measure(metrics.Drawn(x, reference, self.samples.noise, self.features))
         return records.record_of(measured.Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
+
+
+def real_parts(
+    data: DataConfig, real: images.Images, seen: Callable[[bytes], None]
+) -> Iterator[torch.Tensor]:
+    """Real images as uint8, some at a time; the bytes of each part are given to `seen`."""
+    for part in images.in_parts(data, real):
+        pixels = part if part.dtype == torch.uint8 else to_uint8(part)
+        seen(pixels.numpy().tobytes())
+        yield pixels
 
 
 # (solver, NFE) -> the teacher drawn so
@@ -146,15 +156,15 @@ def picture_grid(
         for who, how, nfe in curves.grid_rows(teacher)
     }
     chosen = sampling.Samples(evaluator.samples.noise[:num], labels)
-    images = torch.stack(
+    drawn = torch.stack(
         [to_uint8(evaluator.draw(sampler, "pictures", chosen)[0]) for sampler in rows.values()]
     ).numpy()
     pictures.write_npz(
         run.samples / "grid.npz",
-        {"images": images, "labels": labels.numpy(), "rows": np.array(list(rows))},
+        {"images": drawn, "labels": labels.numpy(), "rows": np.array(list(rows))},
     )
     pictures.write_png(
-        run.samples / "grid.png", pictures.tile(images.reshape(-1, *images.shape[2:]), columns=num)
+        run.samples / "grid.png", pictures.tile(drawn.reshape(-1, *drawn.shape[2:]), columns=num)
     )
 
 
