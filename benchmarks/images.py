@@ -1,15 +1,14 @@
-"""What reading real images costs a trainer rank: share of its two cores at 500 images/s, and memory.
+"""What reading images costs a trainer rank: share of its two cores at 500 images/s, and memory.
 
     python benchmarks/images.py FOLDER        # a folder for 20,000 JPEGs of 64 x 64, made if empty
 
 A rank with one worker process reads batches as fast as that gives. CPU time of the rank and its
 worker, by the operating system, over the images read, times 500, over two cores. Noise is counted
-apart: it is drawn whatever the images come from. Memory is that of both processes, with a manifest as
-large as ImageNet's.
+apart: it is drawn whatever the images come from. Memory is that of both processes, with a manifest
+as large as ImageNet's.
 """
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -83,7 +82,8 @@ def as_large_as_imagenet(images: ImageFiles) -> None:
 
     images._manifest = manifest.Manifest(
         small.root, small.folder, small.about, repeated(small.files), repeated(small.places),
-        repeated(small.labels), repeated(small.modes), repeated(small.sizes), repeated(small.sha256),
+        repeated(small.labels), repeated(small.modes), repeated(small.sizes),
+        repeated(small.sha256),
     )  # fmt: skip
     images._kept = np.arange(IMAGENET)
     images.labels = repeated(images.labels)

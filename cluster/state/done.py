@@ -33,7 +33,10 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         run=replace(config.run, dir=_absolute(config.run.dir)),
         trajectory=replace(config.trajectory, location=location),
         data=replace(
-            config.data, path=_absolute(config.data.path), manifest=_absolute(config.data.manifest)
+            config.data,
+            path=_absolute(config.data.path),
+            manifest=_absolute(config.data.manifest),
+            autoencoder=_absolute(config.data.autoencoder),
         ),
         teacher={name: teacher(value) for name, value in config.teacher.items()},
     )

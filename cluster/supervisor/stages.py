@@ -89,7 +89,7 @@ def pretrain(session: Session, view: done.RunView) -> Work:
     missing = {n: p for n, p in own_teachers(view.config).items() if not has_model(p)}
     if not missing:
         return Work()
-    check(sets.SETS[view.config.data.name].has_images, sets.NO_IMAGES)
+    check(view.config.data.has_images, sets.NO_IMAGES)
     for note in images.check_files(view.config.data, session.bars.say):
         session.bars.say(note)
     job = _job("pretrain", session, view, None)

@@ -13,7 +13,8 @@ from distill.data.sets import SETS
 class DataConfig:
     """The real images a teacher is trained on and a student is compared with.
 
-    `latents` has none: the run's teacher comes from elsewhere, and only distances to it are taken.
+    `latents` without a path has none: the run's teacher comes from elsewhere, and only distances to
+    it are taken. With one it is a folder that `bowstring encode` wrote.
     """
 
     name: str = MISSING  # a row of distill.data.sets
@@ -28,6 +29,7 @@ class DataConfig:
     broken: str = "refuse"  # of files that cannot be decoded: refuse | skip
     first_label: int = -1  # of the first class; -1: 0, or 1 where labels can mean nothing else
     workers: int = free(2)  # processes that decode for a rank; 0: the rank itself
+    autoencoder: str = free("")  # folder; decodes latents for pictures, "" is as they were encoded
     manifest: str = free("")  # folder; "" is data.path and `.manifest`
 
     def __post_init__(self) -> None:
@@ -42,6 +44,16 @@ class DataConfig:
             f"data.name=latents with data.channels={self.channels}: grey and RGB images are "
             "compared with real ones; set data.name=npz and data.path",
         )
+
+    @property
+    def has_latents(self) -> bool:
+        """Whether the images are latents that were encoded before."""
+        return self.name == "latents" and bool(self.path)
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a teacher can be trained on it."""
+        return SETS[self.name].has_images or self.has_latents
 
     @property
     def image(self) -> ImageSpec:

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch.utils.data import DataLoader, Dataset
 
 from distill.config import check
-from distill.data import config, files, sets
+from distill.data import config, files, latents, sets
 from distill.flow.noise import permutation, sample_noise, uniform
 from distill.flow.trajectory import TrajectoryBatch
 
@@ -63,6 +64,8 @@ def open_images(data: config.DataConfig, say: Callable[[str], None] = _to_stderr
     Raises:
         ConfigError: files absent, cut or of another kind; settings that do not describe the images.
     """
+    if data.has_latents:
+        return latents.LatentFiles(data)
     load = sets.SETS[data.name].load
     if load is None:
         return files.ImageFiles(data, say)
@@ -109,10 +112,23 @@ def check_files(data: config.DataConfig, say: Callable[[str], None] = _to_stderr
     Raises:
         ConfigError: images are absent or not those that settings describe; so it is known early.
     """
+    if data.has_latents:
+        latents.verify(Path(data.path))
+        return latents.LatentFiles(data).notes
     if sets.SETS[data.name].load is None:
         return files.ImageFiles(data, say).notes
     sets.SETS[data.name].check(data.path)
     return []
+
+
+@runtime_checkable
+class Drawn(Protocol):
+    """`Images` that are distributions: latents, with those of the mirrored images."""
+
+    def draw(
+        self, indices: np.ndarray, mirrored: np.ndarray, seed: int, ids: np.ndarray
+    ) -> np.ndarray:
+        """float32 [B, C, H, W], a function of the seed and the ids."""
 
 
 class _Parts(Dataset[UInt8[torch.Tensor, "B C H W"]]):
@@ -130,14 +146,20 @@ class _Parts(Dataset[UInt8[torch.Tensor, "B C H W"]]):
         return torch.from_numpy(self._images.read(chosen))
 
 
-def in_parts(data: config.DataConfig, images: Images) -> Iterator[torch.Tensor]:
-    """All images in their order, `REFERENCE_BATCH` at a time, as `read` gives them."""
-    return iter(DataLoader(_Parts(images), batch_size=None, num_workers=workers(data)))
+def in_parts(
+    data: config.DataConfig, images: Images, parts: Sequence[int] | None = None
+) -> Iterator[torch.Tensor]:
+    """All images in their order, `REFERENCE_BATCH` at a time, as `read` gives them; or some parts
+    of that, by number.
+    """
+    whole = _Parts(images)
+    chosen = range(len(whole)) if parts is None else parts
+    return iter(DataLoader(whole, batch_size=None, sampler=chosen, num_workers=workers(data)))
 
 
 def workers(data: config.DataConfig) -> int:
     """Processes that decode; none where nothing is to be decoded."""
-    return data.workers if sets.SETS[data.name].load is None else 0
+    return data.workers if data.has_latents or sets.SETS[data.name].load is None else 0
 
 
 # Noise of the images' stream starts here, so that no trajectory of the same seed starts from noise
@@ -204,9 +226,12 @@ class ImageStream(Dataset[TrajectoryBatch]):
         positions = np.arange(self._rank, self._batch_size, self._world_size)
         ids = step * self._batch_size + positions
         chosen = self._image_of(ids)
-        images = in_range(torch.from_numpy(np.ascontiguousarray(self._images.read(chosen))))
-        if self._flips:
-            mirrored = self._drawn("flips", step)[positions] < 0.5
+        mirrored = self._drawn("flips", step)[positions] < (0.5 if self._flips else 0)
+        if isinstance(self._images, Drawn):
+            drawn = self._images.draw(chosen, mirrored.numpy(), self._seed, ids)
+            images = torch.from_numpy(drawn)
+        else:
+            images = in_range(torch.from_numpy(np.ascontiguousarray(self._images.read(chosen))))
             images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         noise = torch.from_numpy(
             sample_noise(self._seed, ids + FIRST_NOISE, tuple(images.shape[1:]))

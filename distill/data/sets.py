@@ -21,7 +21,8 @@ FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_COUNT = 60_000  # training images
 NO_IMAGES = (
     "data.name=latents has no images to train a teacher on; take one from elsewhere "
-    "(teacher=sit, teacher=diffusers or teacher=native, with its path)"
+    "(teacher=sit, teacher=diffusers or teacher=native, with its path), or set data.path to "
+    "a folder that `bowstring encode` wrote"
 )
 
 

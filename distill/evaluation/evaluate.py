@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from distill.config import ImageSpec, check
-from distill.data import images
+from distill.data import decode, images
 from distill.data.config import DataConfig
 from distill.evaluation import curves, metrics, sampling
 from distill.evaluation.config import EvalConfig
@@ -43,6 +43,8 @@ class Evaluator:
         self.interrupt = sampling.Interrupt()
         self.features: metrics.FeatureDistance | None = None
         self.real = measured.Reference(data.name)
+        self.to_pictures = decode.to_pictures(data, device)
+        data = decode.reference(data)
         if data.image.is_picture:
             real, digest = images.open_images(data), sha256()
             parts = real_parts(data, real, digest.update)
@@ -88,7 +90,11 @@ class Evaluator:
         reference, _ = self._reference
         x, seconds = self.draw(sampler, title) if sampler else self._reference
         tree: dict[str, Any] = {"nfe": nfe} | ({"solver": solver} if solver else {})
-        tree |= metrics.measure(metrics.Drawn(x, reference, self.samples.noise, self.features))
+        tree |= metrics.measure(
+            metrics.Drawn(
+                x, reference, self.samples.noise, self.features, self.to_pictures or to_uint8
+            )
+        )
         return records.record_of(measured.Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
 
 
@@ -156,8 +162,12 @@ def picture_grid(
         for who, how, nfe in curves.grid_rows(teacher)
     }
     chosen = sampling.Samples(evaluator.samples.noise[:num], labels)
+    assert evaluator.to_pictures is not None
     drawn = torch.stack(
-        [to_uint8(evaluator.draw(sampler, "pictures", chosen)[0]) for sampler in rows.values()]
+        [
+            evaluator.to_pictures(evaluator.draw(sampler, "pictures", chosen)[0])
+            for sampler in rows.values()
+        ]
     ).numpy()
     pictures.write_npz(
         run.samples / "grid.npz",
@@ -210,7 +220,7 @@ def evaluate(
             evaluator.row(draw_student(n), f"student, {n} NFE", n) for n in evaluation.nfe
         )
         solvers = teacher_rows(evaluator, samplers, settings, evaluation)
-        if student.image.is_picture:
+        if evaluator.to_pictures:
             picture_grid(run, evaluator, student.image, draw_student, samplers, settings)
     features = evaluator.features
     extractor = (

@@ -211,13 +211,15 @@ class Drawn:
         x: end points of a sampler, [N, C, H, W] in [-1, 1].
         reference: those of the teacher's fine solution from the same noise.
         noise: where both started.
-        features: distances to the real images; None for latents, which have none.
+        features: distances to the real images; None where there are none.
+        to_pictures: bytes of `x`: latents are decoded.
     """
 
     x: Float[Tensor, "N C H W"]
     reference: Float[Tensor, "N C H W"]
     noise: Float[Tensor, "N C H W"]
     features: FeatureDistance | None
+    to_pictures: Callable[[Tensor], UInt8[Tensor, "N C H W"]] = to_uint8
 
 
 def distance_to_teacher(drawn: Drawn) -> dict[str, float]:
@@ -228,7 +230,7 @@ def distance_to_teacher(drawn: Drawn) -> dict[str, float]:
 
 def distances_to_data(drawn: Drawn) -> dict[str, float]:
     """Fréchet and kernel distance to the real images, where there are any."""
-    return drawn.features.compare(to_uint8(drawn.x)) if drawn.features else {}
+    return drawn.features.compare(drawn.to_pictures(drawn.x)) if drawn.features else {}
 
 
 METRICS: tuple[Callable[[Drawn], dict[str, float]], ...] = (distance_to_teacher, distances_to_data)

@@ -196,5 +196,6 @@ def _of_taesd(encoder: Path, decoder: Path, device: torch.device) -> Autoencoder
     one = torch.ones(1, 1, 1, device=device)
     return Autoencoder(
         encoder.name.removesuffix("_encoder.pth"), _fingerprint([encoder, decoder]),
-        lambda images: (down((images + 1) / 2), None), lambda z: up(z) * 2 - 1, one, one * 0, device,
+        lambda images: (down((images + 1) / 2), None), lambda z: up(z) * 2 - 1,
+        one, one * 0, device,
     )  # fmt: skip
