@@ -17,10 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.config import ConfigError, ImageSpec, check
+from distill.data.config import DataConfig
+from distill.data.decode import to_pictures, to_uint8
 from distill.export.student import latest_student
 from distill.flow import paths
 from distill.flow.noise import sample_labels, sample_noise
@@ -49,11 +51,6 @@ def few_step(
         u_mean = u(x, x.new_full((len(x),), t), x.new_full((len(x),), s), labels)
         x = (x.to(wide) + ((1 - t) - (1 - s)) * u_mean.to(wide)).to(x.dtype)
     return x
-
-
-def to_uint8(images: Float[Tensor, "B C H W"]) -> UInt8[Tensor, "B C H W"]:
-    """Pixels 0 .. 255 for images in [-1, 1]; values outside are clipped."""
-    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def choose_labels(
@@ -160,17 +157,21 @@ def sample_run(
     labels: Sequence[int] | int | None = None,
     num: int = 64,
     out: Path | None = None,
+    data: DataConfig | None = None,
 ) -> Path:
     """Path of an npz of `num` images of the last verified checkpoint; a PNG grid lies beside it.
 
     The npz holds images [num, C, H, W] (uint8; float32 for a latent space, then without a PNG),
-    labels, seed and nfe. `out` is the folder, by default run/samples.
+    labels, seed and nfe. `data`, the run's, may name an autoencoder that decodes its latents.
+    `out` is the folder, by default run/samples.
 
     Raises:
         ConfigError: the run has no checkpoint yet, or a setting is out of range.
     """
     student = load_student(latest_student(run))
     images, chosen = student.sample_with_labels(num, nfe, seed, labels)
+    decode = None if student.image.is_picture or data is None else to_pictures(data, student.device)
+    images = decode(images) if decode else images
     stem = (out or run.samples) / f"nfe{nfe}_seed{seed}"
     path = stem.with_suffix(".npz")
     arrays: dict[str, np.ndarray | np.generic] = {
@@ -180,6 +181,6 @@ def sample_run(
         "nfe": np.int64(nfe),
     }
     write_npz(path, arrays)
-    if student.image.is_picture:
+    if images.dtype == torch.uint8:
         write_png(stem.with_suffix(".png"), tile(images.numpy(), columns=max(1, round(num**0.5))))
     return path

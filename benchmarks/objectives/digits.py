@@ -9,7 +9,7 @@ from benchmarks.objectives.problems import Problem, Solved
 from benchmarks.objectives.student import averaged, fit
 from distill.config import TrainConfig
 from distill.data.config import DataConfig
-from distill.data.images import ImageStream, load_images
+from distill.data.images import ImageStream, InMemory, load_images
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.files import DESCRIPTION, load_model, save_model
@@ -30,9 +30,9 @@ EVERY, ODD, EVEN = slice(None), slice(1, None, 2), slice(0, None, 2)  # images
 
 def train_teacher(folder: Path, settings: TrainConfig, part: slice) -> None:
     """Trains the teacher by flow matching on a part of the real images, into a model folder."""
-    images, labels = (whole[part] for whole in load_images(DATA))
+    images = InMemory(*(whole[part].numpy() for whole in load_images(DATA)))
     seed = 0 if part == EVERY else 1
-    stream = ImageStream(images, labels, seed, settings.batch_size, 0, 1, settings.label_dropout)
+    stream = ImageStream(images, seed, settings.batch_size, 0, 1, settings.label_dropout)
     network = build_network(NETWORK, DATA.image, seed)
     engine = fit(network, stream.read, ReflowConfig(), settings, seed)
     state = averaged(engine, build_network(NETWORK, DATA.image, seed)).state_dict()

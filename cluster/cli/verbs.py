@@ -147,6 +147,42 @@ def labels(text: str) -> list[int]:
 
 
 @verb(
+    argument("--autoencoder", required=True, metavar="FOLDER", help="whose latents are wanted"),
+    argument("--out", type=Path, required=True, metavar="FOLDER", help="for the latents"),
+    argument("--flips", action="store_true", help="encodes the mirrored images too"),
+    takes_settings=True,
+)
+def encode(options: Namespace) -> int:
+    """latents of an image set, once, for runs in a latent space
+
+    Encodes the images of `data=..` into shards of latents, for `data.name=latents
+    data.path=FOLDER`: to train a teacher on, and to compare with. The autoencoder is a folder
+    of diffusers (AutoencoderKL, AutoencoderTiny), or NAME_encoder.pth and NAME_decoder.pth of
+    the TAESD family. The same command again goes on where the last one stopped.
+
+    examples:
+      bowstring encode data=folder data.path=pictures --autoencoder taef2 --out latents
+      bowstring encode data=imagenet256 data.path=ILSVRC --autoencoder sd-vae --out latents --flips
+    """
+    import sys
+
+    from distill.data import encode as encoding
+
+    (config,) = read_settings(["experiment=digits", *setting_words(options)])
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    about = encoding.encode(config.data, options.autoencoder, options.out, options.flips, say)
+    print(options.out)
+    print(
+        f"data.name=latents data.path={options.out} data.channels={about.channels} "
+        f"data.size={about.size} data.num_classes={about.images['num_classes']}"
+    )
+    return 0
+
+
+@verb(
     RUN,
     argument("--nfe", type=int, default=1, metavar="N", help="network evaluations per picture"),
     argument("--seed", type=int, default=0, metavar="S", help="the same seed, the same noise"),
@@ -169,9 +205,11 @@ def sample(options: Namespace) -> int:
       bowstring sample runs/digits --nfe 2 --labels 0,1,2,3 --num 16
     """
     run = open_run(options.run)
+    from cluster.settings.file import load_config
     from distill.sample import sample_run
 
-    path = sample_run(run, options.nfe, options.seed, options.labels, options.num, options.out)
+    given = (options.nfe, options.seed, options.labels, options.num, options.out)
+    path = sample_run(run, *given, load_config(run, []).data)
     picture = path.with_suffix(".png")
     print(path, *([picture] if picture.exists() else []), sep="\n")
     return 0

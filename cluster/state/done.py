@@ -32,7 +32,12 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         config,
         run=replace(config.run, dir=_absolute(config.run.dir)),
         trajectory=replace(config.trajectory, location=location),
-        data=replace(config.data, path=_absolute(config.data.path)),
+        data=replace(
+            config.data,
+            path=_absolute(config.data.path),
+            manifest=_absolute(config.data.manifest),
+            autoencoder=_absolute(config.data.autoencoder),
+        ),
         teacher={name: teacher(value) for name, value in config.teacher.items()},
     )
 

@@ -89,8 +89,9 @@ def pretrain(session: Session, view: done.RunView) -> Work:
     missing = {n: p for n, p in own_teachers(view.config).items() if not has_model(p)}
     if not missing:
         return Work()
-    check(sets.SETS[view.config.data.name].has_images, sets.NO_IMAGES)
-    images.check_files(view.config.data)
+    check(view.config.data.has_images, sets.NO_IMAGES)
+    for note in images.check_files(view.config.data, session.bars.say):
+        session.bars.say(note)
     job = _job("pretrain", session, view, None)
     made = [job.run.model(step) for step in job.exports]
     for name, folder in missing.items():

@@ -12,7 +12,7 @@ from typing import Protocol
 from cluster.plan.stream import stream_order
 from cluster.state.cursor import write_cursor
 from cluster.trainer.job import TrainJob
-from distill.data.images import ImageStream, load_images
+from distill.data.images import ImageStream, open_images, workers
 from distill.data.order import Order
 from distill.data.stream import TrajectoryStream
 from distill.engine.engine import Peers
@@ -106,9 +106,10 @@ def build_source(
 
     config, rank, world_size = job.config, ranks.rank, ranks.world_size
     if job.stage == "pretrain":
-        images, labels = load_images(config.data)
-        batch_size, dropout = job.train.batch_size, job.train.label_dropout
-        stream = ImageStream(images, labels, config.seed, batch_size, rank, world_size, dropout)
+        stream = ImageStream(
+            open_images(config.data), config.seed, job.train.batch_size, rank, world_size,
+            job.train.label_dropout, config.data.flips, workers(config.data),
+        )  # fmt: skip
         return Source(stream, beat)
     assert job.spec is not None
     order = stream_order(config)

@@ -1,10 +1,10 @@
 """Data sets by name: which files each needs, and how its images are read. No torch.
 
-A new one is a function here, a row of `SETS`, and configs/data/NAME.yaml.
+A new one is a row of `SETS` and configs/data/NAME.yaml. What `data.path` may hold is the same for
+all that lie in files (`distill.data.listing`); a small set of another kind has a function here.
 """
 
 import gzip
-import zipfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,8 @@ FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 FASHION_COUNT = 60_000  # training images
 NO_IMAGES = (
     "data.name=latents has no images to train a teacher on; take one from elsewhere "
-    "(teacher=sit, teacher=diffusers or teacher=native, with its path)"
+    "(teacher=sit, teacher=diffusers or teacher=native, with its path), or set data.path to "
+    "a folder that `bowstring encode` wrote"
 )
 
 
@@ -31,14 +32,16 @@ class ImageSet:
 
     Attributes:
         load: reads all images for a `data.path`; raises ConfigError for files that are cut or of
-            another kind.
+            another kind. None: they are read when they are asked for (`distill.data.files`).
         check: raises ConfigError when a file is absent, so that it is known early.
         has_images: whether a teacher can be trained on it, and a student compared with it.
+        num_images: that the whole set has; 0: any number.
     """
 
-    load: Callable[[str], Labelled]
+    load: Callable[[str], Labelled] | None = None
     check: Callable[[str], None] = lambda path: None
     has_images: bool = True
+    num_images: int = 0
 
 
 def digits(path: str) -> Labelled:
@@ -94,35 +97,6 @@ def _read_idx(path: Path, shape: tuple[int, ...]) -> np.typing.NDArray[np.uint8]
     return np.frombuffer(content, dtype=np.uint8, offset=len(header)).reshape(shape)
 
 
-def npz(path: str) -> Labelled:
-    """The images of a file of the user's; without `labels` all are of class 0."""
-    try:
-        if not zipfile.is_zipfile(path):
-            raise zipfile.BadZipFile("it is no zip file, or cut")
-        with np.load(path, allow_pickle=False) as file:
-            images = file["images"]
-            labels = file["labels"] if "labels" in file.files else np.zeros(len(images), np.int64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ConfigError(f"{path} cannot be read as an .npz with `images` ({error})") from error
-    is_square = images.ndim == 4 and images.size > 0 and images.shape[1] == images.shape[2]
-    is_labelled = labels.shape == images.shape[:1] and labels.dtype.kind in "iu"
-    if not (images.dtype == np.uint8 and is_square and is_labelled and labels.min() >= 0):
-        raise ConfigError(
-            f"{path}: `images` must be uint8 [N, H, H, C] and `labels` integers [N] from 0 on; "
-            f"they are {images.dtype} {list(images.shape)} and {labels.dtype} {list(labels.shape)}"
-        )
-    pixels = images.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(127.5) - 1
-    return pixels, labels.astype(np.int64)
-
-
-def _check_npz(path: str) -> None:
-    check(
-        Path(path).is_file(),
-        f"data.path={path} is no file; set it to an .npz with `images`, uint8 [N, H, H, C], and "
-        "`labels`, integers [N] (docs/operations.md)",
-    )
-
-
 def latents(path: str) -> Labelled:
     """None: the run's teacher comes from elsewhere, and only distances to it are taken."""
     raise ConfigError(NO_IMAGES)
@@ -131,6 +105,12 @@ def latents(path: str) -> Labelled:
 SETS = {
     "digits": ImageSet(digits),
     "fashion": ImageSet(fashion, _check_fashion),
-    "npz": ImageSet(npz, _check_npz),
+    "folder": ImageSet(),
+    "npz": ImageSet(),
+    "cifar10": ImageSet(num_images=50_000),
+    "celeba": ImageSet(num_images=202_599),
+    "ffhq64": ImageSet(num_images=70_000),
+    "imagenet64": ImageSet(num_images=1_281_167),
+    "imagenet256": ImageSet(num_images=1_281_167),
     "latents": ImageSet(latents, has_images=False),
 }

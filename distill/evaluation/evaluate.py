@@ -6,7 +6,7 @@ describes results.json.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from hashlib import sha256
 from typing import Any
@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from distill.config import ImageSpec, check
+from distill.data import decode, images
 from distill.data.config import DataConfig
-from distill.data.images import load_images
 from distill.evaluation import curves, metrics, sampling
 from distill.evaluation.config import EvalConfig
 from distill.export.student import latest_student
@@ -44,11 +44,13 @@ class Evaluator:
         self.interrupt = sampling.Interrupt()
         self.features: metrics.FeatureDistance | None = None
         self.real = measured.Reference(data.name)
+        self.to_pictures = decode.to_pictures(data, device)
+        data = decode.reference(data)
         if data.image.is_picture:
-            real = to_uint8(load_images(data)[0])
-            self.features = metrics.FeatureDistance(evaluation.extractor, real, device)
-            digest = sha256(real.numpy().tobytes()).hexdigest()
-            self.real = measured.Reference(data.name, n=len(real), sha256=digest)
+            real, digest = images.open_images(data), sha256()
+            parts = real_parts(data, real, digest.update)
+            self.features = metrics.FeatureDistance(evaluation.extractor, parts, device)
+            self.real = measured.Reference(data.name, n=len(real), sha256=digest.hexdigest())
         self._reference: tuple[torch.Tensor, float] | None = None
 
     def draw(
@@ -89,8 +91,22 @@ class Evaluator:
         reference, _ = self._reference
         x, seconds = self.draw(sampler, title) if sampler else self._reference
         tree: dict[str, Any] = {"nfe": nfe} | ({"solver": solver} if solver else {})
-        tree |= metrics.measure(metrics.Drawn(x, reference, self.samples.noise, self.features))
+        tree |= metrics.measure(
+            metrics.Drawn(
+                x, reference, self.samples.noise, self.features, self.to_pictures or to_uint8
+            )
+        )
         return records.record_of(measured.Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
+
+
+def real_parts(
+    data: DataConfig, real: images.Images, seen: Callable[[bytes], None]
+) -> Iterator[torch.Tensor]:
+    """Real images as uint8, some at a time; the bytes of each part are given to `seen`."""
+    for part in images.in_parts(data, real):
+        pixels = part if part.dtype == torch.uint8 else to_uint8(part)
+        seen(pixels.numpy().tobytes())
+        yield pixels
 
 
 # (solver, NFE) -> the teacher drawn so
@@ -171,15 +187,19 @@ def picture_grid(
         for who, how, nfe in curves.grid_rows(teacher)
     }
     chosen = sampling.Samples(evaluator.samples.noise[:num], labels)
-    images = torch.stack(
-        [to_uint8(evaluator.draw(sampler, "pictures", chosen)[0]) for sampler in rows.values()]
+    assert evaluator.to_pictures is not None
+    drawn = torch.stack(
+        [
+            evaluator.to_pictures(evaluator.draw(sampler, "pictures", chosen)[0])
+            for sampler in rows.values()
+        ]
     ).numpy()
     pictures.write_npz(
         run.samples / "grid.npz",
-        {"images": images, "labels": labels.numpy(), "rows": np.array(list(rows))},
+        {"images": drawn, "labels": labels.numpy(), "rows": np.array(list(rows))},
     )
     pictures.write_png(
-        run.samples / "grid.png", pictures.tile(images.reshape(-1, *images.shape[2:]), columns=num)
+        run.samples / "grid.png", pictures.tile(drawn.reshape(-1, *drawn.shape[2:]), columns=num)
     )
 
 
@@ -227,7 +247,7 @@ def evaluate(
         )
         solvers = teacher_rows(evaluator, samplers, settings, evaluation)
         distances = trajectory_distances(evaluator, samplers, settings, place)
-        if student.image.is_picture:
+        if evaluator.to_pictures:
             picture_grid(run, evaluator, student.image, draw_student, samplers, settings)
     features = evaluator.features
     extractor = (

@@ -14,7 +14,8 @@ features are turned to float64 before any moment, whatever dtype the extractor h
 features make a Fréchet distance a FID.
 """
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -35,6 +36,8 @@ PIXELS_DEFINITION = "uint8 pixels [C, H, W], flattened, divided by 255, float64"
 # are cheap and few.
 KID_SUBSETS = {"inception": (100, 1000), "pixels": (10, 500)}
 KID_SEED = 2020
+BATCH = 100  # images an extractor takes at once
+HELD = 50_000  # real images at most whose features stay in memory, for the kernel distance
 
 
 def relative_distance(
@@ -86,9 +89,10 @@ class FeatureDistance:
     def __init__(
         self,
         extractor: config.ExtractorConfig,
-        real: UInt8[Tensor, "N C H W"],
+        real: Iterable[UInt8[Tensor, "B C H W"]],
         device: torch.device,
     ) -> None:
+        """`real` are the real images, some at a time."""
         self._device = device
         if extractor.name == "inception":
             digest, registered = inception.check_inception(extractor.weights), INCEPTION
@@ -103,8 +107,7 @@ class FeatureDistance:
             verbose=False,
         )
         self._subsets, self._subset_size = KID_SUBSETS[extractor.name]
-        self._real, dtype = self._features(real)
-        self._real_moments = metric_fid.fid_features_to_statistics(self._real)
+        self._real, self._real_moments, dtype = self._reference(real)
         self.description: dict[str, Any] = {
             "name": extractor.name,
             "sha256": digest,
@@ -116,12 +119,27 @@ class FeatureDistance:
         }
 
     @torch.no_grad()
-    def _features(self, images: Tensor) -> tuple[Float64[Tensor, "N F"], str]:
+    def _features(self, images: Iterable[Tensor]) -> tuple[Float64[Tensor, "N F"], str]:
         """Features in float64 on the CPU, and the dtype the extractor gave them in."""
-        if self.rgb_only and images.shape[1] == 1:
-            images = images.expand(-1, 3, -1, -1)
-        rows = [self._extractor(part.to(self._device))[0].cpu() for part in images.split(100)]
+        rows = []
+        for part in images:
+            part = part.expand(-1, 3, -1, -1) if self.rgb_only and part.shape[1] == 1 else part
+            rows.append(self._extractor(part.to(self._device))[0].cpu())
         return torch.cat(rows).double(), str(rows[0].dtype).removeprefix("torch.")
+
+    def _reference(
+        self, real: Iterable[Tensor]
+    ) -> tuple[Float64[Tensor, "N F"], dict[str, np.ndarray], str]:
+        """Features of the first `HELD` real images, moments of those of all, and their dtype."""
+        held, moments, count, dtype = None, None, 0, ""
+        real = iter(real)
+        while part := list(itertools.islice(real, HELD // BATCH)):
+            features, dtype = self._features(part)
+            found = metric_fid.fid_features_to_statistics(features)
+            moments = found if moments is None else joint(moments, count, found, len(features))
+            held, count = features if held is None else held, count + len(features)
+        assert held is not None and moments is not None, "a data set has images"
+        return held, moments, dtype
 
     @property
     def rgb_only(self) -> bool:
@@ -130,11 +148,21 @@ class FeatureDistance:
 
     def compare(self, images: UInt8[Tensor, "N C H W"]) -> dict[str, float]:
         """ "frechet", "kid" and "kid_std" between `images` and the real ones. Deterministic."""
-        features, _ = self._features(images)
+        features, _ = self._features(images.split(BATCH))
         return {
             "frechet": frechet(metric_fid.fid_features_to_statistics(features), self._real_moments),
             **kernel_distance(features, self._real, self._subsets, self._subset_size),
         }
+
+
+def joint(
+    moments: dict[str, np.ndarray], n: int, other: dict[str, np.ndarray], m: int
+) -> dict[str, np.ndarray]:
+    """Mean and unbiased covariance of n and m samples together (Chan, Golub & LeVeque, 1979)."""
+    apart = other["mu"] - moments["mu"]
+    squares = (n - 1) * moments["sigma"] + (0 if m == 1 else (m - 1) * other["sigma"])
+    squares += np.outer(apart, apart) * (n * m / (n + m))
+    return {"mu": moments["mu"] + apart * (m / (n + m)), "sigma": squares / (n + m - 1)}
 
 
 def frechet(moments: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> float:
@@ -183,13 +211,15 @@ class Drawn:
         x: end points of a sampler, [N, C, H, W] in [-1, 1].
         reference: those of the teacher's fine solution from the same noise.
         noise: where both started.
-        features: distances to the real images; None for latents, which have none.
+        features: distances to the real images; None where there are none.
+        to_pictures: bytes of `x`: latents are decoded.
     """
 
     x: Float[Tensor, "N C H W"]
     reference: Float[Tensor, "N C H W"]
     noise: Float[Tensor, "N C H W"]
     features: FeatureDistance | None
+    to_pictures: Callable[[Tensor], UInt8[Tensor, "N C H W"]] = to_uint8
 
 
 def distance_to_teacher(drawn: Drawn) -> dict[str, float]:
@@ -200,7 +230,7 @@ def distance_to_teacher(drawn: Drawn) -> dict[str, float]:
 
 def distances_to_data(drawn: Drawn) -> dict[str, float]:
     """Fréchet and kernel distance to the real images, where there are any."""
-    return drawn.features.compare(to_uint8(drawn.x)) if drawn.features else {}
+    return drawn.features.compare(drawn.to_pictures(drawn.x)) if drawn.features else {}
 
 
 METRICS: tuple[Callable[[Drawn], dict[str, float]], ...] = (distance_to_teacher, distances_to_data)

@@ -226,6 +226,6 @@ def test_latents_train_no_teacher(tmp_path):
 def test_an_absent_npz_is_named_before_anything_starts(tmp_path):
     config = one("experiment=imagenet64", "data.path=/nowhere.npz", f"run.dir={tmp_path}")
     for verb in (runner.run, runner.distil):
-        with pytest.raises(ConfigError, match=r"data.path=/nowhere.npz is no file; set it to an"):
+        with pytest.raises(ConfigError, match=r"data.path=/nowhere.npz is not there; set it to a"):
             verb(config)
     assert not config.files.config.exists()

@@ -13,7 +13,7 @@ from cluster.trainer.rank import flops_of, initial_network, resume
 from cluster.trainer.sources import Source
 from distill.checkpoint import commit as checkpoint, manifest
 from distill.config import ConfigError
-from distill.data.images import ImageStream, load_images
+from distill.data.images import ImageStream, open_images
 from distill.engine.engine import TorchEngine
 from distill.networks.files import load_model
 from distill.run.files import read_lines, sha256_file
@@ -29,8 +29,8 @@ def run(job, stop_at=None):
     """One process trains the tiny teacher; its engine."""
     network, _ = initial_network(job)
     engine = TorchEngine(network, job.train, torch.device("cpu"))
-    images, labels = load_images(job.config.data)
-    stream = ImageStream(images, labels, job.config.seed, job.train.batch_size, 0, 1, 0.1)
+    images = open_images(job.config.data)
+    stream = ImageStream(images, job.config.seed, job.train.batch_size, 0, 1, 0.1)
     seen = []
     read = stream.read
     stream.read = lambda step: seen.append(step) or read(step)

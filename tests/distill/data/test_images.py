@@ -87,56 +87,6 @@ def test_settings_that_do_not_describe_the_images(change, match):
         load_images(DataConfig(**settings))
 
 
-NPZ = {"name": "npz", "channels": 3, "size": 4}
-
-
-def test_an_npz_of_the_user(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
-    path = tmp_path / "images.npz"
-    np.savez(path, images=pixels, labels=np.array([2, 0, 1, 1, 2], dtype=np.uint8))
-    images, labels = load_images(DataConfig(**NPZ, path=str(path), num_classes=3))
-    assert (
-        (images.permute(0, 2, 3, 1) + 1) * 127.5
-    ).round().byte().numpy().tolist() == pixels.tolist()
-    assert labels.tolist() == [2, 0, 1, 1, 2]
-    np.savez(path, images=pixels)
-    assert load_images(DataConfig(**NPZ, path=str(path)))[1].tolist() == [-1] * 5
-
-
-@pytest.mark.parametrize(
-    ("arrays", "match"),
-    [
-        ({"pictures": np.zeros((2, 4, 4, 3), np.uint8)}, "cannot be read as an .npz with `images`"),
-        ({"images": np.array([{}], dtype=object)}, "cannot be read as an .npz with `images`"),
-        ({"images": np.zeros((2, 4, 4, 3), np.float32)}, r"uint8 \[N, H, H, C\].*float32"),
-        ({"images": np.zeros((2, 4, 5, 3), np.uint8)}, r"uint8 \[N, H, H, C\].*\[2, 4, 5, 3\]"),
-        (
-            {"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.zeros(3, np.int64)},
-            r"`labels` integers \[N\].*int64 \[3\]",
-        ),
-        (
-            {"images": np.zeros((2, 4, 4, 3), np.uint8), "labels": np.array([0, -1])},
-            r"`labels` integers \[N\] from 0 on",
-        ),
-        ({"images": np.zeros((0, 4, 4, 3), np.uint8)}, r"uint8 \[0, 4, 4, 3\]"),
-    ],
-)
-def test_an_npz_of_another_kind_is_refused(arrays, match, tmp_path):
-    np.savez(tmp_path / "images.npz", **arrays)
-    with pytest.raises(ConfigError, match=match):
-        load_images(DataConfig(**NPZ, path=str(tmp_path / "images.npz")))
-
-
-def test_a_cut_npz_is_refused_and_one_array_alone(tmp_path):
-    cut, alone = tmp_path / "images.npz", tmp_path / "images.npy"
-    np.savez(cut, images=np.zeros((2, 4, 4, 3), np.uint8))
-    cut.write_bytes(cut.read_bytes()[:100])
-    np.save(alone, np.zeros((2, 4, 4, 3), np.uint8))
-    for path in (cut, alone):
-        with pytest.raises(ConfigError, match=r"cannot be read as an \.npz"):
-            load_images(DataConfig(**NPZ, path=str(path)))
-
-
 def test_latents_have_no_images():
     data = DataConfig(name="latents", channels=4, size=32, num_classes=1000)
     with pytest.raises(ConfigError, match="no images to train a teacher on"):

@@ -1,16 +1,18 @@
 """The image stream: a pure function of the seed and the step."""
 
+import numpy as np
 import torch
 
-from distill.data.images import FIRST_NOISE, ImageStream
+from distill.data.images import FIRST_NOISE, ImageStream, InMemory
 from distill.flow.noise import sample_noise
 
 N = 10
 
 
-def stream(rank=0, world_size=1, label_dropout=0.0, seed=1, batch_size=4):
+def stream(rank=0, world_size=1, label_dropout=0.0, seed=1, batch_size=4, **more):
     images = torch.arange(N).float().reshape(N, 1, 1, 1).expand(N, 1, 2, 2).contiguous()
-    return ImageStream(images, torch.arange(N), seed, batch_size, rank, world_size, label_dropout)
+    shown = InMemory(images.numpy(), np.arange(N))
+    return ImageStream(shown, seed, batch_size, rank, world_size, label_dropout, **more)
 
 
 def shown(batch):
@@ -60,3 +62,24 @@ def test_labels_are_dropped_at_the_asked_rate():
     dropped = torch.cat([reader.read(step).labels == -1 for step in range(10)])
     assert abs(float(dropped.float().mean()) - 0.25) < 0.02
     assert stream(label_dropout=0.0).read(0).labels.min() >= 0
+
+
+def test_flips_mirror_half_of_the_images_and_nothing_else():
+    images = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
+    plain, flipped = (
+        ImageStream(InMemory(images, np.arange(2)), 1, 1000, 0, 1, 0.0, flips).read(0)
+        for flips in (False, True)
+    )
+    before, after = plain.states[:, 0, 1], flipped.states[:, 0, 1]
+    mirrored = (before.flip(-1) == after).flatten(1).all(1)
+    same = (before == after).flatten(1).all(1)
+    assert (mirrored ^ same).all() and abs(float(mirrored.float().mean()) - 0.5) < 0.05
+    assert torch.equal(plain.noise, flipped.noise) and torch.equal(plain.labels, flipped.labels)
+
+
+def test_worker_processes_give_the_same_batches_from_any_step():
+    plain, ahead = stream(label_dropout=0.3), stream(label_dropout=0.3, workers=2)
+    for step in (5, 6, 7, 2, 3):
+        one, other = plain.read(step), ahead.read(step)
+        assert torch.equal(one.states, other.states) and torch.equal(one.labels, other.labels)
+    assert ahead.wait_s > 0

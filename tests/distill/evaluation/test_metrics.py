@@ -48,7 +48,7 @@ def test_frechet_equals_the_closed_form_of_commuting_gaussians():
 def test_frechet_of_a_set_to_itself_is_zero_and_to_a_shifted_one_the_shift():
     real = torch.randint(20, 200, (400, 1, 4, 4), generator=torch.Generator().manual_seed(0))
     real = real.to(torch.uint8)
-    distance = FeatureDistance(ExtractorConfig(name="pixels"), real, CPU)
+    distance = FeatureDistance(ExtractorConfig(name="pixels"), [real], CPU)
     assert abs(distance.compare(real)["frechet"]) < 1e-9
     assert distance.compare(real + 51)["frechet"] == pytest.approx(16 * 0.2**2, rel=1e-9)
     assert distance.description["feature_dtype"] == "float64"
@@ -75,7 +75,7 @@ def test_inception_without_or_with_other_weights_is_refused_with_the_way_out(tmp
     wrong.write_bytes(b"other")
     for weights, words in (("", "eval.extractor.weights"), (str(wrong), "6726825d")):
         with pytest.raises(ConfigError, match=words):
-            FeatureDistance(ExtractorConfig(name="inception", weights=weights), real, CPU)
+            FeatureDistance(ExtractorConfig(name="inception", weights=weights), [real], CPU)
 
 
 def test_inception_opens_the_users_file(tmp_path, monkeypatch):
@@ -89,6 +89,6 @@ def test_inception_opens_the_users_file(tmp_path, monkeypatch):
     monkeypatch.setattr(inception, "INCEPTION_SHA256", sha256_file(path)[:8])
     grey = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     config = ExtractorConfig(name="inception", weights=str(path))
-    description = FeatureDistance(config, grey, CPU).description
+    description = FeatureDistance(config, [grey], CPU).description
     assert (description["features"], description["feature_dtype"]) == (2048, "float32")
     assert description["sha256"] == sha256_file(path)
