@@ -5,6 +5,8 @@ Real are `cluster.pool.coordinator` (leases, heartbeats, expiry, back-pressure) 
 the disk and the step. The messages are those that `cluster.pool.pool` sends: a heartbeat of every
 busy worker four times in a lease, results when they are there, the trainer's position when it
 moves, and a tick once a second. The pool itself looks at position and clock ten times a second.
+What the pool does of its own is done here too: it replaces a worker that failed, and parks it where
+nothing is to be made.
 """
 
 from __future__ import annotations
@@ -22,21 +24,39 @@ import numpy as np
 from benchmarks.stream.world_settings import WAYS, Settings
 from cluster.pool.coordinator import Coordinator, Limits
 from cluster.pool.messages import (
+    Arrived,
     Asked,
     Committed,
     CursorMoved,
     Event,
+    Excluded,
     Expired,
+    Failed,
+    Gone,
     Heartbeat,
     Joined,
     Leased,
     Left,
+    Place,
+    Readmitted,
     Tick,
+    Unfit,
 )
 from distill.data.order import Order
 
 TICK_S = 1.0
 HEARTBEATS_PER_LEASE = 4  # as in cluster.pool
+FIRST_S, SLOWER = 1.0, 10.0  # until the first evaluation; a slow GPU
+
+
+@dataclass
+class Node:
+    """A machine, from when it comes until it is taken."""
+
+    number: int
+    birth: str
+    is_up: bool = True
+    workers: list[Worker] = field(default_factory=list)
 
 
 @dataclass
@@ -44,6 +64,9 @@ class Worker:
     """A teacher worker. `shard` is what it makes, since `since_s`."""
 
     name: str
+    node: Node
+    gpu: int
+    sickness: str = ""
     is_up: bool = True
     leaves: bool = False
     shard: int | None = None
@@ -66,6 +89,7 @@ class World:
     longest_wait_s: float = 0.0  # of the trainer, once it has begun
     expiries: int = 0
     taken: int = 0  # workers
+    excluded: set[Place] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         chosen = self.settings
@@ -100,7 +124,8 @@ class World:
         """Lives until the last step is done; see `summary`."""
         chosen = self.settings
         for first in range(0, chosen.teachers, chosen.per_node):
-            self._node_up(min(chosen.per_node, chosen.teachers - first))
+            gpus = min(chosen.per_node, chosen.teachers - first)
+            self._node_up(first // chosen.per_node, gpus)
         self._at(0.0, self._tick)
         self._at(0.0, self._heartbeats)
         self._begin_step()
@@ -117,7 +142,7 @@ class World:
         Goodput is the time of steps over the time from `first` to `last`; `teachers_up` the mean
         share of the workers that were there; `wasted` the share of the teachers' evaluations that
         came to nothing; the backlog counts shards on disk that the trainer has not begun; the
-        longest wait is of one step.
+        longest wait is of one step; `excluded` counts GPUs.
         """
         passes, per_shard = self.settings.passes, self.settings.samples_per_shard
         begun = self.settings.last * per_shard
@@ -131,6 +156,7 @@ class World:
             "backlog": float(np.mean(self._backlogs)),
             "longest_wait_s": self.longest_wait_s,
             "wasted": self.lost_s / (self.lost_s + self.made_s),
+            "excluded": len([place for place in self.excluded if place.gpu]),
             "expiries_per_hour": self.expiries / hours,
             "taken_per_hour": self.taken / hours,
         }
@@ -153,10 +179,17 @@ class World:
             match action:
                 case Leased(name, shard):
                     self._work(name, shard)
-                case Expired():
+                case Expired(name, _):
                     self.expiries += 1
+                    if name in self.workers:
+                        self._replace(self.workers[name])
+                case Excluded(place):
+                    self.excluded.add(place)
+                    self._end_all_at(place)
+                case Readmitted(place):
+                    self.excluded.discard(place)
                 case _:  # a real run would stop here, too
-                    raise RuntimeError(f"shard given up: {action}")
+                    raise RuntimeError(f"the run ends: {action}")
 
     def _tick(self) -> None:
         self._tell(Tick())
@@ -165,8 +198,8 @@ class World:
         self._at(self.now + TICK_S, self._tick)
 
     def _heartbeats(self) -> None:
-        for worker in self.workers.values():
-            if worker.shard is not None:
+        for worker in list(self.workers.values()):
+            if worker.shard is not None and worker.sickness != "hangs":
                 self._tell(Heartbeat(worker.name))
         period = self.settings.lease_timeout_s / HEARTBEATS_PER_LEASE
         self._at(self.now + period, self._heartbeats)
@@ -174,42 +207,84 @@ class World:
     # ---------------------------------------------------------------------------------------
     # Nodes and workers
 
-    def _node_up(self, num_workers: int) -> None:
-        node = []
-        for _ in range(num_workers):
-            self._count += 1
-            worker = Worker(f"w{self._count}")
-            self.workers[worker.name] = worker
-            node.append(worker)
-            self._tell(Joined(worker.name))
-            self._tell(Asked(worker.name))
+    def _node_up(self, number: int, gpus: int) -> None:
+        self._count += 1
+        node = Node(number, f"{number}-{self._count}")
+        for gpu in range(gpus):
+            self._start(node, gpu)
         if self.settings.per_hour > 0:
             life_s = self._random.expovariate(self.settings.per_hour / 3600)
             take = self._notice if self.settings.way == "drained" else self._take
             self._at(self.now + life_s, take, node)
 
-    def _notice(self, node: list[Worker]) -> None:
+    def _sickness(self, node: Node, gpu: int) -> str:
+        """The first nodes have a sick GPU each."""
+        kind = node.number // self.settings.each_sick
+        return self.settings.sick[kind] if gpu == 0 and kind < len(self.settings.sick) else ""
+
+    def _start(self, node: Node, gpu: int) -> None:
+        """A worker comes, with its teachers loaded; or it is parked, or fails to load them."""
+        if not node.is_up:
+            return
+        self._count += 1
+        worker = Worker(f"w{self._count}", node, gpu, self._sickness(node, gpu))
+        self.workers[worker.name] = worker
+        node.workers.append(worker)
+        place = self._place(worker)
+        self._tell(Arrived(worker.name, place, "gpu", node.birth))
+        if not self.coordinator.health.takes_work(place):
+            return
+        if worker.sickness == "load":
+            self._tell(Unfit(place, node.birth, "CUDA error: uncorrectable ECC error"))
+            self._replace(worker)
+        else:
+            self._tell(Joined(worker.name))
+            self._tell(Asked(worker.name))
+
+    def _place(self, worker: Worker) -> Place:
+        return Place(f"n{worker.node.number}", f"{worker.gpu}")
+
+    def _replace(self, worker: Worker) -> None:
+        """It is ended, and another one started where it was."""
+        if not worker.is_up:
+            return
+        if worker.shard is not None:
+            self.lost_s += self.now - worker.since_s
+        self._vanish(worker)
+        worker.node.workers.remove(worker)
+        self._tell(Left(worker.name, "replaced"))
+        self._at(self.now + self.settings.restart_s, self._start, worker.node, worker.gpu)
+
+    def _end_all_at(self, place: Place) -> None:
+        for worker in list(self.workers.values()):
+            if place in (self._place(worker), self._place(worker).whole):
+                self._replace(worker)
+
+    def _notice(self, node: Node) -> None:
         """Those that have no shard leave now, the others with their shard or at the end."""
-        for worker in node:
+        for worker in list(node.workers):
             worker.leaves = True
             if worker.shard is None:
                 self._leave(worker)
         self._at(self.now + self.settings.notice_s, self._take, node)
 
-    def _take(self, node: list[Worker]) -> None:
+    def _take(self, node: Node) -> None:
         """The node goes, with all that its workers had in hand."""
-        chosen = self.settings
-        self.taken += len(node)
-        for worker in [worker for worker in node if worker.is_up]:
+        chosen, node.is_up = self.settings, False
+        gpus = min(chosen.per_node, chosen.teachers - node.number * chosen.per_node)
+        self.taken += gpus
+        for worker in [worker for worker in node.workers if worker.is_up]:
             if worker.shard is not None:
                 self.lost_s += self.now - worker.since_s
             self._vanish(worker)
             if chosen.way == "drained":
-                self._tell(Left(worker.name, "drained"))
+                self._tell(Left(worker.name, "drained", is_alone=False))
             elif chosen.way == "killed":
-                self._at(self.now + chosen.detect_s, self._tell, Left(worker.name, "node lost"))
+                left = Left(worker.name, "node lost", is_alone=False)
+                self._at(self.now + chosen.detect_s, self._tell, left)
+        self._at(self.now + chosen.detect_s, self._tell, Gone(node.birth))
         away_s = self._random.lognormvariate(math.log(chosen.rejoin_s), chosen.rejoin_spread)
-        self._at(self.now + away_s, self._node_up, len(node))
+        self._at(self.now + away_s, self._node_up, node.number, gpus)
 
     def _leave(self, worker: Worker) -> None:
         self._vanish(worker)
@@ -227,19 +302,43 @@ class World:
         chosen, sigma = self.settings, self.settings.spread
         takes_s = self._random.lognormvariate(math.log(chosen.shard_s) - sigma**2 / 2, sigma)
         worker.shard, worker.since_s = shard, self.now
-        self._at(self.now + takes_s, self._commit, worker)
+        match worker.sickness:
+            case "hangs":
+                return
+            case "slow":
+                takes_s *= SLOWER
+            case "first":
+                takes_s = FIRST_S
+            case "dies":
+                takes_s *= self._random.random()
+        self._at(self.now + takes_s, self._end_shard, worker, shard)
+
+    def _end_shard(self, worker: Worker, shard: int) -> None:
+        """It is made, or has failed; not where the worker was ended in the meantime."""
+        if not worker.is_up or worker.shard != shard:
+            return
+        place, birth = self._place(worker), worker.node.birth
+        match worker.sickness:
+            case "first":
+                self._tell(Failed(worker.name, "CUDA error: an illegal memory access"))
+            case "nan":
+                self._tell(Failed(worker.name, "values that are not finite", is_refusal=True))
+            case "dies":
+                self._tell(Unfit(place, birth, "a teacher worker died"))
+            case _:
+                self._commit(worker)
+                return
+        self._replace(worker)
 
     def _commit(self, worker: Worker) -> None:
-        if not worker.is_up:
-            return
         shard, worker.shard = worker.shard, None
         assert shard is not None and shard not in self.disk
         self.disk.add(shard)
         self.made_s += self.now - worker.since_s
-        self._tell(Committed(shard, 1))
+        self._tell(Committed(shard, 1, worker.name))
         if worker.leaves:
             self._leave(worker)
-        else:
+        elif worker.is_up:
             self._tell(Asked(worker.name))
         if shard in self._missing:
             self._missing.remove(shard)

@@ -6,6 +6,15 @@ ways:
     drained   notice: its workers take no other shard, and have `notice_s` to finish theirs
     killed    no notice: Ray gives the node up `detect_s` later, and its leases go back
     silent    no notice, and nobody says so: each lease runs out
+
+GPUs may be sick, each on another node, in one of these ways, for ever:
+
+    load      its teachers do not load
+    first     every shard fails at its first evaluation
+    nan       every shard fails at its end: values that are not finite
+    dies      its worker dies in the middle of every shard
+    hangs     no evaluation comes to an end, until the lease runs out
+    slow      every shard takes ten times as long
 """
 
 from __future__ import annotations
@@ -15,6 +24,7 @@ from dataclasses import dataclass
 from cluster.settings.schema import TeacherPoolConfig
 
 WAYS = ("drained", "killed", "silent")
+SICKNESSES = ("load", "first", "nan", "dies", "hangs", "slow")
 
 
 @dataclass(frozen=True)
@@ -27,6 +37,8 @@ class Settings:
         per_hour: chance of a node to be taken, per hour it is up.
         rejoin_s, rejoin_spread: median and sigma of the log-normal time until a node is back with
             its teachers loaded.
+        sick: the sicknesses there are, and each_sick how many GPUs have each.
+        restart_s: until a worker that failed is replaced, its teachers loaded.
         shards: of the whole run.
         first, last: shards between which the trainer is measured: the start, when nothing lies
             ahead, and the end, when nothing is left to make, are not those of a long run.
@@ -46,6 +58,9 @@ class Settings:
     detect_s: float = 14.0
     rejoin_s: float = 600.0
     rejoin_spread: float = 1.0
+    sick: tuple[str, ...] = ()
+    each_sick: int = 3
+    restart_s: float = 60.0
     lease_timeout_s: float = TeacherPoolConfig.lease_timeout_s
     max_attempts: int = TeacherPoolConfig.max_attempts
     ready_ahead: int = 8000

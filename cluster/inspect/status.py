@@ -183,6 +183,14 @@ def restarts(history: events.History) -> dict[str, int]:
     return {"trainer": max(0, len(history.starts) - 1), "teacher_workers": history.lost}
 
 
+def excluded(history: events.History) -> list[dict[str, str]]:
+    """Nodes and GPUs that take no more work, each with its last error."""
+    return [
+        {"node": event.node, "gpu": event.gpu or "all", "reason": event.reason}
+        for event in history.excluded.values()
+    ]
+
+
 def slurm_jobs(run: files.RunDir) -> dict[str, Any] | None:
     """The run's Slurm jobs, or why they cannot be told; None when it was never submitted."""
     said: list[str] = []
@@ -235,6 +243,7 @@ def status(run: files.RunDir) -> dict[str, Any]:
     found["shards"] = shards(run, config, found["train"]["step"], history, live)
     workers = {"target": history.target, "workers": len(history.workers)}
     found["teachers"] = workers if live else None
+    found["excluded"] = excluded(history)
     found["checkpoint"] = last_verified(run)
     found["restarts"] = restarts(history)
     found["disk_free_bytes"] = shutil.disk_usage(run.root).free

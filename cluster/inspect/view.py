@@ -25,6 +25,8 @@ def render(found: dict[str, Any]) -> console.Group:
     parts = [_summary(found)]
     if stock["open_leases"]:
         parts.append(_table("open leases", stock["open_leases"]))
+    if found["excluded"]:
+        parts.append(_table("excluded", found["excluded"]))
     if stock["quarantined"]:
         parts.append(_table("quarantined", stock["quarantined"]))
     if slurm is not None and slurm["jobs"]:

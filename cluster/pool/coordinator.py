@@ -8,10 +8,13 @@ nothing of its own: it is rebuilt from the shards found on disk.
       |              |                     '-- quarantined --> free
       '--------------'-- expired, failed, worker left; too often: given up
 
-Every attempt is on another worker: who fails is replaced (`cluster.pool.pool`). A shard is given up
-when `max_attempts` workers failed on it, or three times as many were lost with it. Losing a worker
-is mostly not the shard's fault; but one that kills or hangs whoever makes it must not go on for
-ever.
+What fails may be the device (`cluster.pool.health`), so every attempt is by another worker, on
+another node as long as there is one, and by one that has made a shard as long as there is one. A
+shard is given up when `max_attempts` of those failed on it, three times as many were lost with it,
+or ten times as many with their node; where none has made a shard, once all nodes were tried. That a
+setting is wrong, or that a teacher gives no numbers, is believed when another node says it too.
+Losing a worker is mostly not the shard's fault; but one that kills or hangs whoever makes it must
+not go on for ever.
 
 A lease is given for the lowest free shard p, and only if (back-pressure)
 
@@ -22,12 +25,16 @@ that is kept would read them again. An evicted shard counts as made.
 """
 
 import heapq
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf
 
 from cluster.pool import messages
+from cluster.pool.health import SLOW, Error, Health, Worker
 
-LOSSES_PER_ATTEMPT = 3
+# What speaks against a shard: a worker that failed on it, was lost with it, was lost with its node
+FAILURE, LOSS, TAKEN = 30, 10, 3
+REFUSALS = 2  # that are believed
 
 
 @dataclass(frozen=True)
@@ -41,8 +48,8 @@ class Limits:
         max_bytes: shards at most on disk, bytes.
         shard_bytes: expected size of a shard, bytes; the largest seen counts once it is larger.
         lease_timeout_s: a lease without progress for this long goes back, seconds.
-        max_attempts: a shard that failed this often, or was lost with its worker
-            LOSSES_PER_ATTEMPT times as often, is given up.
+        max_attempts: a shard that failed this often is given up; a node or GPU that failed this
+            often takes no more work.
     """
 
     num_shards: int
@@ -60,6 +67,25 @@ class Lease:
 
     worker: str
     expires_s: float
+    since_s: float
+    slow: int = 0  # times that this was counted against its place
+
+
+@dataclass
+class Suspect:
+    """What speaks against a shard, and how much of it is from workers that have made others."""
+
+    points: int = 0
+    proven: int = 0
+    failures: int = 0
+    losses: int = 0
+    nodes: set[str] = field(default_factory=set)  # that failed on it
+
+    def __str__(self) -> str:
+        found = [f"{self.failures} failures"] if self.failures else []
+        if self.losses:
+            found.append(f"{self.losses} workers were lost while making it")
+        return " and ".join(found)
 
 
 @dataclass
@@ -76,9 +102,9 @@ class Coordinator:
     leases: dict[int, Lease] = field(default_factory=dict)  # by shard
     workers: set[str] = field(default_factory=set)
     waiting: dict[str, None] = field(default_factory=dict)  # that asked, longest wait first
-    attempts: dict[int, int] = field(default_factory=dict)  # failures by shard
-    losses: dict[int, int] = field(default_factory=dict)  # workers lost by shard
+    suspects: dict[int, Suspect] = field(default_factory=dict)  # by shard
     given_up: set[int] = field(default_factory=set)
+    excluded: dict[messages.Place, str] = field(default_factory=dict)  # before, for what
 
     def __post_init__(self) -> None:
         assert not self.evicted & self.committed.keys()
@@ -86,10 +112,15 @@ class Coordinator:
         self._shard_bytes = max(self.limits.shard_bytes, *self.committed.values(), 0)
         made = (*self.committed, *self.evicted)
         self._num_made = sum(shard < self.limits.num_shards for shard in made)
+        out = {place: (Error(reason), "") for place, reason in self.excluded.items()}
+        self.health = Health(self.limits.max_attempts, out)
+        self._is_whole = True  # every worker that is wanted has a process
+        self._proven: dict[str, set[str]] = {}  # by node, workers that have made a shard
         self._shard_of: dict[str, int] = {}  # by worker
         self._next_expiry_s = inf  # no lease runs out before
         self._frontier = 0  # every shard below is taken, or in `_freed`
         self._freed: list[int] = []  # a heap; some may be taken again
+        self._again: set[int] = set()  # that some node failed on, and that are free
         self._oldest = 0  # no shard below is on disk
 
     @property
@@ -105,19 +136,24 @@ class Coordinator:
     @property
     def is_blocked(self) -> bool:
         """Whether back-pressure is what keeps the next shard from being leased."""
-        shard = self._next_free()
+        shard = self._lowest_free()
         return shard is not None and not (self._in_window(shard) and self._has_room())
 
     @property
     def needs_room(self) -> bool:
         """Whether bytes alone keep the next shard from being leased."""
-        shard = self._next_free()
+        shard = self._lowest_free()
         return shard is not None and self._in_window(shard) and not self._has_room()
 
     def handle(self, event: messages.Event, now_s: float) -> list[messages.Action]:
         """The actions that follow from `event` at time `now_s` (seconds on any steady clock)."""
-        actions = self._apply(event, now_s)
-        return actions + self._expire(now_s) + self._grant(now_s)
+        actions = self._apply(event, now_s) + self._expire(now_s) + self._strike_slow(now_s)
+        for action in actions:
+            if isinstance(action, messages.Excluded):
+                self._let_wait_no_more()
+        patience_s = self.limits.lease_timeout_s
+        actions += self.health.judge(now_s, self._is_whole, patience_s)
+        return actions + self._grant(now_s)
 
     def lease_of(self, worker: str) -> int | None:
         """The shard `worker` is making."""
@@ -125,10 +161,18 @@ class Coordinator:
 
     def _apply(self, event: messages.Event, now_s: float) -> list[messages.Action]:
         match event:
+            case messages.Arrived(worker, place, model, birth):
+                return self.health.arrive(worker, Worker(place, model, birth))
             case messages.Joined(worker):
                 self.workers.add(worker)
-            case messages.Left(worker, reason):
-                return self._lose(worker, reason)
+            case messages.Left(worker, reason, is_alone):
+                return self._lose(worker, reason, is_alone)
+            case messages.Unfit(place, birth, error, is_final, is_refusal):
+                return self.health.fail(place, birth, Error(error, is_refusal), is_final)
+            case messages.Gone(birth):
+                self.health.lose(birth)
+            case messages.Staffed(is_whole):
+                self._is_whole = is_whole
             case messages.Asked(worker):
                 assert worker in self.workers, f"{worker} asked before it joined"
                 if self.lease_of(worker) is None:
@@ -140,10 +184,12 @@ class Coordinator:
             case messages.Slept(seconds):
                 for lease in self.leases.values():
                     lease.expires_s += seconds
-            case messages.Committed(shard, num_bytes):
+                    lease.since_s += seconds
+            case messages.Committed(shard, num_bytes, worker):
+                self._credit(shard, worker, now_s)
                 self._commit(shard, num_bytes)
-            case messages.Failed(worker, traceback):
-                return self._fail(worker, traceback)
+            case messages.Failed():
+                return self._fail(event)
             case messages.CursorMoved(first_shard):
                 self.cursor = first_shard
             case messages.Released(first_shard):
@@ -168,26 +214,41 @@ class Coordinator:
         self.committed[shard] = num_bytes
         self._shard_bytes = max(self._shard_bytes, num_bytes)
         self._oldest = min(self._oldest, shard)
-        self.attempts.pop(shard, None)
-        self.losses.pop(shard, None)
+        self.suspects.pop(shard, None)
+        self._again.discard(shard)
         if shard in self.leases:
             del self._shard_of[self.leases.pop(shard).worker]
 
-    def _lose(self, worker: str, reason: str) -> list[messages.Action]:
+    def _credit(self, shard: int, worker: str, now_s: float) -> None:
+        """A shard that is made speaks for its worker."""
+        if worker in self.workers:
+            lease = self.leases.get(shard)
+            is_its = lease is not None and lease.worker == worker
+            self.health.made(worker, now_s - lease.since_s if lease and is_its else None)
+            self._proven.setdefault(self.health.node_of(worker), set()).add(worker)
+
+    def _is_proven(self, worker: str) -> bool:
+        return worker in self._proven.get(self.health.node_of(worker), ())
+
+    def _lose(self, worker: str, reason: str, is_alone: bool = True) -> list[messages.Action]:
+        shard, node = self._shard_of.get(worker), self.health.node_of(worker)
+        found: list[messages.Action] = []
+        if shard is not None:
+            suspect = self.suspects.setdefault(shard, Suspect())
+            suspect.losses += 1
+            if is_alone:
+                suspect.nodes.add(node)
+            points = LOSS if is_alone else TAKEN
+            found = self._suspect(shard, worker, points, Error(reason))
+            self._take_back(worker)
         self.workers.discard(worker)
         self.waiting.pop(worker, None)
-        shard = self._take_back(worker)
-        if shard is None:
-            return []
-        self.losses[shard] = self.losses.get(shard, 0) + 1
-        if self.losses[shard] < LOSSES_PER_ATTEMPT * self.limits.max_attempts:
-            return []
-        self.given_up.add(shard)
-        return [
-            messages.GivenUp(
-                shard, f"{self.losses[shard]} workers were lost while making it", reason
-            )
-        ]
+        if worker in self._proven.get(node, ()):
+            self._proven[node].discard(worker)
+            if not self._proven[node]:
+                del self._proven[node]
+        self.health.leave(worker)
+        return found
 
     def _take_back(self, worker: str) -> int | None:
         """The shard the worker had a lease for, which is free again."""
@@ -197,15 +258,55 @@ class Coordinator:
             self._free(shard)
         return shard
 
-    def _fail(self, worker: str, traceback: str) -> list[messages.Action]:
-        shard = self._take_back(worker)
-        if shard is None:  # the lease ran out before, or another worker committed the shard
-            return []
-        self.attempts[shard] = self.attempts.get(shard, 0) + 1
-        if self.attempts[shard] < self.limits.max_attempts:
+    def _fail(self, event: messages.Failed) -> list[messages.Action]:
+        worker, error = event.worker, Error(event.traceback, event.is_refusal)
+        shard, found = self._shard_of.get(worker), list[messages.Action]()
+        # Else the lease ran out before, or another worker committed the shard.
+        if shard is not None and not event.is_final:
+            suspect = self.suspects.setdefault(shard, Suspect())
+            suspect.failures += 1
+            suspect.nodes.add(self.health.node_of(worker))
+            found = self._suspect(shard, worker, FAILURE, error)
+        self._take_back(worker)
+        if (its := self.health.workers.get(worker)) is not None:
+            found += self.health.fail(its.place, its.birth, error, event.is_final)
+        return found
+
+    def _suspect(self, shard: int, worker: str, points: int, error: Error) -> list[messages.Action]:
+        """Counts against a shard; gives it up when that is enough."""
+        suspect = self.suspects[shard]
+        suspect.points += points
+        suspect.proven += points * self._is_proven(worker)
+        enough = FAILURE * self.limits.max_attempts
+        if error.is_refusal:
+            enough = min(enough, FAILURE * REFUSALS)
+        untried = self.health.sound_nodes - suspect.nodes
+        if suspect.proven < enough and (suspect.points < enough or untried):
             return []
         self.given_up.add(shard)
-        return [messages.GivenUp(shard, f"{self.attempts[shard]} failures", traceback)]
+        return [messages.GivenUp(shard, str(suspect), error.text, error.is_refusal)]
+
+    def _let_wait_no_more(self) -> None:
+        """Workers of excluded places get no lease, until they are ended."""
+        for worker in [w for w in self.waiting if w in self.health.workers]:
+            if not self.health.takes_work(self.health.workers[worker].place):
+                del self.waiting[worker]
+
+    def _strike_slow(self, now_s: float) -> list[messages.Action]:
+        """A shard that takes too long counts against its worker's place, again and again."""
+        found: list[messages.Action] = []
+        least_s = self.health.least_slow_s
+        for lease in self.leases.values():  # the oldest first
+            age_s = now_s - lease.since_s
+            if age_s < least_s:
+                break
+            slow_s = self.health.slow_s(lease.worker)
+            if age_s >= (lease.slow + 1) * slow_s:
+                lease.slow += 1
+                its, usual_s = self.health.workers[lease.worker], slow_s / SLOW
+                error = Error(f"slow: {age_s:.0f} s for a shard that takes others {usual_s:.0f} s")
+                found += self.health.fail(its.place, its.birth, error)
+        return found
 
     def _expire(self, now_s: float) -> list[messages.Action]:
         if now_s < self._next_expiry_s:
@@ -217,7 +318,10 @@ class Coordinator:
         ]
         actions: list[messages.Action] = []
         for shard, worker in expired:
+            its = self.health.workers.get(worker)
             actions += [messages.Expired(worker, shard), *self._lose(worker, "no progress")]
+            if its is not None:
+                actions += self.health.fail(its.place, its.birth, Error("no progress"))
         # Heartbeats only put an expiry off, so until then none needs to be looked for.
         self._next_expiry_s = min((x.expires_s for x in self.leases.values()), default=inf)
         return actions
@@ -226,7 +330,7 @@ class Coordinator:
     # Shards
 
     def _grant(self, now_s: float) -> list[messages.Action]:
-        actions: list[messages.Action] = []
+        actions = self._grant_again(now_s) if self._again else []
         while self.waiting:
             shard = self._next_free()
             if shard is None or not self._in_window(shard):
@@ -234,13 +338,41 @@ class Coordinator:
             actions += self._make_room()
             if not self._has_room():
                 break
-            worker = next(iter(self.waiting))
-            del self.waiting[worker]
-            expires_s = now_s + self.limits.lease_timeout_s
-            self.leases[shard], self._shard_of[worker] = Lease(worker, expires_s), shard
-            self._next_expiry_s = min(self._next_expiry_s, expires_s)
-            actions.append(messages.Leased(worker, shard))
+            actions.append(self._lease(next(iter(self.waiting)), shard, now_s))
         return actions
+
+    def _grant_again(self, now_s: float) -> list[messages.Action]:
+        """Leases of shards that failed before, each to a worker of which something follows."""
+        actions: list[messages.Action] = []
+        for shard in sorted(self._again):
+            if not self.waiting or not self._in_window(shard):
+                break
+            may = self._who_tries(self.suspects[shard])
+            worker = next((worker for worker in self.waiting if may(worker)), None)
+            if worker is not None:
+                actions += self._make_room()
+                if not self._has_room():
+                    break
+                self._again.discard(shard)
+                actions.append(self._lease(worker, shard, now_s))
+        return actions
+
+    def _who_tries(self, suspect: Suspect) -> Callable[[str], bool]:
+        """Which workers a shard may go to now: what nodes failed on shall be tried on others."""
+        node_of, failed = self.health.node_of, suspect.nodes
+        if self._proven.keys() - failed:
+            return lambda worker: node_of(worker) not in failed and self._is_proven(worker)
+        if self.health.sound_nodes - failed:
+            return lambda worker: node_of(worker) not in failed
+        return lambda worker: True
+
+    def _lease(self, worker: str, shard: int, now_s: float) -> messages.Action:
+        del self.waiting[worker]
+        expires_s = now_s + self.limits.lease_timeout_s
+        self.leases[shard] = Lease(worker, expires_s, now_s)
+        self._shard_of[worker] = shard
+        self._next_expiry_s = min(self._next_expiry_s, expires_s)
+        return messages.Leased(worker, shard)
 
     def _in_window(self, shard: int) -> bool:
         return shard < self.cursor + self.limits.block_shards + self.limits.ready_ahead
@@ -268,14 +400,22 @@ class Coordinator:
 
     def _is_taken(self, shard: int) -> bool:
         made = shard in self.committed or shard in self.evicted
-        return made or shard in self.leases or shard in self.given_up
+        return made or shard in self.leases or shard in self.given_up or shard in self._again
 
     def _free(self, shard: int) -> None:
-        if shard < self._frontier:
+        if shard in self.given_up:
+            return
+        if shard in self.suspects and self.suspects[shard].nodes:
+            self._again.add(shard)
+        elif shard < self._frontier:
             heapq.heappush(self._freed, shard)
 
-    def _next_free(self) -> int | None:
+    def _lowest_free(self) -> int | None:
         """The lowest shard that nobody has made or makes."""
+        return min((x for x in (self._next_free(), *self._again) if x is not None), default=None)
+
+    def _next_free(self) -> int | None:
+        """The lowest of those that no node failed on."""
         while self._freed and self._is_taken(self._freed[0]):
             heapq.heappop(self._freed)
         if self._freed:

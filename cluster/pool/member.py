@@ -6,16 +6,22 @@ from math import inf
 from typing import Any
 
 from cluster.plan.placement import Device
+from cluster.pool.messages import Place
 
 
 @dataclass(eq=False)
 class Member:
-    """An actor as the pool sees it. `task` is its pending load or shard, None when it is idle."""
+    """An actor as the pool sees it. `task` is what it does: it says who it is, loads its teachers,
+    then makes shards. None when it is idle.
+    """
 
     actor: Any
     device: Device  # where it computes
     task: Any
     ping: Any  # pending question for its name and progress
+    place: Place | None = None  # known once it has a process
+    birth: str = ""  # the node of Ray that it came with
+    is_parked: bool = False  # its place takes no work, and it keeps others from being put there
     name: str = ""  # known once it has a process, which may have to wait for a node
     shard: int | None = None
     samples: int = -1
@@ -24,8 +30,12 @@ class Member:
 
     @property
     def is_loading(self) -> bool:
-        """Whether its teachers are still being loaded."""
+        """Whether its teachers are not loaded yet."""
         return self.task is not None and self.shard is None
+
+    def is_at(self, place: Place) -> bool:
+        """Whether it is on that GPU or node."""
+        return self.place is not None and place in (self.place, self.place.whole)
 
     def hear(self, name: str, samples: int, expires_s: float) -> bool:
         """Whether it got further; the first time also until when its teachers must be loaded."""
@@ -42,7 +52,7 @@ def choose_leaving(members: list[Member], wanted: dict[Device, int]) -> list[Dev
     """
     missing: list[Device] = []
     for device, target in wanted.items():
-        there = [member for member in members if member.device == device]
+        there = [m for m in members if m.device == device and not m.is_parked]
         missing += [device] * _choose_leaving(there, target)
     return missing
 

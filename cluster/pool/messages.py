@@ -4,8 +4,37 @@ test.
 
 from dataclasses import dataclass
 
+
+@dataclass(frozen=True)
+class Place:
+    """A GPU of a node; or the node itself, and its cores, where `gpu` is ""."""
+
+    node: str
+    gpu: str = ""
+
+    @property
+    def whole(self) -> "Place":
+        """The node."""
+        return Place(self.node)
+
+    def __str__(self) -> str:
+        return f"{self.node}, GPU {self.gpu}" if self.gpu else self.node
+
+
 # -----------------------------------------------------------------------------------------------
 # Events
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """A worker has a process, on a device of some model. `birth` is the node of Ray that it came
+    with: another one after the machine was away.
+    """
+
+    worker: str
+    place: Place
+    model: str = ""
+    birth: str = ""
 
 
 @dataclass(frozen=True)
@@ -17,10 +46,42 @@ class Joined:
 
 @dataclass(frozen=True)
 class Left:
-    """A worker is gone, by its own will or not; `reason` in words."""
+    """A worker is gone, by its own will or not; `reason` in words. With its node, or ended from
+    here: then its shard is hardly to blame.
+    """
 
     worker: str
     reason: str
+    is_alone: bool = True
+
+
+@dataclass(frozen=True)
+class Unfit:
+    """A place failed, and no shard with it: it could not load the teachers, or its worker died.
+
+    `is_final`: to try again there is of no use. `is_refusal`: its worker says that a setting is
+    wrong.
+    """
+
+    place: Place
+    birth: str
+    error: str
+    is_final: bool = False
+    is_refusal: bool = False
+
+
+@dataclass(frozen=True)
+class Gone:
+    """A node of Ray is gone."""
+
+    birth: str
+
+
+@dataclass(frozen=True)
+class Staffed:
+    """Whether every worker that is wanted has a process."""
+
+    is_whole: bool
 
 
 @dataclass(frozen=True)
@@ -46,18 +107,23 @@ class Slept:
 
 @dataclass(frozen=True)
 class Committed:
-    """A shard stands on disk with its sidecar, whoever made it."""
+    """A shard stands on disk with its sidecar. `worker` made it; "" where that is not known."""
 
     shard: int
     num_bytes: int
+    worker: str = ""
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A worker raised while it made its shard."""
+    """A worker raised while it made its shard; as a refusal, if it says that a setting is wrong or
+    a teacher gives no numbers. `is_final`: no shard can be made there.
+    """
 
     worker: str
     traceback: str
+    is_refusal: bool = False
+    is_final: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,8 +153,12 @@ class Tick:
 
 
 Event = (
-    Joined
+    Arrived
+    | Joined
     | Left
+    | Unfit
+    | Gone
+    | Staffed
     | Asked
     | Heartbeat
     | Committed
@@ -127,6 +197,7 @@ class GivenUp:
     shard: int
     reason: str
     traceback: str
+    is_refusal: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,4 +207,29 @@ class Evicted:
     shards: tuple[int, ...]
 
 
-Action = Leased | Expired | GivenUp | Evicted
+@dataclass(frozen=True)
+class Excluded:
+    """A node or a GPU takes no more work, and its workers shall be ended. `reason` is the last line
+    of the last error.
+    """
+
+    place: Place
+    reason: str
+
+
+@dataclass(frozen=True)
+class Readmitted:
+    """An excluded node or GPU came back, and is tried again."""
+
+    place: Place
+
+
+@dataclass(frozen=True)
+class Hopeless:
+    """Most nodes can make no shards: the run ends, with this sentence."""
+
+    reason: str
+    is_refusal: bool
+
+
+Action = Leased | Expired | GivenUp | Evicted | Excluded | Readmitted | Hopeless

@@ -3,10 +3,14 @@
 An actor holds its teachers and nothing else. It takes a shard number, samples the trajectories and
 commits the file; whatever happens to it, at most the shard in its hands is made again. All that is
 decided is decided in `cluster.pool.coordinator`; here it is carried out.
+
+A node or GPU that is excluded is not left free, or Ray would start the next actor there: one that
+finds itself there is parked, and holds the place without work.
 """
 
 import time
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +19,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from cluster.plan.placement import Device, gpus_of_worker, most_workers
 from cluster.pool import coordinator, messages
+from cluster.pool.health import Error
 from cluster.pool.member import Member, Pace, choose_leaving
+from cluster.pool.preflight import Introduction, UnfitPlace
 from cluster.pool.worker import TeacherWorker
 from cluster.settings.schema import TeacherPoolConfig
 from cluster.state import cursor, done, evicted, identity, workers
@@ -29,11 +35,17 @@ LOOK_PERIOD_S = 1.0  # between two looks at target and checkpoints
 SCAN_PERIOD_S = 1.0  # at least, between two listings of the shards
 PAUSE_PER_ROUND = 20  # times as long as the round took a core
 COARSE = 1e-4  # error of a curve that is said: a tenth of what is left of a good student's
-DEATHS_PER_WORKER = 3  # workers that die without a commit in between, before the pool stops
+# Ray takes up to 15 s to see that a node is lost. Whose node is there after that died by itself.
+JUDGED_S = 30.0
 
 
 class PoolError(RuntimeError):
     """The pool cannot go on. The message says why, with the worker's traceback."""
+
+
+def node_of_ray() -> str:
+    """The node of Ray that the calling process belongs to."""
+    return str(ray.get_runtime_context().get_node_id())
 
 
 @dataclass
@@ -47,7 +59,7 @@ class TeacherPool:
     spec: ShardSpec
     trainer_reads: bool  # whether a trainer moves the cursor; without one all shards are made
     members: list[Member] = field(default_factory=list)
-    deaths: int = 0  # since the last commit
+    deaths: list[tuple[float, messages.Unfit]] = field(default_factory=list)  # to judge, and when
     notes: list[str] = field(default_factory=list)  # what the user should hear; who says it clears
 
     def __post_init__(self) -> None:
@@ -55,14 +67,19 @@ class TeacherPool:
         self.config, self.run, self.plan = view.config, view.run, view.plan
         self._position = cursor.START
         limits = production_limits(view, self.trainer_reads)
+        before = events.read_history(self.run).excluded
         self.coordinator = coordinator.Coordinator(
-            limits, view.shards, view.evicted, cursor=self._cursor()
+            limits,
+            view.shards,
+            view.evicted,
+            cursor=self._cursor(),
+            excluded={messages.Place(*key): event.reason for key, event in before.items()},
         )
         self._oldest = evicted.OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
         self._scans, self._log, self._now_s = Pace(), events.EventLog(self.run), time.monotonic()
         self._wanted: dict[Device, int] = {}
-        self.target = self._most = self.config.cluster.teachers.num_workers
+        self.target = self.config.cluster.teachers.num_workers
         self.run.target.unlink(missing_ok=True)
         self._log.add(events.Pool(self.target, most_workers(self.config.cluster)))
         self._log.flush()  # `bowstring scale` asks for it
@@ -76,8 +93,8 @@ class TeacherPool:
         """One round: workers, results, the directory, heartbeats, leases. Whether all is made.
 
         Raises:
-            ConfigError: a worker has other teachers than the run, or cannot load them.
-            PoolError: a shard was given up, or workers keep dying.
+            ConfigError: most nodes have other teachers than the run, or cannot load them.
+            PoolError: a shard was given up, or most nodes can make none.
         """
         before, self._now_s, core = self._now_s, time.monotonic(), time.thread_time()
         self._excuse_silence(self._now_s - before)
@@ -130,13 +147,15 @@ class TeacherPool:
         """Starts the workers that are missing. Those that are too many finish their shard."""
         missing = choose_leaving(self.members, self._wanted)
         for member in [m for m in self.members if m.leaves and m.shard is None]:
-            ray.kill(member.actor)
             self._part(member, events.SCALED_DOWN)
         for device in missing:
             options = actor_options(self.config.cluster.teachers, device)
             actor_class = ray.remote(TeacherWorker).options(**options)
             actor = actor_class.remote(self.config, self.run, self.spec, device)
-            self.members.append(Member(actor, device, actor.load.remote(), actor.progress.remote()))
+            task, ping = actor.introduce.remote(node_of_ray), actor.progress.remote()
+            self.members.append(Member(actor, device, task, ping))
+        all_there = all(member.place is not None for member in self.members)
+        self._handle(messages.Staffed(all_there or not self.config.cluster.address))
 
     def _look(self) -> None:
         """Takes over what small files tell: the target, and where the oldest checkpoint stands."""
@@ -162,10 +181,14 @@ class TeacherPool:
     def _follow(self) -> None:
         """Sets the target to what was asked for, and to what fits on the nodes there are now."""
         nodes = ray.nodes() if self.config.cluster.address else []
-        self._wanted = workers.wanted_workers(self.config.cluster, self.run, nodes)
+        if self.config.cluster.address:
+            self._bid_farewell({node["NodeID"] for node in nodes if node["Alive"]})
+        self._judge_deaths()
+        parked = Counter(member.device for member in self.members if member.is_parked)
+        self._wanted = workers.wanted_workers(self.config.cluster, self.run, nodes, parked)
         wanted = sum(self._wanted.values())
         if wanted != self.target:
-            self.target, self._most = wanted, max(wanted, self._most)
+            self.target = wanted
             self._log.add(events.Scale(wanted))
 
     def _cursor(self) -> int:
@@ -192,21 +215,26 @@ class TeacherPool:
                 if member.shard is not None and is_committed(self.run, member.shard):
                     # It died between its commit and its report.
                     self._handle(messages.Committed(member.shard, self.plan.shard_bytes))
-                self._bury(member, str(error).strip().splitlines()[0])
+                self._died(member, str(error).strip().splitlines()[0])
             else:
                 self._finished(member, result)
 
-    def _finished(self, member: Member, result: dict[str, Any]) -> None:
+    def _finished(self, member: Member, result: Any) -> None:
+        if member.place is None:
+            self._introduced(member, result)
+            return
         if member.shard is None:
-            check_fingerprints(self.spec, result["worker"], result["fingerprints"])
+            try:
+                check_fingerprints(self.spec, result["worker"], result["fingerprints"])
+            except ConfigError as wrong:
+                self._unfit(member, str(wrong), is_final=True, is_refusal=True)
+                return
             for name, found in identity.record_trials(self.run, result.pop("trials")).items():
                 self.notes.append(f"teacher.{name}: {records.record_of(Trial, found).words}")
-            member.name = result["worker"]
             self._log.add(events.WorkerJoin(**result, device=member.device))
             self._handle(messages.Joined(member.name))
         else:
             shard, member.shard = member.shard, None
-            self.deaths = 0
             self._log.add(events.Commit(shard, member.name, **result))
             if (error := result.get("curve_error", 0.0)) > COARSE:
                 self.notes.append(
@@ -215,44 +243,88 @@ class TeacherPool:
                     "squared distance), and a student cannot be nearer to its teacher; raise "
                     "trajectory.grid, or set trajectory.store_velocity=true"
                 )
-            self._handle(messages.Committed(shard, result["bytes"]))
-        if not member.leaves:
+            self._handle(messages.Committed(shard, result["bytes"], member.name))
+        if not member.leaves and member in self.members:
             self._handle(messages.Asked(member.name))
 
+    def _introduced(self, member: Member, found: Introduction) -> None:
+        """It has a process. Now it loads, unless nothing is to be made there."""
+        member.name, member.birth = found.worker, found.birth
+        member.place = messages.Place(found.node, found.gpu)
+        member.expires_s = self._now_s + self.config.cluster.teachers.lease_timeout_s
+        self._handle(messages.Arrived(member.name, member.place, found.model, found.birth))
+        if self.coordinator.health.takes_work(member.place):
+            member.task = member.actor.load.remote()
+        else:
+            member.is_parked = True
+            self._follow()  # a place less
+
     def _failed(self, member: Member, error: RayTaskError) -> None:
-        if isinstance(error.cause, ConfigError):
-            raise error.cause
+        """Another worker takes its place: what failed may lie in this process or on its device."""
+        is_refusal, is_final = (isinstance(error.cause, x) for x in (ConfigError, UnfitPlace))
+        text = str(error.cause) if is_refusal or is_final else str(error)
         if member.shard is None:
-            raise PoolError(f"a teacher worker could not load its teachers:\n{error}")
-        shard, member.shard = member.shard, None
-        last_line = str(error).strip().splitlines()[-1]
+            self._unfit(member, text, is_final or is_refusal, is_refusal)
+            return
+        shard, last_line = member.shard, Error(text).last_line
         self._log.add(events.Fail(shard, member.name, last_line))
-        # Another worker shall try: what failed here may lie in this process or on its device.
         ray.kill(member.actor)
         self.members.remove(member)
         self._log.add(events.WorkerLeave(member.name, f"failed on shard {shard}"))
-        self._handle(messages.Failed(member.name, str(error)))
+        self._handle(messages.Failed(member.name, text, is_refusal, is_final))
         self._handle(messages.Left(member.name, last_line))
+
+    def _unfit(self, member: Member, text: str, is_final: bool, is_refusal: bool) -> None:
+        """It cannot load its teachers where it is."""
+        ray.kill(member.actor)
+        self.members.remove(member)
+        why = f"could not load its teachers: {Error(text).last_line}"
+        self._log.add(events.WorkerLeave(member.name or "unknown", why))
+        place = member.place or messages.Place("unknown")
+        if not is_refusal:
+            text = f"a teacher worker could not load its teachers:\n{text}"
+        self._handle(messages.Unfit(place, member.birth, text, is_final, is_refusal))
+        self._handle(messages.Left(member.name, why))
+
+    def _died(self, member: Member, reason: str) -> None:
+        """It is lost; whether with its node, or by itself, shows later."""
+        if member.place is not None:
+            text = f"a teacher worker died: {reason}"
+            late_s = JUDGED_S if self.config.cluster.address else 0.0
+            death = messages.Unfit(member.place, member.birth, text)
+            self.deaths.append((self._now_s + late_s, death))
+        self._bury(member, reason)
+
+    def _bid_farewell(self, alive: set[str]) -> None:
+        """Takes over which nodes are gone. Who died with its node did not fail."""
+        for birth in self.coordinator.health.births - alive:
+            self._handle(messages.Gone(birth))
+        self.deaths = [death for death in self.deaths if death[1].birth in alive]
+
+    def _judge_deaths(self) -> None:
+        """Counts deaths against their places, once their node would be known to be gone."""
+        due = [death for due_s, death in self.deaths if due_s <= self._now_s]
+        self.deaths = [death for death in self.deaths if death[0] > self._now_s]
+        for death in due:
+            self._handle(death)
 
     def _bury(self, member: Member, reason: str) -> None:
         """Forgets a worker that is lost; `_staff` starts another."""
         ray.kill(member.actor)  # what is left of it
-        self.deaths += 1
-        self._follow()  # its node may be gone with it
-        self._part(member, reason)
-        limit = DEATHS_PER_WORKER * max(1, self._most)  # a node may take most of them with it
-        if self.deaths >= limit:
-            raise PoolError(
-                f"{limit} teacher workers died without making a shard; last: {reason}"
-                + logs.words(self.run)
-            )
-
-    def _part(self, member: Member, reason: str) -> None:
-        """Forgets a worker that is gone."""
         self.members.remove(member)
+        self._follow()  # its node may be gone with it
+        self._gone(member, reason)
+
+    def _part(self, member: Member, reason: str, is_alone: bool = True) -> None:
+        """Ends a worker."""
+        ray.kill(member.actor)
+        self.members.remove(member)
+        self._gone(member, reason, is_alone)
+
+    def _gone(self, member: Member, reason: str, is_alone: bool = True) -> None:
         self._log.add(events.WorkerLeave(member.name or "unknown", reason))
         if member.name:
-            self._handle(messages.Left(member.name, reason))
+            self._handle(messages.Left(member.name, reason, is_alone))
 
     def _ping(self) -> None:
         """Hears how far workers are; ends dead idle ones and those whose teachers do not load."""
@@ -265,7 +337,9 @@ class TeacherPool:
             for member in [m for m in self.members if m.ping is None]:
                 member.ping = member.actor.progress.remote()
         for member in [m for m in self.members if m.is_loading and self._now_s >= m.expires_s]:
-            self._expire(member, f"its teachers were not loaded within {limit:g} s")
+            reason = f"its teachers were not loaded within {limit:g} s"
+            self._log.add(events.Expire(None, member.name, reason))
+            self._died(member, reason)
 
     def _take_ping(self, member: Member, load_until_s: float) -> None:
         ping, member.ping = member.ping, None
@@ -273,7 +347,7 @@ class TeacherPool:
             name, samples = ray.get(ping)
         except RayError as error:
             if member.task is None:  # otherwise its task tells the same, and is dealt with there
-                self._bury(member, str(error).strip().splitlines()[0])
+                self._died(member, str(error).strip().splitlines()[0])
             return
         if member.hear(name, samples, load_until_s):
             self._handle(messages.Heartbeat(name))
@@ -284,10 +358,6 @@ class TeacherPool:
             self._handle(messages.Slept(slept_s))
             for member in self.members:
                 member.expires_s += slept_s
-
-    def _expire(self, member: Member, reason: str) -> None:
-        self._log.add(events.Expire(member.shard, member.name, reason))
-        self._bury(member, reason)
 
     # ---------------------------------------------------------------------------------------
     # The coordinator
@@ -304,11 +374,25 @@ class TeacherPool:
                 member.task = member.actor.produce.remote(shard)
                 self._log.add(events.Lease(shard, worker))
             case messages.Expired(worker, _):
-                self._expire(self._member(worker), "no progress")
+                member = self._member(worker)
+                self._log.add(events.Expire(member.shard, worker, "no progress"))
+                self._bury(member, "no progress")
             case messages.Evicted(shards):
                 evicted.evict(self.run, shards, self._oldest.step)
-            case messages.GivenUp(shard, reason, error):
+            case messages.Excluded(place, reason):
+                self._log.add(events.Exclude(place.node, place.gpu, reason))
+                for member in [m for m in self.members if m.is_at(place) and not m.is_parked]:
+                    self._part(member, f"{place} takes no more work", is_alone=False)
+            case messages.Readmitted(place):
+                self._log.add(events.Readmit(place.node, place.gpu))
+            case messages.Hopeless(reason, is_refusal):
+                raise (
+                    ConfigError(reason) if is_refusal else PoolError(reason + logs.words(self.run))
+                )
+            case messages.GivenUp(shard, reason, error, is_refusal):
                 self._log.add(events.GiveUp(shard, reason))
+                if is_refusal:
+                    raise ConfigError(error)
                 raise PoolError(set_request_aside(self.run, shard, reason, error))
 
     def _member(self, name: str) -> Member:

@@ -7,15 +7,18 @@ every worker tries `trajectory.batch_size` first, and halves its own when memory
 import os
 import socket
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from cluster.plan.placement import Device
+from cluster.pool import preflight
 from cluster.settings.schema import RunConfig
 from distill.data import generate, shards, sidecar
 from distill.data.stores.store import committed
+from distill.flow.trajectory import GeneratedShard
 from distill.objectives.config import DrawnConfig
 from distill.run import logs
 from distill.run.files import RunDir
@@ -42,15 +45,21 @@ class TeacherWorker:
         self._batch_size = min(trajectory.batch_size, trajectory.samples_per_shard)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
 
+    def introduce(self, birth: Callable[[], str]) -> preflight.Introduction:
+        """Who this worker is and where it computes; `birth` says which node of Ray that is."""
+        return preflight.introduction(self.name, self._device, birth())
+
     def load(self) -> dict[str, Any]:
-        """Loads the teachers, and tries those that run.json knows no trial of.
+        """Tries its place, loads the teachers, and tries those that run.json knows no trial of.
 
         Returns name, fingerprints and trials, by teacher.
 
         Raises:
+            UnfitPlace: device, disk or the run's folder do not work here.
             ConfigError: a teacher is missing, or its own samples speak against it.
         """
         logs.keep(self._run, logs.worker_name(os.getpid()))
+        preflight.preflight(self._run, self._device)
         keep_freed_memory()
         torch.set_num_threads(self._config.cluster.teachers.threads_per_worker)
         self._teachers = {
@@ -77,9 +86,32 @@ class TeacherWorker:
 
         Also the batch from now on, if this shard was the one that did not fit into memory, and of
         the first shard the error of the curve, where the objective asks between the states.
+
+        Raises:
+            UnfitPlace: memory does not suffice for a single sample.
+            ConfigError: a teacher gives values that are not finite.
         """
         started = time.monotonic()
-        generated = generate.generate_shard(
+        try:
+            generated = self._generate(shard)
+        except (MemoryError, RuntimeError) as error:
+            if generate.is_out_of_memory(error):
+                raise preflight.UnfitPlace(
+                    f"its memory does not suffice for one sample at once ({error}); something else "
+                    "holds it, or teachers of this size need a larger device"
+                ) from error
+            raise
+        seconds = time.monotonic() - started
+        standing = shards.write_shard(self._run, self._spec, shard, generated, seconds, self.name)
+        result = {"bytes": standing.num_bytes, "seconds": round(seconds, 3)}
+        if generated.batch_size < self._batch_size:
+            self._batch_size = result["batch_size"] = generated.batch_size
+        if shard == 0 and isinstance(self._config.objective, DrawnConfig):
+            result["curve_error"] = generate.curve_error(generated, self._spec.times)
+        return result
+
+    def _generate(self, shard: int) -> GeneratedShard:
+        return generate.generate_shard(
             self._teachers,
             self._config.teacher,
             self._config.trajectory,
@@ -89,14 +121,6 @@ class TeacherWorker:
             self._beat,
             self._batch_size,
         )
-        seconds = time.monotonic() - started
-        standing = shards.write_shard(self._run, self._spec, shard, generated, seconds, self.name)
-        result = {"bytes": standing.num_bytes, "seconds": round(seconds, 3)}
-        if generated.batch_size < self._batch_size:
-            self._batch_size = result["batch_size"] = generated.batch_size
-        if shard == 0 and isinstance(self._config.objective, DrawnConfig):
-            result["curve_error"] = generate.curve_error(generated, self._spec.times)
-        return result
 
     def progress(self) -> tuple[str, int]:
         """Name, and evaluations of the teachers so far, which grow while a shard is made."""

@@ -35,7 +35,9 @@ class TeacherPoolConfig(WorkersConfig):
     num_workers: int = 2
     max_workers: int = 0  # and at most these; 0: as many as fit. Without a cluster not used
     lease_timeout_s: float = 120.0  # for one evaluation, a shard's upload, loading teachers
-    max_attempts: int = 3  # a shard that failed this often is given up, with its traceback
+    # A shard that failed on so many nodes is given up, with its traceback; a GPU that failed so
+    # often takes no more work.
+    max_attempts: int = 3
 
     def __post_init__(self) -> None:
         super().__post_init__()

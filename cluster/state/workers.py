@@ -9,6 +9,8 @@ workers that compute on CPU.
 """
 
 import math
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +74,14 @@ def read_target(run: files.RunDir) -> int | None:
 
 
 def wanted_workers(
-    cluster: ClusterConfig, run: files.RunDir, nodes: list[dict[str, Any]]
+    cluster: ClusterConfig,
+    run: files.RunDir,
+    nodes: list[dict[str, Any]],
+    lost: Mapping[Device, int] | None = None,
 ) -> dict[Device, int]:
     """Teacher workers that there shall be now, by device; `nodes` is what Ray says of those of a
-    cluster. GPUs are filled first. Workers for which there is no place yet wait for the first kind.
+    cluster, `lost` how many of their places take no work. GPUs are filled first. Workers for which
+    there is no place yet wait for the first kind.
     """
     pool, asked = cluster.teachers, read_target(run)
     first: Device = "cuda" if pool.gpus_per_worker > 0 else "cpu"
@@ -88,6 +94,8 @@ def wanted_workers(
         if node["Alive"]:
             device = first if node["Resources"].get("GPU") else "cpu"
             fit[device] += _fitting(cluster, node["Resources"], device)
+    for device, places in (lost or {}).items():
+        fit[device] = max(0, fit[device] - places)
     most = (pool.max_workers or math.inf) if asked is None else asked
     left = int(min(most, max(pool.num_workers, sum(fit.values()))))
     for device in wanted:
@@ -95,3 +103,18 @@ def wanted_workers(
         left -= wanted[device]
     wanted[first] += left
     return wanted
+
+
+# -----------------------------------------------------------------------------------------------
+# What is sick
+
+EXCLUDED_S = 86_400.0  # after a day a node may be mended; should it not be, one failure tells
+
+
+def sick_nodes(run: files.RunDir) -> dict[str, str]:
+    """Nodes that failed in this run within the last day, by the name that Slurm has for them, each
+    with its last error: what `--exclude` of the next job may name.
+    """
+    since = time.time() - EXCLUDED_S
+    excluded = events.read_history(run).excluded.values()
+    return {e.node: e.reason for e in excluded if not e.gpu and e.time >= since}

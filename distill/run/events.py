@@ -145,6 +145,23 @@ class WorkerLeave(Event, kind="worker_leave"):
         return self.reason in PLANNED
 
 
+@dataclass(frozen=True)
+class Exclude(Event, kind="exclude"):
+    """A node or a GPU has failed too often, and takes no more work."""
+
+    node: str
+    gpu: str  # "": the whole node
+    reason: str  # the last line of the last error
+
+
+@dataclass(frozen=True)
+class Readmit(Event, kind="readmit"):
+    """An excluded node or GPU came back, by a new start or a new job, and is tried again."""
+
+    node: str
+    gpu: str
+
+
 # -----------------------------------------------------------------------------------------------
 # Written by rank 0 of a training. A checkpoint of step N is the state after N steps.
 
@@ -333,6 +350,7 @@ class History:
         lost: workers that left unplanned.
         changes: (time, workers wanted, workers at work), each until the next one.
         joins: when workers came.
+        excluded: nodes and GPUs that take no more work, by (node, gpu).
         leases: those without an end, by shard.
         spans: (lease, commit) of every shard that was made, in the order of the commits.
         made: shards that were committed and not taken back since.
@@ -350,6 +368,7 @@ class History:
     lost: int = 0
     changes: list[tuple[float, int, int]] = field(default_factory=list)
     joins: list[float] = field(default_factory=list)
+    excluded: dict[tuple[str, str], Exclude] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)
     spans: list[tuple[float, float]] = field(default_factory=list)
     made: set[int] = field(default_factory=set)
@@ -443,6 +462,10 @@ def _take_worker(found: History, event: Event) -> bool:
             found.lost += not event.is_planned
             for shard in [s for s, lease in found.leases.items() if lease.worker == event.worker]:
                 del found.leases[shard]
+        case Exclude():
+            found.excluded[event.node, event.gpu] = event
+        case Readmit():
+            found.excluded.pop((event.node, event.gpu), None)
         case _:
             return False
     return True

@@ -118,9 +118,9 @@ def test_a_shard_that_takes_its_workers_with_it_is_given_up(is_silent):
 def test_a_commit_forgives_earlier_losses():
     coordinator, _ = start(workers=("a",))
     coordinator.handle(Left("a", "gone"), 0.0)
-    assert coordinator.losses == {0: 1}
+    assert coordinator.suspects[0].losses == 1
     coordinator.handle(Committed(0, 100), 0.0)
-    assert coordinator.losses == {}
+    assert coordinator.suspects == {}
 
 
 def test_a_worker_that_leaves_gives_its_shard_back_without_blame():
@@ -128,7 +128,7 @@ def test_a_worker_that_leaves_gives_its_shard_back_without_blame():
     coordinator.handle(Left("a", "gone"), 0.0)
     coordinator.handle(Committed(1, 100), 0.0)
     assert coordinator.handle(Asked("b"), 0.0) == [Leased("b", 0)]
-    assert coordinator.attempts == {}
+    assert coordinator.suspects == {}
 
 
 def test_a_quarantined_shard_is_made_again_even_behind_the_cursor():

@@ -17,16 +17,18 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from cluster.inspect.status import quarantined, restarts
+from cluster.inspect.status import quarantined, restarts, status
 from cluster.pool import pool as pool_module
 from cluster.pool.member import Member
-from cluster.pool.messages import Asked, Joined, Quarantined, Released
+from cluster.pool.messages import Asked, Joined, Place, Quarantined, Released
 from cluster.pool.pool import PoolError, TeacherPool
+from cluster.pool.preflight import Introduction, UnfitPlace
+from cluster.settings.file import save_config
 from cluster.settings.hydra import compose
 from cluster.state import done
 from cluster.state.cursor import Position, write_cursor
 from cluster.state.done import view_of
-from cluster.state.workers import read_target, write_target
+from cluster.state.workers import read_target, sick_nodes, write_target
 from distill.config import ConfigError
 from distill.data.sidecar import shard_spec
 from distill.run import files
@@ -53,6 +55,7 @@ class Actor:
     def __init__(self, ray):
         ray.actors.append(self)
         name, self.made = f"w{len(ray.actors)}", 0
+        self.introduce = Method(lambda _: ray.introduce(name) if ray.has_node else "never")
         self.load = Method(lambda: ray.load(name))
         self.produce = Method(lambda shard: ray.behaviour(name, shard))
         self.progress = Method(lambda: (name, 0) if ray.has_node else "never")
@@ -64,6 +67,7 @@ class OneProcessRay:
     def __init__(self):
         self.actors, self.killed = [], []
         self.fingerprints = {"only": "f" * 64}
+        self.place = lambda name: ("here", "")  # node and GPU
         self.load = lambda name: {
             "worker": name,
             "fingerprints": dict(self.fingerprints),
@@ -71,6 +75,9 @@ class OneProcessRay:
         }
         self.has_node = True
         self.behaviour = lambda name, shard: {"bytes": 100, "seconds": 0.0}
+
+    def introduce(self, name):
+        return Introduction(name, *self.place(name), "cpu", "birth")
 
     def remote(self, cls):
         return self
@@ -192,7 +199,7 @@ def test_a_grid_that_is_too_coarse_for_the_curve_is_said_once(ray, tmp_path, err
 
 def test_workers_that_keep_dying_stop_the_pool(ray, tmp_path):
     ray.behaviour = lambda name, shard: ActorDiedError()
-    with pytest.raises(PoolError, match="6 teacher workers died without making a shard"):
+    with pytest.raises(PoolError, match="6 failures, the last: a teacher worker died: The actor"):
         finish(make_pool(tmp_path))
 
 
@@ -301,7 +308,7 @@ def test_a_pool_that_stood_still_itself_ends_no_worker(ray, tmp_path, monkeypatc
         pool.poll()
         now[0] += gap
     kinds = [event["kind"] for event in read_lines(pool.run.events)]
-    assert kinds.count("lease") == 2 and "expire" not in kinds and pool.deaths == 0
+    assert kinds.count("lease") == 2 and "expire" not in kinds and pool.deaths == []
     for _ in range(4):  # 8 s were heard in before
         now[0] += 1.0
         pool.poll()
@@ -326,7 +333,7 @@ def test_a_pool_that_stood_still_in_the_middle_of_a_round_ends_no_worker(
     for _ in range(3):
         pool.poll()
     kinds = [event["kind"] for event in read_lines(pool.run.events)]
-    assert kinds.count("lease") == 2 and "expire" not in kinds and pool.deaths == 0
+    assert kinds.count("lease") == 2 and "expire" not in kinds and pool.deaths == []
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
@@ -368,7 +375,7 @@ def test_a_shard_that_a_listing_lacks_is_looked_for_by_name(ray, tmp_path, monke
 
 def test_workers_that_never_load_stop_the_pool(ray, tmp_path, monkeypatch):
     ray.load = lambda name: "never"
-    with pytest.raises(PoolError, match=r"6 teacher workers died .* last: its teachers were not"):
+    with pytest.raises(PoolError, match=r"6 failures, the last: .* its teachers were not"):
         poll_by_the_second(make_pool(tmp_path, lease_timeout_s=10), 60, monkeypatch)
 
 
@@ -504,7 +511,9 @@ def test_a_number_of_workers_that_cannot_be_is_refused(ray, tmp_path):
 
 def test_a_node_that_takes_most_workers_with_it_does_not_stop_the_pool(ray, tmp_path, monkeypatch):
     """8 of 9 workers die with their node, and 1 is wanted after that: no crash loop."""
-    there = [{"Alive": True, "Resources": {"CPU": n, "teacher": n}} for n in (1.0, 8.0)]
+    there = [
+        {"Alive": True, "NodeID": f"{n}", "Resources": {"CPU": n, "teacher": n}} for n in (1.0, 8.0)
+    ]
     ray.nodes = lambda: there
     ray.behaviour = lambda name, shard: "never"
     pool = make_pool(tmp_path, num_workers=1, address="there", max_steps=40)
@@ -530,7 +539,7 @@ def test_an_idle_worker_that_dies_is_found_and_replaced(ray, tmp_path, monkeypat
     poll_by_the_second(pool, 4, monkeypatch)
     (idle,) = [member for member in pool.members if member.shard is None]
     idle.actor.progress = Method(lambda: ActorDiedError())
-    poll_by_the_second(pool, 12, monkeypatch)
+    poll_by_the_second(pool, 14, monkeypatch)
     assert idle.name not in at_work(pool).workers and len(at_work(pool).workers) == 5
 
 
@@ -553,3 +562,152 @@ def test_a_shard_whose_producer_died_before_its_report_is_not_made_again(
     assert pool.is_done and pool.coordinator.committed[1] == pool.plan.shard_bytes
     leased = [e["shard"] for e in read_lines(pool.run.events) if e["kind"] == "lease"]
     assert leased.count(1) == 1
+
+
+# -----------------------------------------------------------------------------------------------
+# Sick devices
+
+
+def start_sick_cluster(ray, folder, nodes=3, gpus=1, **settings):
+    """A pool on nodes of Ray, whose actors land where there is room, a GPU each."""
+    there = [
+        {"Alive": True, "NodeID": f"n{n}", "Resources": {"CPU": gpus, "GPU": gpus, "teacher": gpus}}
+        for n in range(nodes)
+    ]
+    ray.nodes = lambda: there
+    taken = {}
+
+    def land(name):
+        """The first place that no living actor holds."""
+        living = {at for actor, at in taken.items() if actor not in ray.killed}
+        places = [(f"n{n}", f"{gpu}") for n in range(nodes) for gpu in range(gpus)]
+        actor = ray.actors[-1]
+        if actor not in taken:
+            free = [at for at in places if at not in living]
+            if not free:
+                return "never"
+            taken[actor] = free[0]
+        ray.where[name] = taken[actor]
+        return Introduction(name, *taken[actor], "gpu", taken[actor][0])
+
+    ray.where, ray.introduce = {}, land
+    return make_pool(folder, address="there", num_workers=1, gpus_per_worker=1, **settings)
+
+
+def places_of(pool, parked):
+    return sorted(str(member.place) for member in pool.members if member.is_parked == parked)
+
+
+def test_a_gpu_that_fails_is_parked_and_the_others_make_its_shards(ray, tmp_path, monkeypatch):
+    def behaviour(name, shard):
+        if ray.where[name] == ("n1", "0"):
+            return RayTaskError("produce", "the traceback\nRuntimeError: CUDA", RuntimeError())
+        return {"bytes": 100, "seconds": 0.0}
+
+    ray.behaviour = behaviour
+    pool = start_sick_cluster(ray, tmp_path, gpus=2, max_steps=200)
+    take_for_committed(pool, monkeypatch)
+    for _ in range(20):
+        pool._next_look_s = 0.0
+        pool.poll()
+    assert places_of(pool, parked=True) == ["n1, GPU 0"] and pool.target == 5
+    assert sorted(at_work(pool).excluded) == [("n1", "0")]
+    assert status_of(pool)["excluded"] == [
+        {"node": "n1", "gpu": "0", "reason": "RuntimeError: CUDA"}
+    ]
+    assert sick_nodes(pool.run) == {}  # Slurm excludes nodes, and this one has another GPU
+    finish(pool, 100)
+    kinds = [event["kind"] for event in read_lines(pool.run.events)]
+    assert pool.is_done and kinds.count("fail") == 3 and "give_up" not in kinds
+
+
+def status_of(pool):
+    save_config(pool.run, pool.config)
+    return status(pool.run)
+
+
+def test_a_node_whose_teachers_do_not_load_is_left_out_and_named_for_slurm(
+    ray, tmp_path, monkeypatch
+):
+    load = ray.load
+    stale = RayTaskError("load", "the traceback\nOSError: Stale file handle", OSError())
+    ray.load = lambda name: stale if ray.where[name][0] == "n0" else load(name)
+    pool = start_sick_cluster(ray, tmp_path, gpus=2, max_steps=200)
+    take_for_committed(pool, monkeypatch)
+    finish(pool)
+    assert pool.is_done
+    assert sick_nodes(pool.run) == {"n0": "OSError: Stale file handle"}
+    ray.load = load  # it is mended, and a new start tries it
+    again = start_sick_cluster(ray, tmp_path, gpus=2, max_steps=200)
+    assert Place("n0") in again.coordinator.health.out
+    take_for_committed(again, monkeypatch)
+    ray.where.clear()
+    finish(again)
+    assert again.is_done and sick_nodes(pool.run) == {}
+
+
+def test_all_nodes_sick_end_the_run_with_what_they_share(ray, tmp_path):
+    unfit = RayTaskError("load", "the traceback", UnfitPlace("its device does not compute: no"))
+    ray.load = lambda name: unfit
+    pool = start_sick_cluster(ray, tmp_path)
+    words = r"2 of 3 nodes can make no shards \(n0, n1\); all of them say: .*does not compute: no"
+    with pytest.raises(PoolError, match=words.replace(": .*", ":(.|\n)*")):
+        finish(pool)
+
+
+def test_one_node_with_other_weights_is_left_out(ray, tmp_path, monkeypatch):
+    load = ray.load
+    ray.load = lambda name: (
+        {**load(name), "fingerprints": {"only": "0"}} if ray.where[name][0] == "n2" else load(name)
+    )
+    pool = start_sick_cluster(ray, tmp_path)
+    take_for_committed(pool, monkeypatch)
+    finish(pool)
+    assert pool.is_done and "has other weights" in sick_nodes(pool.run)["n2"]
+
+
+def test_values_that_are_not_finite_are_made_again_on_another_node(ray, tmp_path, monkeypatch):
+    wrong = ConfigError("teacher only gives values that are not finite")
+
+    def behaviour(name, shard):
+        if ray.where[name][0] == "n1":
+            return RayTaskError("produce", "the traceback", wrong)
+        return {"bytes": 100, "seconds": 0.0}
+
+    ray.behaviour = behaviour
+    pool = start_sick_cluster(ray, tmp_path)
+    take_for_committed(pool, monkeypatch)
+    finish(pool)
+    assert pool.is_done and pool.coordinator.suspects == {}
+
+
+def test_values_that_are_not_finite_anywhere_are_the_teachers(ray, tmp_path):
+    wrong = ConfigError("teacher only gives values that are not finite")
+    ray.behaviour = lambda name, shard: RayTaskError("produce", "the traceback", wrong)
+    with pytest.raises(ConfigError, match="not finite"):
+        finish(start_sick_cluster(ray, tmp_path))
+
+
+def test_workers_that_go_with_their_node_count_against_nobody(ray, tmp_path, monkeypatch):
+    """Ray knows of a dead worker before it knows of its node."""
+    ray.behaviour = lambda name, shard: "never"
+    now = [0.0]
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+    pool = start_sick_cluster(ray, tmp_path, nodes=2, max_steps=40)
+    take_for_committed(pool, monkeypatch)
+    for _ in range(6):
+        pool.poll()
+        now[0] += 1.0
+    lost, stays = pool.members
+    lost.task.value = ActorDiedError()
+    pool.poll()
+    assert len(pool.deaths) == 1
+    ray.nodes()[int(lost.birth[1:])]["Alive"] = False
+    now[0] += pool_module.JUDGED_S
+    pool.poll()
+    assert pool.deaths == [] and pool.coordinator.health.failures == {}
+    stays.task.value = ActorDiedError()
+    pool.poll()
+    now[0] += pool_module.JUDGED_S
+    pool.poll()
+    assert pool.coordinator.health.failures == {stays.place: 1}

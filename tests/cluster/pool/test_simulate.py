@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks.stream.world import World
-from benchmarks.stream.world_settings import WAYS, Settings
+from benchmarks.stream.world_settings import SICKNESSES, WAYS, Settings
+from cluster.pool.messages import Place
 
 ROUNDS, TEACHERS = 12, 32
 SMALL = Settings(
@@ -68,3 +69,26 @@ def test_the_window_bounds_what_lies_ahead_and_how_many_work():
     found = world.run()
     assert found["goodput"] <= window / TEACHERS * ROUNDS / (ROUNDS - 1)
     assert found["backlog"] <= window
+
+
+# A quarter of the usual world, so that the share of sick GPUs is that of 256 workers.
+SICK = replace(
+    Settings(), teachers=256, headroom=1.1, ready_ahead=2048, shards=12_288, first=2048, last=8192
+)
+
+
+@pytest.mark.parametrize("sick", [*((kind,) for kind in SICKNESSES), SICKNESSES], ids="+".join)
+def test_three_sick_gpus_of_256_cost_no_shard_and_hardly_any_time(sick):
+    """That no shard is given up is asserted there: a real run would end."""
+    world = World(replace(SICK, sick=sick))
+    found, healthy = world.run(), World(SICK).run()
+    assert found["goodput"] >= 0.98 * healthy["goodput"]
+    assert found["excluded"] == 3 * len(sick)
+    assert {place.gpu for place in world.excluded} == {"0"}
+
+
+def test_sick_gpus_on_nodes_that_come_and_go_are_found_again():
+    coming = replace(SICK, way="killed", per_hour=2.0, headroom=2.0, sick=("first", "dies"))
+    world = World(coming)
+    assert world.run()["taken_per_hour"] > 0
+    assert world.excluded <= {Place(f"n{n}", "0") for n in range(6)}  # some are away
