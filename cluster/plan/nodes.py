@@ -104,11 +104,11 @@ def gpus_of(workers: schema.WorkersConfig, count: int) -> int:
     return math.ceil(count * each) if each >= 1 or each == 0 else -(-count // int(1 / each + 1e-9))
 
 
-def most_on(workers: schema.WorkersConfig, shape: Shape, key: str) -> int | None:
+def most_on(workers: schema.WorkersConfig, wanted: int, shape: Shape, key: str) -> int | None:
     """Workers that a node takes at most; None where that is not known.
 
     Raises:
-        ConfigError: none; or fewer than its GPUs would take, for want of cores.
+        ConfigError: none; or fewer than are `wanted` there and its GPUs take, for want of cores.
     """
     gpus, cpus = workers.gpus_per_worker, workers.cpus_per_worker
     by_cores = None
@@ -120,8 +120,7 @@ def most_on(workers: schema.WorkersConfig, shape: Shape, key: str) -> int | None
         )
     if not gpus or shape.gpus is None:
         return None if gpus else by_cores
-    each = 1 / math.ceil(gpus) if gpus >= 1 else int(1 / gpus + 1e-9)
-    by_gpus = int(shape.gpus * each)
+    by_gpus = shape.gpus // math.ceil(gpus) if gpus >= 1 else shape.gpus * int(1 / gpus + 1e-9)
     check(
         shape.gpus > 0,
         f"{key}.gpus_per_worker={gpus:g}, and {shape.where} has no GPU that Slurm knows of; set "
@@ -132,13 +131,14 @@ def most_on(workers: schema.WorkersConfig, shape: Shape, key: str) -> int | None
         by_gpus > 0,
         f"{key}.gpus_per_worker={gpus:g} is more than {shape.where} has, {shape.gpus} GPUs",
     )
+    filled = min(by_gpus, wanted)
     check(
-        by_cores is None or by_cores >= by_gpus,
+        by_cores is None or by_cores >= filled,
         f"{key}.cpus_per_worker={cpus:g} is too much for {shape.where} with {shape.words()}: "
-        f"{by_gpus} of them fit by its GPUs; {key}.cpus_per_worker="
-        f"{math.floor((shape.cpus or 0) / by_gpus)} would do",
+        f"{filled} of them fit by its GPUs; {key}.cpus_per_worker="
+        f"{math.floor((shape.cpus or 0) / filled)} would do",
     )
-    return by_gpus
+    return by_gpus if by_cores is None else min(by_gpus, by_cores)
 
 
 def share(config: schema.RunConfig, kind: str, shape: Shape) -> Share:
@@ -178,7 +178,8 @@ def _share(
     """`nodes` and `per_node` are 0 where they follow."""
     is_array, job = kind.startswith("teachers"), slurm.key(kind)
     key = "cluster.teachers" if is_array else "cluster.trainer"
-    most = most_on(workers, shape, key)
+    wanted = per_node or -(-count // (nodes or 1))
+    most = most_on(workers, wanted, shape, key)
     if not nodes and not per_node:
         check(
             most is not None or gpus_of(workers, count) <= 1,

@@ -137,6 +137,18 @@ def test_two_workers_share_a_gpu_and_ranks_that_share_no_number_are_spread():
     assert options(found, "train")["nodes"] == "1-3"  # 4 ranks each, of which 10 are used
 
 
+def test_a_node_of_few_cores_takes_what_leaves_some_of_its_gpus_free():
+    """Eight ranks on it would need 64 cores; two do not, nor one, nor six that are asked for."""
+    few = Shape(8, 48)
+    found = made("experiment=digits", "cluster=slurm_gpu", shape=few).shares
+    assert [found[kind].cpus for kind in KINDS] == [17, 16, 8]
+    six = ("cluster.trainer.num_workers=12", "train.batch_size=120", "cluster.slurm.train.nodes=2")
+    found = made("experiment=digits", "cluster=slurm_gpu", *six, shape=few).shares["train"]
+    assert (found.per_node, found.gpus, found.cpus) == (6, 6, 48)
+    with pytest.raises(ConfigError, match=r"8 of them fit by its GPUs; .*cpus_per_worker=6 would"):
+        made("experiment=digits", "cluster=slurm_gpu", *six[:2], shape=few)
+
+
 def test_a_site_without_gpu_resources_says_how_many_and_takes_whole_nodes():
     words = ("experiment=imagenet64", "cluster=slurm_gpu", "cluster.slurm.gpu_option=''")
     for kind in KINDS:
