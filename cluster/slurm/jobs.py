@@ -214,6 +214,7 @@ def ids_of(script: Path) -> list[str]:
     return sorted(found, key=int)
 
 
+OUR_ERROR = re.compile(r"^(\S+ \S+ \w+: )?error: ")  # a script's, or the supervisor's
 LOG_BYTES = 20_000  # of the end of a log, in which its error stands
 
 
@@ -225,7 +226,7 @@ def last_words(run: RunDir, ids: dict[str, str]) -> list[str]:
         logs = [path for name in names for path in run.slurm.glob(name)]
         for path in sorted(logs, key=lambda path: path.stat().st_mtime)[-1:]:
             lines = read_bytes(path)[-LOG_BYTES:].decode(errors="replace").splitlines()
-            errors = [number for number, line in enumerate(lines) if "error:" in line]
+            errors = [number for number, line in enumerate(lines) if OUR_ERROR.search(line)]
             found += [f"{kind} {job}: {line}" for line in lines[errors[-1] :][:6]] if errors else []
     return found
 

@@ -165,11 +165,16 @@ def test_the_last_error_of_each_job_is_read_from_its_log(tmp_path):
     run = RunDir(tmp_path)
     logs = run.slurm / "logs"
     logs.mkdir(parents=True)
-    (logs / "train-7.log").write_text("fine\nerror: one\nerror: two\nmore\n")
+    (logs / "train-7.log").write_text(
+        "fine\nerror: one\n1 Dec train: error: two\nslurmstepd-node1: error: requeue\n"
+    )
     (logs / "teachers-8_0.log").write_bytes(b"\xff" * 99999 + b"\nerror: ray\n" + b"line\n" * 9)
     (logs / "teachers-80_0.log").write_text("error: of another job\n")
     os.utime(logs / "teachers-80_0.log", (2e9, 2e9))
     (logs / "evaluate-9.log").write_text("all is well\n")
     said = jobs.last_words(run, {"train": "7", "teachers": "8", "evaluate": "9"})
-    assert said[:2] == ["train 7: error: two", "train 7: more"]
+    assert said[:2] == [
+        "train 7: 1 Dec train: error: two",
+        "train 7: slurmstepd-node1: error: requeue",
+    ]
     assert said[2:] == ["teachers 8: error: ray"] + ["teachers 8: line"] * 5
