@@ -34,8 +34,11 @@ from distill.networks.config import NETWORKS, SameAsTeacherConfig
 from distill.objectives.config import OBJECTIVES
 
 
-class SiteFiles(file_config_source.FileConfigSource):
-    """A folder of `--config-dir`, in whose files the `${...}` of a site's lines is bash's."""
+class FileConfigSource(file_config_source.FileConfigSource):
+    """A folder of `--config-dir`, in whose files the `${...}` of a site's lines is bash's.
+
+    It has the name of Hydra's own, which a launcher's job registers again, and then keeps this one.
+    """
 
     def load_config(self, config_path: str) -> config_source.ConfigResult:
         """The content of a file."""
@@ -58,7 +61,7 @@ def register() -> None:
     """Stores one schema per variant, so that an unknown key fails while Hydra composes."""
     file.register_resolvers()
     plugins.Plugins.instance()  # it registers Hydra's own
-    sources_registry.SourcesRegistry.instance().types["file"] = SiteFiles
+    sources_registry.SourcesRegistry.instance().types["file"] = FileConfigSource
     store = config_store.ConfigStore.instance()
     store.store(name="base_run", node=file.RunTree)
     store.store(group="data", name="base_data", node=DataConfig)

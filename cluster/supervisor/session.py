@@ -224,7 +224,7 @@ class Session:
         """What to add to an error of the Ray started here: where the last of its own logs is kept
         from now on; "" if nowhere.
         """
-        kept = logs.keep_ray(self.run, self._ray_temp / "session_latest")
+        kept = logs.keep_ray(self.run, self._ray_temp / "ray" / "session_latest")
         return f"; Ray's own words are in {kept}" if kept else ""
 
     def stop_ray(self) -> None:

@@ -76,7 +76,7 @@ def test_help_has_every_argument_and_every_default(verb):
     for action in parser._actions:
         assert set(action.option_strings) <= set(re.findall(r"(?<!\S)-[-\w]+", text))
         words = action.help % {"choices": ", ".join(action.choices or ())}
-        if not action.option_strings or action.dest in ("help", "hydra"):
+        if not action.option_strings or action.required or action.dest in ("help", "hydra"):
             assert squashed(words) in squashed(text)
         elif action.default is None:
             assert "(default: " in words and squashed(words) in squashed(text)
