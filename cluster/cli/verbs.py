@@ -171,14 +171,11 @@ def encode(options: Namespace) -> int:
     """
     import sys
 
-    import torch
-
     from distill.data.encode import encode as encode_images
 
     (config,) = read_settings(["experiment=digits", *setting_words(options)])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     about = encode_images(
-        config.data, options.autoencoder, options.out, options.flips, device,
+        config.data, options.autoencoder, options.out, options.flips,
         lambda line: print(line, file=sys.stderr),
     )  # fmt: skip
     print(options.out)

@@ -21,12 +21,7 @@ PARTS = latents.PER_SHARD // images.REFERENCE_BATCH  # of a shard
 
 
 def encode(
-    data: config.DataConfig,
-    autoencoder: str,
-    out: Path,
-    flips: bool,
-    device: torch.device | str,
-    say: Callable[[str], None],
+    data: config.DataConfig, autoencoder: str, out: Path, flips: bool, say: Callable[[str], None]
 ) -> latents.About:
     """Encodes the images of `data` into the folder `out`; what is there already is kept.
 
@@ -36,7 +31,8 @@ def encode(
         ConfigError: images that are not RGB; a folder that holds latents of something else.
     """
     check(data.channels == 3, f"data.channels={data.channels}: autoencoders read RGB; set 3")
-    real, coder = images.open_images(data, say), load_autoencoder(autoencoder, device)
+    real, device = images.open_images(data, say), "cuda" if torch.cuda.is_available() else "cpu"
+    coder = load_autoencoder(autoencoder, device)
     settings = asdict(data) | {"path": str(Path(data.path).absolute())}
     source = {key: settings[key] for key in settings if key not in ("workers", "manifest", "path")}
     digest = getattr(real, "sha256", data.name)

@@ -40,7 +40,7 @@ def kl(folder, seed=0, **settings):
 
 def run_encode(data, coder, out, flips=False):
     said = []
-    return encode.encode(data, str(coder), out, flips, "cpu", said.append), said
+    return encode.encode(data, str(coder), out, flips, said.append), said
 
 
 def of(data, out, **settings):
