@@ -147,8 +147,13 @@ def labels(text: str) -> list[int]:
 
 
 @verb(
-    argument("--autoencoder", required=True, metavar="FOLDER", help="whose latents are wanted"),
-    argument("--out", type=Path, required=True, metavar="FOLDER", help="for the latents"),
+    argument(
+        "--autoencoder",
+        required=True,
+        metavar="FOLDER",
+        help="whose latents are wanted (default: none, it must be given)",
+    ),
+    argument("--out", type=Path, default=Path("latents"), metavar="FOLDER", help="for the shards"),
     argument("--flips", action="store_true", help="encodes the mirrored images too"),
     takes_settings=True,
 )

@@ -21,24 +21,19 @@ PARTS = latents.PER_SHARD // images.REFERENCE_BATCH  # of a shard
 
 
 def encode(
-    data: config.DataConfig,
-    autoencoder: str,
-    out: Path,
-    flips: bool,
-    say: Callable[[str], None],
-    device: str = "",
+    data: config.DataConfig, autoencoder: str, out: Path, flips: bool, say: Callable[[str], None]
 ) -> latents.About:
     """Encodes the images of `data` into the folder `out`; what is there already is kept.
 
-    A shard is committed whole, so a killed encoding goes on with the same command. `device` is the
-    GPU where there is one, unless it is given.
+    A shard is committed whole, so a killed encoding goes on with the same command. It
+    takes the GPU where there is one.
 
     Raises:
         ConfigError: images that are not RGB; a folder that holds latents of something else.
     """
     check(data.channels == 3, f"data.channels={data.channels}: autoencoders read RGB; set 3")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    real, coder = images.open_images(data, say), load_autoencoder(autoencoder, device)
+    real, device = images.open_images(data, say), "cuda" if torch.cuda.is_available() else "cpu"
+    coder = load_autoencoder(autoencoder, device)
     settings = asdict(data) | {"path": str(Path(data.path).absolute())}
     source = {key: settings[key] for key in settings if key not in ("workers", "manifest", "path")}
     digest = getattr(real, "sha256", data.name)

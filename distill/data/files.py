@@ -37,6 +37,10 @@ class ImageFiles:
             f"data.path is empty; set it to the images of data.name={data.name}: a folder, a .zip, "
             ".tar, .parquet or .npz files (docs/operations.md)",
         )
+        check(
+            data.channels in PLAIN,
+            f"data.channels={data.channels}: images in files are read as grey, 1, or RGB, 3",
+        )
         path = Path(data.path)
         folder = Path(data.manifest or f"{data.path.rstrip('/')}.manifest")
         self._data = data

@@ -420,9 +420,10 @@ def _npz_labels(path: Path, count: int) -> list[int]:
     """`labels` of an .npz; empty: it has none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return _as_labels(path, arrays["labels"], count) if "labels" in arrays else []
+            labels = arrays.get("labels")
     except ValueError as error:
         raise ConfigError(f"{path}: `labels` cannot be read ({error})") from error
+    return [] if labels is None else _as_labels(path, labels, count)
 
 
 def _as_labels(path: Path, labels: np.ndarray, count: int) -> list[int]:

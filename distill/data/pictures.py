@@ -47,7 +47,7 @@ def open_picture(content: bytes) -> Image.Image:
         picture = Image.open(io.BytesIO(content))
         picture.load()
     except BROKEN as error:
-        raise BrokenPicture(str(error).replace(str(io.BytesIO), "it")) from error
+        raise BrokenPicture(str(error).split(" <_io.")[0]) from error  # no address in memory
     if picture.mode in ("I", "F"):
         raise BrokenPicture(f"pixels of mode {picture.mode} have no range")
     return picture

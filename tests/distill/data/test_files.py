@@ -213,7 +213,11 @@ def test_labels_are_classes(labels, settings, expected, tmp_path):
         ([0, 1, 2, 3, 4, 5], 5, r"0 \.\. 5, data\.num_classes=5 has 0 \.\. 4; set .*num_classes=6"),
         ([-1, 1, 2, 3, 4, 5], 6, r"labels are -1|no classes"),
         ([1.5, 1, 2, 3, 4, 5], 6, "`labels` must be 6 whole numbers"),
-        (np.eye(6, dtype=int), 6, r"one-hot rows become them by labels\.argmax\(1\)"),
+        (
+            np.eye(6, dtype=int),
+            6,
+            r"set\.npz: `labels` must be.*one-hot rows become them by labels\.argmax\(1\)",
+        ),
         (["a"] * 6, 6, "`labels` must be 6 whole numbers"),
         ([1, 2], 2, r"`labels` must be 6 whole numbers \[N\].*int64 \[2\]"),
     ],
@@ -222,6 +226,11 @@ def test_labels_that_can_not_be_classes_are_refused(labels, classes, match, tmp_
     path = npz(tmp_path / "set", images=PIXELS, labels=np.array(labels))
     with pytest.raises(ConfigError, match=match):
         opened(path, num_classes=classes)
+
+
+def test_four_channels_are_none_that_a_picture_has(tmp_path):
+    with pytest.raises(ConfigError, match=r"data\.channels=4: .* grey, 1, or RGB, 3"):
+        opened(npz(tmp_path / "set"), channels=4)
 
 
 def test_images_without_classes_are_no_class_and_no_table_of_them(tmp_path):

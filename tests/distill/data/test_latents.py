@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from rich.progress import Progress
 
 from distill.config import ConfigError
 from distill.data import decode, encode, images, latents
 from distill.data.config import DataConfig
+from distill.evaluation.config import EvalConfig
+from distill.evaluation.evaluate import Evaluator
+from distill.evaluation.metrics import Drawn, measure
 from distill.networks.autoencoder import _taesd_decoder, _taesd_encoder, load_autoencoder
 
 NUM = 230
@@ -36,7 +40,7 @@ def kl(folder, seed=0, **settings):
 
 def run_encode(data, coder, out, flips=False):
     said = []
-    return encode.encode(data, str(coder), out, flips, said.append, "cpu"), said
+    return encode.encode(data, str(coder), out, flips, said.append), said
 
 
 def of(data, out, **settings):
@@ -165,3 +169,21 @@ def test_settings_that_do_not_describe_the_latents(source, tmp_path):
     with pytest.raises(ConfigError, match="is not the one that encoded"):
         decode.to_pictures(other, "cpu")
     assert decode.to_pictures(replace(data, path=""), "cpu") is None
+
+
+def test_an_evaluation_compares_decoded_samples_with_the_images_that_were_encoded(source, tmp_path):
+    coder = kl(tmp_path / "kl")
+    run_encode(source, tmp_path / "kl", tmp_path / "out")
+    data, settings = of(source, tmp_path / "out"), EvalConfig(num_samples=4)
+    evaluator = Evaluator(data, settings, torch.device("cpu"), Progress(disable=True))
+    assert (evaluator.real.n, evaluator.real.name) == (NUM, "npz")
+    x = torch.randn(9, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = decode.to_uint8(coder.decode(x / coder.config.scaling_factor).sample)
+    drawn = Drawn(x, x, torch.zeros_like(x), evaluator.features, evaluator.to_pictures)
+    found = measure(drawn)
+    assert found["frechet"] == evaluator.features.compare(pixels)["frechet"]
+    without = Evaluator(
+        replace(data, path=""), settings, torch.device("cpu"), Progress(disable=True)
+    )
+    assert without.features is None and without.to_pictures is None
