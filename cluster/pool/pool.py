@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import ray
@@ -219,7 +220,11 @@ class TeacherPool:
         if member.place is None:
             self._introduced(member, result)
             return
-        if member.shard is None:
+        is_beaten = member.shard is not None and member.expires_s < inf
+        member.expires_s = inf
+        if is_beaten or result is None:  # what another worker made first is kept
+            member.shard = None
+        elif member.shard is None:
             try:
                 check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             except ConfigError as wrong:
@@ -332,8 +337,10 @@ class TeacherPool:
             self._next_ping_s = self._now_s + limit / 4
             for member in [m for m in self.members if m.ping is None]:
                 member.ping = member.actor.progress.remote()
-        for member in [m for m in self.members if m.is_loading and self._now_s >= m.expires_s]:
-            reason = f"its teachers were not loaded within {limit:g} s"
+        late = [m for m in self.members if m.task is not None and self._now_s >= m.expires_s]
+        for member in late:
+            what = "teachers were not loaded" if member.is_loading else "shard was not dropped"
+            reason = f"its {what} within {limit:g} s"
             self._log.add(events.Expire(None, member.name, reason))
             self._died(member, reason)
 
@@ -369,6 +376,10 @@ class TeacherPool:
                 member.shard, member.samples = shard, -1
                 member.task = member.actor.produce.remote(shard)
                 self._log.add(events.Lease(shard, worker))
+            case messages.Superseded(worker, shard):
+                member = self._member(worker)
+                member.actor.drop.remote(shard)
+                member.expires_s = self._now_s + self.config.cluster.teachers.lease_timeout_s
             case messages.Expired(worker, _):
                 member = self._member(worker)
                 self._log.add(events.Expire(member.shard, worker, "no progress"))
