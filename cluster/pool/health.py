@@ -1,9 +1,8 @@
 """Which nodes and GPUs are fit to make shards. A part of the coordinator, pure as it is.
 
 A failure counts against its place: a GPU, or a node where workers compute on CPU. A shard that is
-made takes one back, so what fails more often than not is found in the end. After `limit` failures
-for each of its workers a place takes no more work; a node takes none when none of its GPUs does, or
-at once when its files are wrong.
+made forgives those before it. After `limit` failures for each of its workers a place takes no more
+work; a node takes none when none of its GPUs does, or at once when its files are wrong.
 
 Where the run ends is decided by nodes, not by failures: it ends when more than half of those that
 are there can make nothing. A node that comes back as a new node of Ray, mended or not, is tried
@@ -146,7 +145,7 @@ class Health:
             return
         is_slow = seconds is not None and seconds >= self.slow_s(name)
         if not is_slow:
-            self.failures[worker.place] = max(0.0, self.failures.get(worker.place, 0.0) - 1)
+            self.failures.pop(worker.place, None)
         if seconds is not None:
             before = self._own_s.get(name, seconds)
             self._own_s[name] = before + NEWEST * (seconds - before)

@@ -211,7 +211,8 @@ class TeacherPool:
             except RayError as error:  # killed, out of memory, its node or its result lost
                 if member.shard is not None and is_committed(self.run, member.shard):
                     # It died between its commit and its report.
-                    self._handle(messages.Committed(member.shard, self.plan.shard_bytes))
+                    size = self.plan.shard_bytes
+                    self._handle(messages.Committed(member.shard, size, member.name))
                 self._died(member, str(error).strip().splitlines()[0])
             else:
                 self._finished(member, result)
