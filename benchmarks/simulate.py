@@ -3,9 +3,9 @@
     python benchmarks/simulate.py            about 5 minutes of one core
     python benchmarks/simulate.py --quick    one seed, three rates, about a minute; writes nothing
 
-`benchmarks.stream.world` says what is real and what is simulated. Three tables: goodput against the
+`benchmarks.stream.world` says what is real and what is simulated. Four tables: goodput against the
 rate at which nodes are taken, in three ways and with two surpluses of teachers; goodput against
-`trajectory.ready_ahead`, the window within which teachers may work; and the whole run of
+`trajectory.ready_ahead`, the window within which teachers may work; sick GPUs; and the whole run of
 `experiment=imagenet256_sit` with the times that `bowstring estimate` gives it. The same seeds give
 the same numbers. Writes docs/benchmarks/simulate.{json,md,png}.
 """
@@ -28,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks.stream.world import World
-from benchmarks.stream.world_settings import WAYS, Settings
+from benchmarks.stream.world_settings import SICKNESSES, WAYS, Settings
 from cluster.plan.estimate import estimate
 from cluster.plan.stream import stream_plan
 from cluster.settings.hydra import compose
@@ -37,7 +37,7 @@ PER_HOUR = (0.01, 0.05, 0.10, 0.20, 0.50)
 HEADROOM = (1.0, 1.1)
 READY_AHEAD = (500, 1000, 2000, 4000, 8000, 16_000)
 SEEDS = (0, 1, 2)
-TABLES = ("rates", "windows", "imagenet256")
+TABLES = ("rates", "windows", "sick", "imagenet256")
 USUAL = Settings()
 
 
@@ -51,6 +51,26 @@ def windows() -> list[Settings]:
     """10 % of the nodes an hour, killed, within windows of several sizes."""
     base = replace(USUAL, headroom=1.1, way="killed", per_hour=0.10)
     return [replace(base, ready_ahead=ready_ahead) for ready_ahead in READY_AHEAD]
+
+
+def sick() -> dict[str, Settings]:
+    """256 GPUs, three of them sick in each way; and 1,000 spot nodes, 1 % of them sick."""
+    base = replace(
+        USUAL, teachers=256, headroom=1.1, ready_ahead=2048, shards=18_432, first=2048, last=14_336
+    )
+    found = {"-": base}
+    found |= {name: replace(base, sick=(name,)) for name in SICKNESSES}
+    found["all of these"] = replace(base, sick=SICKNESSES)
+    found["1,000 spot nodes, ten sick"] = replace(
+        USUAL,
+        per_node=1,
+        headroom=2.0,
+        way="killed",
+        per_hour=2.0,
+        sick=("load", "first", "nan", "dies", "slow"),
+        each_sick=2,
+    )
+    return found
 
 
 def imagenet256() -> list[Settings]:
@@ -136,6 +156,9 @@ def page(found: dict[str, Any]) -> str:
         ready_ahead = row["settings"]["ready_ahead"]
         per_teacher = f"{ready_ahead / row['settings']['teachers']:g}"
         lines.append(line([f"{ready_ahead:,}", per_teacher], row))
+    lines += ["", "## Sick GPUs: three of 256 in each way, for ever; teachers / need 1.1", ""]
+    lines += [f"| sick | excluded | {NUMBERS}", "|---" * 9 + "|"]
+    lines += [line([row["name"], spread(row["excluded"], "{:.0f}")], row) for row in found["sick"]]
     chosen = found["imagenet256"][0]["settings"]
     given = f"{chosen['teachers']} teachers, teachers / need {chosen['headroom']:.3f}"
     lines += ["", f"## `experiment=imagenet256_sit`, {given}", ""]
@@ -214,6 +237,7 @@ def main() -> None:
         "seeds": seeds,
         "rates": [measure(s, seeds) for headroom in HEADROOM for s in rates(headroom, per_hour)],
         "windows": [measure(settings, seeds) for settings in windows()],
+        "sick": [measure(settings, seeds) | {"name": name} for name, settings in sick().items()],
         "imagenet256": [measure(settings, seeds) for settings in imagenet256()],
     }
     found["cpu_s"] = round(time.process_time() - started, 1)

@@ -10,9 +10,11 @@ from typing import Any
 
 from cluster.pool import pool as pool_module
 from cluster.pool.pool import TeacherPool
+from cluster.pool.preflight import Introduction
 from cluster.settings.hydra import compose
 from cluster.state.done import view_of
 from distill.data.sidecar import shard_spec
+from distill.testing import write_tiny_record
 
 SHARD_BYTES = 4_000_000
 PERIOD_S = 10.0  # a shard of every worker
@@ -42,7 +44,11 @@ class Worker:
         name, Worker.count = f"host:{Worker.count}", Worker.count + 1
         self.shards = 0
         result = {"bytes": SHARD_BYTES, "seconds": PERIOD_S}
-        self.load = Method(lambda: Task({"worker": name, "fingerprints": fingerprints}, 1.0))
+        found = Introduction(name, f"node{Worker.count // 8}", f"{Worker.count % 8}", "gpu", "born")
+        loaded = {"worker": name, "fingerprints": fingerprints, "trials": {}}
+        self.introduce = Method(lambda _: Task(found))
+        self.load = Method(lambda: Task(dict(loaded), 1.0))
+        self.drop = Method(lambda shard: Task(None))
         self.produce = Method(lambda shard: Task(result, PERIOD_S))
         self.progress = Method(lambda: Task((name, time.monotonic())))
 
@@ -92,6 +98,7 @@ def pool_share(num_workers: int, seconds: float, folder: Path) -> dict[str, floa
     )
     prints = {"only": 64 * "f"}
     spec = shard_spec(config.seed, config.data.image, config.trajectory, config.teacher, prints)
+    write_tiny_record(config.files, {})
     real, pool_module.ray = pool_module.ray, StandIn(prints)
     listing, pool_module.committed = pool_module.committed, lambda run: {}
     try:

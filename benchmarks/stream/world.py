@@ -39,6 +39,7 @@ from cluster.pool.messages import (
     Left,
     Place,
     Readmitted,
+    Superseded,
     Tick,
     Unfit,
 )
@@ -183,6 +184,9 @@ class World:
                     self.expiries += 1
                     if name in self.workers:
                         self._replace(self.workers[name])
+                case Superseded(name, _):
+                    if name in self.workers:
+                        self._stop(self.workers[name])
                 case Excluded(place):
                     self.excluded.add(place)
                     self._end_all_at(place)
@@ -255,6 +259,23 @@ class World:
         self._tell(Left(worker.name, "replaced"))
         self._at(self.now + self.settings.restart_s, self._start, worker.node, worker.gpu)
 
+    def _stop(self, worker: Worker) -> None:
+        """Another one has made its shard."""
+        self.lost_s += self.now - worker.since_s
+        worker.shard = None
+        if worker.leaves:
+            self._leave(worker)
+        elif worker.sickness == "hangs":
+            self._at(self.now + self.settings.lease_timeout_s, self._give_up, worker)
+        else:
+            self._tell(Asked(worker.name))
+
+    def _give_up(self, worker: Worker) -> None:
+        """It has not even stopped."""
+        if worker.is_up:
+            self._tell(Unfit(self._place(worker), worker.node.birth, "does not answer"))
+            self._replace(worker)
+
     def _end_all_at(self, place: Place) -> None:
         for worker in list(self.workers.values()):
             if place in (self._place(worker), self._place(worker).whole):
@@ -301,6 +322,8 @@ class World:
             return
         chosen, sigma = self.settings, self.settings.spread
         takes_s = self._random.lognormvariate(math.log(chosen.shard_s) - sigma**2 / 2, sigma)
+        if worker.gpu < chosen.slow_gpus:
+            takes_s *= chosen.slower
         worker.shard, worker.since_s = shard, self.now
         match worker.sickness:
             case "hangs":
@@ -311,11 +334,11 @@ class World:
                 takes_s = FIRST_S
             case "dies":
                 takes_s *= self._random.random()
-        self._at(self.now + takes_s, self._end_shard, worker, shard)
+        self._at(self.now + takes_s, self._end_shard, worker, shard, self.now)
 
-    def _end_shard(self, worker: Worker, shard: int) -> None:
+    def _end_shard(self, worker: Worker, shard: int, since_s: float) -> None:
         """It is made, or has failed; not where the worker was ended in the meantime."""
-        if not worker.is_up or worker.shard != shard:
+        if not worker.is_up or worker.shard != shard or worker.since_s != since_s:
             return
         place, birth = self._place(worker), worker.node.birth
         match worker.sickness:

@@ -37,6 +37,7 @@ class Settings:
         per_hour: chance of a node to be taken, per hour it is up.
         rejoin_s, rejoin_spread: median and sigma of the log-normal time until a node is back with
             its teachers loaded.
+        slow_gpus, slower: the first GPUs of every node take so many times `shard_s`.
         sick: the sicknesses there are, and each_sick how many GPUs have each.
         restart_s: until a worker that failed is replaced, its teachers loaded.
         shards: of the whole run.
@@ -58,6 +59,8 @@ class Settings:
     detect_s: float = 14.0
     rejoin_s: float = 600.0
     rejoin_spread: float = 1.0
+    slow_gpus: int = 0
+    slower: float = 2.0
     sick: tuple[str, ...] = ()
     each_sick: int = 3
     restart_s: float = 60.0

@@ -20,21 +20,33 @@ A lease is given for the lowest free shard p, and only if (back-pressure)
 
     p < cursor + block_shards + ready_ahead   and   bytes on disk + bytes of leases <= max_bytes
 
+A worker that is slow takes no shard that the trainer needs first, but one so far ahead that it is
+done when the trainer comes there. A shard that is in hand for longer than usual is leased a second
+time: where the trainer is about to need it, and otherwise to a worker that has nothing to do. The
+first to commit wins, the other one stops.
+
 When bytes are what is lacking, blocks below `released` are evicted, the oldest first: no checkpoint
 that is kept would read them again. An evicted shard counts as made.
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import inf
 
 from cluster.pool import messages
-from cluster.pool.health import SLOW, Error, Health, Worker
+from cluster.pool.health import Error, Health, Worker
 
 # What speaks against a shard: a worker that failed on it, was lost with it, was lost with its node
 FAILURE, LOSS, TAKEN = 30, 10, 3
 REFUSALS = 2  # that are believed
+# A second lease is given of a shard that is in hand for LATE times what is usual. It comes before
+# new shards if the trainer is as near as NEAR shards a worker. Both from `benchmarks/simulate.py`.
+LATE, NEAR = 1.3, 1.5
+BEATEN = 0.5  # of a failure, where the second one is done first
+LOOK_S = 1.0  # between two looks for such shards
+SLOW_WORKER = 1.5  # times what is usual
+PROBES = 256  # shards that are looked at for a slow worker
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class Coordinator:
     cursor: int = 0  # first shard of the newest block that is read
     released: int = 0  # shards below may be evicted
     leases: dict[int, Lease] = field(default_factory=dict)  # by shard
+    doubles: dict[int, Lease] = field(default_factory=dict)  # second ones, by shard
     workers: set[str] = field(default_factory=set)
     waiting: dict[str, None] = field(default_factory=dict)  # that asked, longest wait first
     suspects: dict[int, Suspect] = field(default_factory=dict)  # by shard
@@ -118,6 +131,8 @@ class Coordinator:
         self._proven: dict[str, set[str]] = {}  # by node, workers that have made a shard
         self._shard_of: dict[str, int] = {}  # by worker
         self._next_expiry_s = inf  # no lease runs out before
+        self._late: list[int] = []  # shards for a second lease, the lowest last
+        self._next_look_s = -inf
         self._frontier = 0  # every shard below is taken, or in `_freed`
         self._freed: list[int] = []  # a heap; some may be taken again
         self._again: set[int] = set()  # that some node failed on, and that are free
@@ -147,7 +162,11 @@ class Coordinator:
 
     def handle(self, event: messages.Event, now_s: float) -> list[messages.Action]:
         """The actions that follow from `event` at time `now_s` (seconds on any steady clock)."""
-        actions = self._apply(event, now_s) + self._expire(now_s) + self._strike_slow(now_s)
+        actions = self._apply(event, now_s) + self._expire(now_s)
+        if now_s >= self._next_look_s:
+            self._next_look_s = now_s + LOOK_S
+            actions += self._strike_slow(now_s)
+            self._look_for_late(now_s)
         for action in actions:
             if isinstance(action, messages.Excluded):
                 self._let_wait_no_more()
@@ -178,16 +197,17 @@ class Coordinator:
                 if self.lease_of(worker) is None:
                     self.waiting.setdefault(worker)
             case messages.Heartbeat(worker):
-                shard = self.lease_of(worker)
-                if shard is not None:
-                    self.leases[shard].expires_s = now_s + self.limits.lease_timeout_s
+                if (own := self._lease_in_hand(worker)) is not None:
+                    own.expires_s = now_s + self.limits.lease_timeout_s
             case messages.Slept(seconds):
-                for lease in self.leases.values():
+                for _, lease in self._all_leases():
                     lease.expires_s += seconds
                     lease.since_s += seconds
             case messages.Committed(shard, num_bytes, worker):
                 self._credit(shard, worker, now_s)
+                late = self._supersede(shard, worker, now_s)
                 self._commit(shard, num_bytes)
+                return late
             case messages.Failed():
                 return self._fail(event)
             case messages.CursorMoved(first_shard):
@@ -206,6 +226,18 @@ class Coordinator:
     # ---------------------------------------------------------------------------------------
     # Workers
 
+    def _all_leases(self) -> Iterator[tuple[int, Lease]]:
+        yield from self.leases.items()
+        yield from self.doubles.items()
+
+    def _lease_in_hand(self, worker: str) -> Lease | None:
+        """The lease of a worker."""
+        shard = self._shard_of.get(worker)
+        if shard is None:
+            return None
+        lease = self.leases[shard]
+        return lease if lease.worker == worker else self.doubles[shard]
+
     def _commit(self, shard: int, num_bytes: int) -> None:
         if shard not in self.committed and shard not in self.evicted:
             self._num_made += shard < self.limits.num_shards
@@ -216,15 +248,26 @@ class Coordinator:
         self._oldest = min(self._oldest, shard)
         self.suspects.pop(shard, None)
         self._again.discard(shard)
-        if shard in self.leases:
-            del self._shard_of[self.leases.pop(shard).worker]
+        for leases in (self.leases, self.doubles):
+            if shard in leases:
+                del self._shard_of[leases.pop(shard).worker]
+
+    def _supersede(self, shard: int, worker: str, now_s: float) -> list[messages.Action]:
+        """Who makes the shard too shall stop; whoever began first was slow."""
+        found: list[messages.Action] = []
+        for leases in (self.leases, self.doubles):
+            lease = leases.get(shard)
+            if lease is not None and worker not in ("", lease.worker):
+                found.append(messages.Superseded(lease.worker, shard))
+                if leases is self.leases:
+                    found += self._strike(lease, now_s, BEATEN)
+        return found
 
     def _credit(self, shard: int, worker: str, now_s: float) -> None:
         """A shard that is made speaks for its worker."""
         if worker in self.workers:
-            lease = self.leases.get(shard)
-            is_its = lease is not None and lease.worker == worker
-            self.health.made(worker, now_s - lease.since_s if lease and is_its else None)
+            lease = self._lease_in_hand(worker) if self._shard_of.get(worker) == shard else None
+            self.health.made(worker, now_s - lease.since_s if lease else None)
             self._proven.setdefault(self.health.node_of(worker), set()).add(worker)
 
     def _is_proven(self, worker: str) -> bool:
@@ -251,11 +294,16 @@ class Coordinator:
         return found
 
     def _take_back(self, worker: str) -> int | None:
-        """The shard the worker had a lease for, which is free again."""
+        """The shard the worker had a lease for, which is free again unless another one has it."""
         shard = self._shard_of.pop(worker, None)
-        if shard is not None:
+        if shard is None:
+            return None
+        second = self.doubles.pop(shard, None)
+        if second is None:
             del self.leases[shard]
             self._free(shard)
+        elif second.worker != worker:
+            self.leases[shard] = second
         return shard
 
     def _fail(self, event: messages.Failed) -> list[messages.Action]:
@@ -295,26 +343,35 @@ class Coordinator:
     def _strike_slow(self, now_s: float) -> list[messages.Action]:
         """A shard that takes too long counts against its worker's place, again and again."""
         found: list[messages.Action] = []
-        least_s = self.health.least_slow_s
-        for lease in self.leases.values():  # the oldest first
+        for _, lease in self._all_leases():
             age_s = now_s - lease.since_s
-            if age_s < least_s:
-                break
-            slow_s = self.health.slow_s(lease.worker)
-            if age_s >= (lease.slow + 1) * slow_s:
+            if age_s >= (lease.slow + 1) * self.health.slow_s(lease.worker):
                 lease.slow += 1
-                its, usual_s = self.health.workers[lease.worker], slow_s / SLOW
-                error = Error(f"slow: {age_s:.0f} s for a shard that takes others {usual_s:.0f} s")
-                found += self.health.fail(its.place, its.birth, error)
+                found += self._strike(lease, now_s)
         return found
+
+    def _strike(self, lease: Lease, now_s: float, weight: float = 1.0) -> list[messages.Action]:
+        its = self.health.workers.get(lease.worker)
+        if its is None:
+            return []
+        age_s, usual_s = now_s - lease.since_s, self.health.usual_s(lease.worker)
+        error = Error(f"slow: {age_s:.0f} s for a shard that takes others {usual_s:.0f} s")
+        return self.health.fail(its.place, its.birth, error, weight=weight)
+
+    def _look_for_late(self, now_s: float) -> None:
+        """Finds the shards that a second lease is good for."""
+        health, late = self.health, list[int]()
+        for shard, lease in self.leases.items():
+            usual_s = health.usual_s(lease.worker)
+            if shard not in self.doubles and now_s - lease.since_s >= LATE * usual_s:
+                late.append(shard)
+        self._late = sorted(late, reverse=True)
 
     def _expire(self, now_s: float) -> list[messages.Action]:
         if now_s < self._next_expiry_s:
             return []
         expired = [
-            (shard, lease.worker)
-            for shard, lease in self.leases.items()
-            if lease.expires_s <= now_s
+            (shard, lease.worker) for shard, lease in self._all_leases() if lease.expires_s <= now_s
         ]
         actions: list[messages.Action] = []
         for shard, worker in expired:
@@ -323,7 +380,7 @@ class Coordinator:
             if its is not None:
                 actions += self.health.fail(its.place, its.birth, Error("no progress"))
         # Heartbeats only put an expiry off, so until then none needs to be looked for.
-        self._next_expiry_s = min((x.expires_s for x in self.leases.values()), default=inf)
+        self._next_expiry_s = min((x.expires_s for _, x in self._all_leases()), default=inf)
         return actions
 
     # ---------------------------------------------------------------------------------------
@@ -331,6 +388,8 @@ class Coordinator:
 
     def _grant(self, now_s: float) -> list[messages.Action]:
         actions = self._grant_again(now_s) if self._again else []
+        ahead = NEAR * len(self.workers)
+        actions += self._grant_late(now_s, self.cursor + self.limits.block_shards + ahead)
         while self.waiting:
             shard = self._next_free()
             if shard is None or not self._in_window(shard):
@@ -338,7 +397,34 @@ class Coordinator:
             actions += self._make_room()
             if not self._has_room():
                 break
-            actions.append(self._lease(next(iter(self.waiting)), shard, now_s))
+            worker = next(iter(self.waiting))
+            actions.append(self._lease(worker, self._fitting(worker, shard), now_s))
+        return actions + self._grant_late(now_s, inf)
+
+    def _fitting(self, worker: str, lowest: int) -> int:
+        """The free shard for a worker: the lowest, or one that a slow one can make in time."""
+        slowness = self.health.slowness(worker)
+        if slowness < SLOW_WORKER:
+            return lowest
+        window = self.cursor + self.limits.block_shards + self.limits.ready_ahead
+        end = min(window, self.limits.num_shards)
+        first = min(lowest + int((slowness - 1) * len(self.workers)), end - 1)
+        up, down = range(first, end)[:PROBES], range(first, lowest, -1)[:PROBES]
+        return next((shard for shard in (*up, *down) if not self._is_taken(shard)), lowest)
+
+    def _grant_late(self, now_s: float, below: float) -> list[messages.Action]:
+        """Second leases of shards below a number, each to the first worker that is not slow."""
+        actions: list[messages.Action] = []
+        while self.waiting and self._late and self._late[-1] < below:
+            shard = self._late.pop()
+            there = shard in self.leases and self._in_window(shard)
+            if not there or shard in self.doubles:
+                continue
+            slowness = self.health.slowness
+            worker = next((w for w in self.waiting if slowness(w) < SLOW_WORKER), None)
+            if worker is None:
+                break
+            actions.append(self._lease(worker, shard, now_s))
         return actions
 
     def _grant_again(self, now_s: float) -> list[messages.Action]:
@@ -369,7 +455,8 @@ class Coordinator:
     def _lease(self, worker: str, shard: int, now_s: float) -> messages.Action:
         del self.waiting[worker]
         expires_s = now_s + self.limits.lease_timeout_s
-        self.leases[shard] = Lease(worker, expires_s, now_s)
+        leases = self.doubles if shard in self.leases else self.leases
+        leases[shard] = Lease(worker, expires_s, now_s)
         self._shard_of[worker] = shard
         self._next_expiry_s = min(self._next_expiry_s, expires_s)
         return messages.Leased(worker, shard)

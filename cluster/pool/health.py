@@ -1,16 +1,16 @@
 """Which nodes and GPUs are fit to make shards. A part of the coordinator, pure as it is.
 
 A failure counts against its place: a GPU, or a node where workers compute on CPU. A shard that is
-made takes one back, so what fails more often than not is found in the end. After `limit` failures
-for each of its workers a place takes no more work; a node takes none when none of its GPUs does, or
-at once when its files are wrong.
+made forgives those before it. After `limit` failures for each of its workers a place takes no more
+work; a node takes none when none of its GPUs does, or at once when its files are wrong.
 
 Where the run ends is decided by nodes, not by failures: it ends when more than half of those that
 are there can make nothing. A node that comes back as a new node of Ray, mended or not, is tried
 again, and then one failure is enough.
 
 A shard that takes more than SLOW times the median of the last ones of the same model is a failure
-for each such span: devices of another model may be slow by right.
+for each such span, and half a one if another worker that began later is done first: devices of
+another model may be slow by right, and one shard by chance.
 """
 
 import re
@@ -23,7 +23,9 @@ from cluster.pool.messages import Action, Excluded, Hopeless, Place, Readmitted
 
 SLOW = 4.0  # medians
 MIN_SLOW_S = 30.0  # below it, other things than the device count
+NEWEST = 0.3  # weight of the last shard in what is known of a worker
 FEWEST, LAST = 8, 64  # shards that a median is taken of
+ROUNDS = 1  # that workers of a model make before: the first to be done are the fast ones
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Health:
 
     limit: int
     out: dict[Place, tuple[Error, str]] = field(default_factory=dict)
-    failures: dict[Place, int] = field(default_factory=dict)
+    failures: dict[Place, float] = field(default_factory=dict)
     workers: dict[str, Worker] = field(default_factory=dict)  # that have a process
 
     def __post_init__(self) -> None:
@@ -69,7 +71,10 @@ class Health:
         self._there: Counter[Place] = Counter()  # workers
         self._most: Counter[Place] = Counter()  # that there ever were
         self._seconds: dict[str, deque[float]] = {}  # by model, what the last shards took
-        self._slow_s: dict[str, float] = {}  # by model, from where on a shard is slow
+        self._made: Counter[str] = Counter()  # by model
+        self._of: Counter[str] = Counter()  # workers there are, by model
+        self._usual_s: dict[str, float] = {}  # by model, the median
+        self._own_s: dict[str, float] = {}  # by worker, what a shard takes it
         self._agreed_s = inf  # when most nodes were out first
         self._judged: bool | None = None  # `is_whole` of a judgement since which nothing changed
 
@@ -84,6 +89,7 @@ class Health:
         places = places if birth == worker.birth else set()
         self._nodes[worker.place.node] = (worker.birth, places | {worker.place})
         self._there[worker.place] += 1
+        self._of[worker.model] += 1
         self._most[worker.place] = max(self._most[worker.place], self._there[worker.place])
         back: list[Action] = []
         for place in sorted({worker.place, worker.place.whole}, key=str):
@@ -96,7 +102,10 @@ class Health:
     def leave(self, name: str) -> None:
         """A worker is gone."""
         if name in self.workers:
-            self._there[self.workers.pop(name).place] -= 1
+            worker = self.workers.pop(name)
+            self._there[worker.place] -= 1
+            self._of[worker.model] -= 1
+            self._own_s.pop(name, None)
             self._judged = None
 
     def lose(self, birth: str) -> None:
@@ -136,35 +145,51 @@ class Health:
             return
         is_slow = seconds is not None and seconds >= self.slow_s(name)
         if not is_slow:
-            self.failures[worker.place] = max(0, self.failures.get(worker.place, 0) - 1)
+            self.failures.pop(worker.place, None)
         if seconds is not None:
+            before = self._own_s.get(name, seconds)
+            self._own_s[name] = before + NEWEST * (seconds - before)
             last = self._seconds.setdefault(worker.model, deque(maxlen=LAST))
             last.append(seconds)
-            if len(last) >= FEWEST:
-                self._slow_s[worker.model] = max(MIN_SLOW_S, SLOW * median(last))
+            self._made[worker.model] += 1
+            if self._made[worker.model] >= max(FEWEST, ROUNDS * self._of[worker.model]):
+                self._usual_s[worker.model] = median(last)
+
+    def usual_s(self, name: str) -> float:
+        """Seconds that a shard takes workers of this one's model; infinite while that is open."""
+        worker = self.workers.get(name)
+        return inf if worker is None else self._usual_s.get(worker.model, inf)
 
     def slow_s(self, name: str) -> float:
         """Seconds from which on a shard of this worker is slow beyond the others."""
-        worker = self.workers.get(name)
-        return inf if worker is None else self._slow_s.get(worker.model, inf)
+        return max(MIN_SLOW_S, SLOW * self.usual_s(name))
 
     @property
-    def least_slow_s(self) -> float:
-        """No shard is slow before."""
-        return min(self._slow_s.values(), default=inf)
+    def least_usual_s(self) -> float:
+        """Seconds that a shard takes the fastest model."""
+        return min(self._usual_s.values(), default=inf)
 
-    def fail(self, place: Place, birth: str, error: Error, is_final: bool = False) -> list[Action]:
-        """Counts a failure; a final one counts for all. What a setting is to blame for, as a worker
-        says before it makes a shard, is the whole node's: its files are.
+    def slowness(self, name: str) -> float:
+        """Times that a shard takes this worker longer than those of the fastest model; 1 where that
+        is not known.
+        """
+        own_s = self._own_s.get(name, self.usual_s(name))
+        return own_s / self.least_usual_s if own_s < inf and self.least_usual_s > 0 else 1.0
+
+    def fail(
+        self, place: Place, birth: str, error: Error, is_final: bool = False, weight: float = 1.0
+    ) -> list[Action]:
+        """Counts a failure, or a part of one; a final one counts for all. What a setting is to
+        blame for, as a worker says before it makes a shard, is the whole node's: its files are.
         """
         if not self.takes_work(place):
             return []
         if is_final:
             return self._exclude(place.whole if error.is_refusal else place, birth, error)
-        self.failures[place] = self.failures.get(place, 0) + 1
+        self.failures[place] = self.failures.get(place, 0.0) + weight
         if self.failures[place] < self._enough(place):
             return []
-        text = f"{self.failures[place]} failures, the last: {error.text}"
+        text = f"{self.failures[place]:.0f} failures, the last: {error.text}"
         return self._exclude(place, birth, Error(text, error.is_refusal))
 
     def _exclude(self, place: Place, birth: str, error: Error) -> list[Action]:

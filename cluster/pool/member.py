@@ -25,7 +25,7 @@ class Member:
     name: str = ""  # known once it has a process, which may have to wait for a node
     shard: int | None = None
     samples: int = -1
-    expires_s: float = inf  # its teachers must be loaded by then
+    expires_s: float = inf  # its teachers must be loaded by then, or its shard be dropped
     leaves: bool = False  # it goes when its shard is done
 
     @property

@@ -183,6 +183,14 @@ class Leased:
 
 
 @dataclass(frozen=True)
+class Superseded:
+    """`shard`, which `worker` is making, was made by another one: it shall stop, and ask."""
+
+    worker: str
+    shard: int
+
+
+@dataclass(frozen=True)
 class Expired:
     """`worker` made no progress for too long; its shard is free again and it counts as gone."""
 
@@ -232,4 +240,4 @@ class Hopeless:
     is_refusal: bool
 
 
-Action = Leased | Expired | GivenUp | Evicted | Excluded | Readmitted | Hopeless
+Action = Leased | Superseded | Expired | GivenUp | Evicted | Excluded | Readmitted | Hopeless

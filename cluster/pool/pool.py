@@ -12,6 +12,7 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 import ray
@@ -214,7 +215,8 @@ class TeacherPool:
             except RayError as error:  # killed, out of memory, its node or its result lost
                 if member.shard is not None and is_committed(self.run, member.shard):
                     # It died between its commit and its report.
-                    self._handle(messages.Committed(member.shard, self.plan.shard_bytes))
+                    size = self.plan.shard_bytes
+                    self._handle(messages.Committed(member.shard, size, member.name))
                 self._died(member, str(error).strip().splitlines()[0])
             else:
                 self._finished(member, result)
@@ -223,7 +225,11 @@ class TeacherPool:
         if member.place is None:
             self._introduced(member, result)
             return
-        if member.shard is None:
+        is_beaten = member.shard is not None and member.expires_s < inf
+        member.expires_s = inf
+        if is_beaten or result is None:  # what another worker made first is kept
+            member.shard = None
+        elif member.shard is None:
             try:
                 check_fingerprints(self.spec, result["worker"], result["fingerprints"])
             except ConfigError as wrong:
@@ -336,8 +342,10 @@ class TeacherPool:
             self._next_ping_s = self._now_s + limit / 4
             for member in [m for m in self.members if m.ping is None]:
                 member.ping = member.actor.progress.remote()
-        for member in [m for m in self.members if m.is_loading and self._now_s >= m.expires_s]:
-            reason = f"its teachers were not loaded within {limit:g} s"
+        late = [m for m in self.members if m.task is not None and self._now_s >= m.expires_s]
+        for member in late:
+            what = "teachers were not loaded" if member.is_loading else "shard was not dropped"
+            reason = f"its {what} within {limit:g} s"
             self._log.add(events.Expire(None, member.name, reason))
             self._died(member, reason)
 
@@ -373,6 +381,10 @@ class TeacherPool:
                 member.shard, member.samples = shard, -1
                 member.task = member.actor.produce.remote(shard)
                 self._log.add(events.Lease(shard, worker))
+            case messages.Superseded(worker, shard):
+                member = self._member(worker)
+                member.actor.drop.remote(shard)
+                member.expires_s = self._now_s + self.config.cluster.teachers.lease_timeout_s
             case messages.Expired(worker, _):
                 member = self._member(worker)
                 self._log.add(events.Expire(member.shard, worker, "no progress"))

@@ -28,6 +28,10 @@ from distill.teachers import base, build, trial
 from distill.training.memory import keep_freed_memory
 
 
+class Dropped(Exception):
+    """Another worker has made the shard."""
+
+
 class TeacherWorker:
     """Makes shards. `cluster.pool.pool` runs each in a Ray actor.
 
@@ -41,6 +45,7 @@ class TeacherWorker:
         self._config, self._run, self._spec, self._device = config, run, spec, device
         self._teachers: dict[str, base.FrozenTeacher] = {}
         self._evaluations = 0
+        self._shard = self._dropped = -1
         trajectory = config.trajectory
         self._batch_size = min(trajectory.batch_size, trajectory.samples_per_shard)
         self.name = f"{socket.gethostname()}:{os.getpid()}"
@@ -81,8 +86,8 @@ class TeacherWorker:
         found = trial.try_teacher(name, teacher, config, self._device, self._config.seed)
         return tree_of(found)
 
-    def produce(self, shard: int) -> dict[str, Any]:
-        """Makes and commits one shard; its size in bytes, and seconds.
+    def produce(self, shard: int) -> dict[str, Any] | None:
+        """Makes and commits one shard; its size in bytes, and seconds. None if it was dropped.
 
         Also the batch from now on, if this shard was the one that did not fit into memory, and of
         the first shard the error of the curve, where the objective asks between the states.
@@ -92,8 +97,11 @@ class TeacherWorker:
             ConfigError: a teacher gives values that are not finite.
         """
         started = time.monotonic()
+        self._shard, self._dropped = shard, -1
         try:
             generated = self._generate(shard)
+        except Dropped:
+            return None
         except (MemoryError, RuntimeError) as error:
             if generate.is_out_of_memory(error):
                 raise preflight.UnfitPlace(
@@ -126,5 +134,11 @@ class TeacherWorker:
         """Name, and evaluations of the teachers so far, which grow while a shard is made."""
         return self.name, self._evaluations
 
+    def drop(self, shard: int) -> None:
+        """Ends the work on a shard at its next evaluation."""
+        self._dropped = shard
+
     def _beat(self) -> None:
         self._evaluations += 1
+        if self._dropped == self._shard:
+            raise Dropped

@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from cluster.pool.coordinator import Coordinator, Limits
 from cluster.pool.messages import (
+    Arrived,
     Asked,
     Committed,
     CursorMoved,
@@ -26,8 +27,10 @@ from cluster.pool.messages import (
     Joined,
     Leased,
     Left,
+    Place,
     Quarantined,
     Released,
+    Superseded,
     Tick,
 )
 from cluster.state.evicted import first_shard_read
@@ -137,6 +140,11 @@ class Schedule:
             match action:
                 case Leased(name, shard):
                     self.lease(name, shard)
+                case Superseded(name, shard):
+                    worker = self.named(name)
+                    assert worker.shard == shard and shard in self.disk
+                    worker.shard = None
+                    self.tell(Asked(name))
                 case Expired(name, _):
                     self.named(name).believed_in = False  # it may go on and commit late
                 case Evicted(shards):
@@ -146,8 +154,11 @@ class Schedule:
 
     def lease(self, name, shard):
         limits, state = self.limits, self.coordinator
-        holders = [w.shard for w in self.workers if w.believed_in]
-        assert shard not in {*holders, *state.committed, *state.evicted}
+        holders = [w.name for w in self.workers if w.believed_in and w.shard == shard]
+        assert len(holders) <= 1 and name not in holders  # a second lease is the last
+        assert shard not in {*state.committed, *state.evicted}
+        if holders:
+            self.seen.add("doubled")
         assert shard < state.cursor + limits.block_shards + limits.ready_ahead
         leased = len(state.leases) * SHARD_BYTES
         assert sum(state.committed.values()) + leased <= limits.max_bytes
@@ -202,6 +213,7 @@ class Schedule:
             slow = self.fault("slow worker", 0.3)
             worker = Worker(f"w{self.num_names}", self.rng.uniform(0.01, 0.05) if slow else 0.5)
             self.workers.append(worker)
+            self.tell(Arrived(worker.name, Place(f"n{self.num_names % 3}"), "cpu", "n"))
             self.tell(Joined(worker.name))
             self.tell(Asked(worker.name))
 
@@ -244,7 +256,7 @@ class Schedule:
             self.workers.remove(worker)
             self.tell(Left(worker.name, "gone"))
         else:
-            self.tell(Committed(shard, self.disk[shard]))
+            self.tell(Committed(shard, self.disk[shard], worker.name))
             self.tell(Asked(worker.name))
 
     def scan(self):
@@ -349,7 +361,7 @@ def test_the_plan_is_consumed_exactly_under_any_schedule(part):
         schedule.run()
         schedule.check()
         struck |= schedule.seen | ({"evicted"} if schedule.record else set())
-    assert struck == {*FAULTS, "duplicate producer", "evicted", "stray"}
+    assert struck == {*FAULTS, "doubled", "duplicate producer", "evicted", "stray"}
 
 
 class DirectedSchedule(Schedule):

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 
 from cluster.pool.coordinator import Coordinator, Limits
-from cluster.pool.health import FEWEST, SLOW
+from cluster.pool.health import FEWEST
 from cluster.pool.messages import (
     Arrived,
     Asked,
     Committed,
+    CursorMoved,
     Excluded,
     Failed,
     GivenUp,
@@ -21,6 +22,7 @@ from cluster.pool.messages import (
     Place,
     Readmitted,
     Staffed,
+    Superseded,
     Tick,
     Unfit,
 )
@@ -64,6 +66,9 @@ class Pool:
                 case Leased(name, shard):
                     assert name not in self.work and self.state.health.takes_work(self.at[name])
                     self.work[name] = shard
+                case Superseded(name, shard):
+                    assert self.work.pop(name) == shard
+                    self.tell(Asked(name))
                 case Excluded(place):
                     self.said.append(action)
                     for name in [n for n, at in self.at.items() if place in (at, at.whole)]:
@@ -303,9 +308,73 @@ def test_a_gpu_that_is_slow_beyond_those_of_its_model_is_excluded_and_another_mo
         if pool.now % 100 < 20:
             for node in "bcd":
                 pool.make(*pool.on(node))
-    assert pool.excluded()[0] == "a, GPU 0" and "old" not in str(pool.excluded())
-    assert f"slow: {3 * SLOW * 100:.0f} s for a shard that takes others 100 s" in str(pool.said[0])
+    assert pool.excluded() == ["a, GPU 0", "a"]
+    assert "slow: " in pool.said[0].reason and "takes others 100 s" in pool.said[0].reason
     assert "old" in pool.work
+
+
+def paced(slow_s, **limits):
+    """Three good nodes, 100 s a shard, and one that takes longer; after some rounds."""
+    pool = Pool(["good1", "good2", "good3", "slow"], limits=replace(LIMITS, **limits))
+    due = dict.fromkeys(pool.work, 0.0)
+    for _ in range(400):
+        pool.now += 10.0
+        for name in list(pool.work):
+            pool.tell(Heartbeat(name))
+            began = pool.state._lease_in_hand(name).since_s
+            if pool.now >= began + (slow_s if "slow" in name else 100.0):
+                pool.make(name)
+    return pool, due
+
+
+def test_a_slow_worker_takes_what_it_makes_in_time_and_leaves_what_is_needed_first():
+    """At twice the time, four workers make four shards in what it is late by."""
+    pool, _ = paced(slow_s=200.0)
+    assert not pool.excluded()
+    (slow,) = pool.on("slow")
+    others = [shard for name, shard in pool.work.items() if name != slow]
+    made = set(pool.state.committed)
+    lowest = next(shard for shard in range(1000) if shard not in made | {*pool.work.values()})
+    assert 0 <= pool.work[slow] - min(others) <= 8 and lowest > min(others)
+    pool.now = pool.state._lease_in_hand(slow).since_s + 200.0
+    pool.make(slow)
+    lowest = pool.state._next_free()
+    assert pool.work[slow] == lowest + 4  # (200 / 100 - 1) x 4 workers
+
+
+def test_a_shard_that_is_late_where_the_trainer_stands_is_leased_twice_and_the_first_one_wins():
+    pool, _ = paced(slow_s=100.0)
+    (slow,) = pool.on("slow")
+    late = pool.work[slow]
+    pool.tell(CursorMoved(late // 2 * 2))
+    doubled = None
+    for _ in range(30):
+        pool.now += 10.0
+        for name in [n for n in pool.work if n != slow]:
+            pool.tell(Heartbeat(name))
+            doubled = name if pool.work[name] == late else doubled
+            if doubled is None and pool.now >= pool.state._lease_in_hand(name).since_s + 100.0:
+                pool.make(name)
+        if doubled:
+            break
+    assert pool.work[doubled] == pool.work[slow] == late and pool.at[doubled].node != "slow"
+    pool.make(doubled)
+    assert late in pool.state.committed and pool.work[slow] != late and not pool.state.doubles
+
+
+def test_the_last_shards_are_leased_twice_to_those_who_have_nothing_else_to_do():
+    pool, _ = paced(slow_s=100.0, num_shards=164)
+    while len(pool.work) > 1:
+        pool.make(next(name for name in pool.work if "slow" not in name))
+    (slow,) = pool.work
+    pool.now = pool.state._lease_in_hand(slow).since_s + 140.0
+    pool.tell(Tick())
+    (other,) = pool.work.keys() - {slow}
+    assert pool.work[other] == pool.work[slow]
+    pool.end(slow)  # the second lease is then the only one
+    assert pool.state.leases[pool.work[other]].worker == other and not pool.state.doubles
+    pool.make(other)
+    assert pool.state.is_done
 
 
 @pytest.mark.parametrize("is_alone", [False, True])

@@ -58,6 +58,8 @@ class Actor:
         self.introduce = Method(lambda _: ray.introduce(name) if ray.has_node else "never")
         self.load = Method(lambda: ray.load(name))
         self.produce = Method(lambda shard: ray.behaviour(name, shard))
+        self.dropped = []
+        self.drop = Method(self.dropped.append)
         self.progress = Method(lambda: (name, 0) if ray.has_node else "never")
 
 
@@ -711,3 +713,55 @@ def test_workers_that_go_with_their_node_count_against_nobody(ray, tmp_path, mon
     now[0] += pool_module.JUDGED_S
     pool.poll()
     assert pool.coordinator.health.failures == {stays.place: 1}
+
+
+def lease_last_shard_twice(ray, folder, monkeypatch):
+    """A pool whose last shard two workers have in hand, and these, the first one first."""
+    now = [0.0]
+    monkeypatch.setattr(pool_module.time, "monotonic", lambda: now[0])
+    hung = []
+
+    def behaviour(name, shard):
+        is_last = shard == pool.plan.shards - 1
+        if is_last:
+            hung.append(name)
+        return "never" if is_last else {"bytes": 100, "seconds": 0.0}
+
+    ray.behaviour = behaviour
+    pool = make_pool(folder, max_steps=40)
+    for _ in range(60):
+        pool.poll()
+        now[0] += 1.0
+    first, second = (next(m for m in pool.members if m.name == name) for name in hung)
+    assert first.shard == second.shard == pool.plan.shards - 1
+    return pool, first, second, now
+
+
+def test_whoever_is_slower_is_told_to_drop_the_shard(ray, tmp_path, monkeypatch):
+    pool, first, second, _ = lease_last_shard_twice(ray, tmp_path, monkeypatch)
+    second.task.value = {"bytes": 100, "seconds": 0.0}
+    pool.poll()
+    assert first.actor.dropped == [pool.plan.shards - 1] and second.actor.dropped == []
+    assert first in pool.members and pool.coordinator.is_done
+    pool._handle(Quarantined(3))
+    first.task.value = None  # it was dropped, and asks
+    for _ in range(3):
+        pool.poll()
+    assert pool.is_done and len(ray.actors) == 2
+
+
+def test_a_worker_that_does_not_even_drop_its_shard_is_ended(ray, tmp_path, monkeypatch):
+    pool, first, second, now = lease_last_shard_twice(ray, tmp_path, monkeypatch)
+    second.task.value = {"bytes": 100, "seconds": 0.0}
+    pool._collect()
+    now[0] += pool.config.cluster.teachers.lease_timeout_s + 1
+    pool._now_s = now[0]
+    pool._ping()
+    assert first not in pool.members
+    (late,) = [e for e in read_lines_after_flush(pool) if e["kind"] == "expire"]
+    assert late["worker"] == first.name and "its shard was not dropped within" in late["reason"]
+
+
+def read_lines_after_flush(pool):
+    pool._log.flush()
+    return list(read_lines(pool.run.events))

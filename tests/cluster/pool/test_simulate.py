@@ -79,9 +79,12 @@ SICK = replace(
 
 @pytest.mark.parametrize("sick", [*((kind,) for kind in SICKNESSES), SICKNESSES], ids="+".join)
 def test_three_sick_gpus_of_256_cost_no_shard_and_hardly_any_time(sick):
-    """That no shard is given up is asserted there: a real run would end."""
-    world = World(replace(SICK, sick=sick))
-    found, healthy = world.run(), World(SICK).run()
+    """That no shard is given up is asserted there: a real run would end. With 18 of 256 gone there
+    must be more to spare than with 3.
+    """
+    base = replace(SICK, headroom=1.1 if len(sick) == 1 else 1.2)
+    world = World(replace(base, sick=sick))
+    found, healthy = world.run(), World(base).run()
     assert found["goodput"] >= 0.98 * healthy["goodput"]
     assert found["excluded"] == 3 * len(sick)
     assert {place.gpu for place in world.excluded} == {"0"}

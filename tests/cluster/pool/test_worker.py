@@ -116,3 +116,20 @@ def read(run, spec, shard):
     states = np.empty((SAMPLES, *spec.sample_shape), dtype=stored_dtype(spec))
     read_shard(run, spec, shard, states, np.empty(SAMPLES, dtype=np.int64))
     return read_sidecar(run, shard), states
+
+
+def test_a_shard_that_another_worker_has_made_is_dropped_at_the_next_evaluation(tmp_path):
+    worker, spec = make_worker(tmp_path, components=4)
+    beat, count = worker._beat, []
+
+    def beat_and_drop():
+        count.append(1)
+        if len(count) == 3:
+            worker.drop(0)
+        beat()
+
+    worker._beat = beat_and_drop
+    assert worker.produce(0) is None and len(count) == 3
+    assert not RunDir(tmp_path).tar(0).exists()
+    assert worker.produce(0)["bytes"] > 0  # to be told once is no ban
+    assert read(RunDir(tmp_path), spec, 0)[0].shard == 0
