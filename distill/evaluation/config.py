@@ -22,6 +22,7 @@ class EvalConfig:
 
     num_samples: int = 2000
     seed: int = 12345
+    labels: str = "data"  # as often as in the real images: data; or each as often: uniform
     batch_size: int = 500
     nfe: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 8])
     teacher_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
@@ -36,6 +37,7 @@ class EvalConfig:
             batch_size=self.batch_size,
             reference_steps=self.reference_steps,
         )
+        check_choice("eval.labels", self.labels, ("data", "uniform"))
         check(
             all(n > 0 for n in [*self.nfe, *self.teacher_nfe, *self.euler_nfe]),
             "eval.nfe, eval.teacher_nfe and eval.euler_nfe must be above 0",

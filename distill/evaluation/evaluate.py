@@ -40,17 +40,20 @@ class Evaluator:
     ) -> None:
         self._evaluation, self._device, self._progress = evaluation, device, progress
         self._next_line_s = time.monotonic() + LINE_PERIOD_S
-        self.samples = sampling.evaluation_samples(evaluation, data.image)
         self.interrupt = sampling.Interrupt()
         self.features: metrics.FeatureDistance | None = None
         self.real = measured.Reference(data.name)
         self.to_pictures = decode.to_pictures(data, device)
-        data = decode.reference(data)
+        image, data, counts = data.image, decode.reference(data), None
         if data.image.is_picture:
             real, digest = images.open_images(data), sha256()
             parts = real_parts(data, real, digest.update)
             self.features = metrics.FeatureDistance(evaluation.extractor, parts, device)
             self.real = measured.Reference(data.name, n=len(real), sha256=digest.hexdigest())
+            if evaluation.labels == "data" and image.num_classes > 0:
+                counts = np.bincount(real.labels, minlength=image.num_classes)
+        self.labels = "uniform" if counts is None else "data"
+        self.samples = sampling.evaluation_samples(evaluation, image, counts)
         self._reference: tuple[torch.Tensor, float] | None = None
 
     def draw(
@@ -263,6 +266,7 @@ def evaluate(
         student=student_rows,
         n=evaluation.num_samples,
         seed=evaluation.seed,
+        labels=evaluator.labels,
         extractor=extractor,
         frechet_name=metrics.distance_name(extractor.name, evaluation.num_samples),
         reference=evaluator.real,

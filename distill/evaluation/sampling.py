@@ -33,11 +33,16 @@ class Samples:
     labels: Int[Tensor, "N"]
 
 
-def evaluation_samples(evaluation: EvalConfig, image: ImageSpec) -> Samples:
-    """Noise and labels of the ids 0 .. num_samples - 1 of eval.seed."""
+def evaluation_samples(
+    evaluation: EvalConfig, image: ImageSpec, counts: Int[np.ndarray, "K"] | None = None
+) -> Samples:
+    """Noise and labels of the ids 0 .. num_samples - 1 of eval.seed.
+
+    Classes come as often as `counts` says, each as often where it is not given.
+    """
     ids = np.arange(evaluation.num_samples)
     noise = sample_noise(evaluation.seed, ids, image.shape)
-    labels = sample_labels(evaluation.seed, ids, image.num_classes)
+    labels = sample_labels(evaluation.seed, ids, image.num_classes, counts)
     return Samples(torch.from_numpy(noise), torch.from_numpy(labels))
 
 

@@ -44,13 +44,19 @@ def sample_noise(seed: int, ids: NDArray[np.int64], shape: tuple[int, ...]) -> N
     return out.reshape(len(ids), *shape)
 
 
-def sample_labels(seed: int, ids: NDArray[np.int64], num_classes: int) -> NDArray[np.int64]:
-    """Class of each sample, uniform over 0 .. num_classes - 1, int64 [N]; -1 without classes."""
+def sample_labels(
+    seed: int, ids: NDArray[np.int64], num_classes: int, counts: NDArray[np.int64] | None = None
+) -> NDArray[np.int64]:
+    """Class of each sample, int64 [N]: uniform over 0 .. num_classes - 1, or as often as `counts`
+    [num_classes] says. -1 without classes.
+    """
     if num_classes == 0:
         return np.full(len(ids), -1, dtype=np.int64)
+    ends = np.cumsum(np.ones(num_classes, dtype=np.int64) if counts is None else counts)
     stream = _Words(seed, "label")
     high = np.array([stream.read(index, 1)[0] >> np.uint64(32) for index in ids.tolist()])
-    return (high.astype(np.uint64) * np.uint64(num_classes) >> np.uint64(32)).astype(np.int64)
+    place = high.astype(np.uint64) * np.uint64(ends[-1]) >> np.uint64(32)
+    return np.searchsorted(ends, place.astype(np.int64), side="right")
 
 
 def uniform(seed: int, purpose: str, index: int, n: int) -> NDArray[np.float64]:

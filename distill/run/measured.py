@@ -166,6 +166,7 @@ class Results:
     truth: Truth
     device: str
     cost: Cost
+    labels: str = "uniform"  # how often each class was drawn: as in the data, or as often
 
 
 def write_results(run: files.RunDir, results: Results) -> None:

@@ -6,10 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.progress import Progress
 
 from distill.config import ConfigError
+from distill.data.config import DataConfig
 from distill.evaluation.config import EvalConfig
-from distill.evaluation.evaluate import evaluate
+from distill.evaluation.evaluate import Evaluator, evaluate
 from distill.evaluation.metrics import relative_distance
 from distill.evaluation.sampling import Interrupt, Samples, draw, teacher_sampler
 from distill.flow.noise import sample_noise
@@ -95,7 +97,7 @@ def test_a_student_that_is_its_teacher_lies_on_the_euler_curve(results):
 
 def test_every_number_says_what_it_is_of(results, finished_run):
     assert read_results(finished_run) == results
-    assert (results.n, results.seed) == (600, 12345)
+    assert (results.n, results.seed, results.labels) == (600, 12345, "data")
     assert [(row.solver, row.nfe) for row in results.teacher] == [
         ("heun", 2),
         ("heun", 4),
@@ -151,3 +153,34 @@ def test_pictures_share_noise_and_label_down_the_columns(results, finished_run):
 def test_the_seed_of_the_run_is_refused(finished_run, data, teachers):
     with pytest.raises(ConfigError, match=r"eval\.seed=0"):
         evaluate(finished_run, data, teachers, settings(seed=0), "traflow", "cpu")
+
+
+def test_a_perfect_model_of_uneven_classes_is_near_its_data(tmp_path):
+    """It draws the images of each class exactly; nine of ten are of class 0."""
+    rng = np.random.default_rng(0)
+    labels = (np.arange(2000) % 10 == 0).astype(np.int64)
+    pixels = np.clip(
+        64 + 128 * labels[:, None, None, None] + rng.normal(0, 9, (2000, 1, 2, 2)), 0, 255
+    )
+    np.savez(tmp_path / "d.npz", images=pixels.astype(np.uint8), labels=labels)
+    data = DataConfig(name="npz", path=str(tmp_path / "d.npz"), channels=1, size=2, num_classes=2)
+
+    def perfect(noise, label):
+        return ((64 + 128 * label[:, None, None, None] + 9 * noise) / 127.5) - 1
+
+    found = {}
+    for kind in ("data", "uniform"):
+        evaluation = EvalConfig(num_samples=2000, labels=kind)
+        evaluator = Evaluator(data, evaluation, torch.device("cpu"), Progress(disable=True))
+        evaluator.set_reference(perfect)
+        assert evaluator.labels == kind
+        found[kind] = evaluator.row(None, "perfect", 1).frechet
+    assert found["data"] < 1e-3 and found["uniform"] > 100 * found["data"]
+
+
+def test_without_real_images_classes_are_drawn_alike():
+    data = DataConfig(name="latents", channels=4, size=8, num_classes=3)
+    evaluator = Evaluator(
+        data, EvalConfig(num_samples=9), torch.device("cpu"), Progress(disable=True)
+    )
+    assert evaluator.labels == "uniform"

@@ -119,6 +119,16 @@ def test_labels_are_uniform_and_by_id():
     assert sample_labels(0, np.arange(3), 0).tolist() == [-1, -1, -1]
 
 
+@pytest.mark.parametrize("counts", [[9, 1], [1, 0, 3], [50_000, 5_000, 500]])
+def test_labels_are_as_frequent_as_counts_say(counts):
+    ids = np.arange(20_000)
+    found = np.bincount(sample_labels(3, ids, len(counts), np.array(counts)), minlength=len(counts))
+    expected = np.array(counts) / sum(counts) * len(ids)
+    assert (np.abs(found - expected) <= 4 * np.sqrt(expected)).all()
+    equal = np.full(7, 123)
+    assert np.array_equal(sample_labels(3, ids[:500], 7, equal), sample_labels(3, ids[:500], 7))
+
+
 def test_uniform_and_permutation():
     u = uniform(0, "a", 1, 100_000)
     assert u.min() >= 0 and u.max() < 1 and abs(u.mean() - 0.5) < 4 / (12 * 100_000) ** 0.5
