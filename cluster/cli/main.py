@@ -3,6 +3,7 @@ so --help is instant.
 """
 
 import argparse
+import difflib
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,8 @@ def parse(args: list[str]) -> Callable[[], int]:
     match args:
         case [verb, *rest] if verb in VERBS:
             return partial(VERBS[verb].work, VERBS[verb].read(rest))
+        case ["help", verb, *_] if verb in VERBS:
+            return partial(VERBS[verb].work, VERBS[verb].read(["--help"]))
         case ["-sc" | "--shell-completion", *_]:
             return partial(complete, args)
         case ["--version", *_]:
@@ -57,9 +60,9 @@ def parse(args: list[str]) -> Callable[[], int]:
         case ["-h" | "--help" | "help", *_]:
             general().print_help()
             sys.exit(0)
-    general().exit(
-        USAGE_ERROR, f"error: there is no verb {args[0]}; choose one of: {', '.join(VERBS)}\n"
-    )
+    near = difflib.get_close_matches(args[0], VERBS, n=1)
+    way = f"did you mean {near[0]}?" if near else f"choose one of: {', '.join(VERBS)}"
+    general().exit(USAGE_ERROR, f"error: there is no verb {args[0]}; {way}\n")
 
 
 def complete(args: list[str]) -> int:

@@ -12,7 +12,7 @@ import pytest
 from hydra._internal.utils import get_args_parser
 
 from cluster.cli.arguments import HYDRA_FLAGS, MAX_WIDTH, USAGE_ERROR, groups, setting_words
-from cluster.cli.main import VERBS, general
+from cluster.cli.main import VERBS, general, parse
 from cluster.settings.file import GROUPS
 from cluster.settings.hydra import compose
 from cluster.supervisor import runner
@@ -181,3 +181,11 @@ def test_commands_of_the_pages_are_understood(page, capsys):
 
 def test_pages_have_commands():
     assert sum(len(command_lines(page.read_text())) for page in PAGES) > 40
+
+
+def test_help_of_a_verb_may_be_asked_for_first(capsys):
+    for words in (["help", "run"], ["run", "--help"]):
+        with pytest.raises(SystemExit, match="0"):
+            parse(words)
+    first, second = capsys.readouterr().out.split("usage: bowstring run")[1:]
+    assert first == second

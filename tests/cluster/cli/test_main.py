@@ -66,6 +66,7 @@ def test_estimate_status_and_submit_need_no_torch():
     ("args", "message"),
     [
         (["frobnicate"], "there is no verb frobnicate; choose one of: run, pretrain"),
+        (["evalute", "runs/x"], "there is no verb evalute; did you mean evaluate?"),
         (["run"], "which experiment"),
         (["run", "experiment=tiny", "train.max_step=3"], "did you mean train.max_steps"),
         (["run", "experiment=tiny", "--force-new"], "--force-new: expected one argument"),
