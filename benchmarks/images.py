@@ -19,10 +19,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from distill.data import manifest
-from distill.data.config import DataConfig
-from distill.data.files import ImageFiles
-from distill.data.images import ImageStream
+from distill.datasets import manifest
+from distill.datasets.config import DataConfig
+from distill.datasets.files import ImageFiles
+from distill.datasets.images import ImageStream
 from distill.flow.noise import sample_noise
 
 COUNT, SIZE, BATCH, STEPS, RATE, CORES = 20_000, 64, 128, 60, 500, 2

@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distill.config import ConfigError, ImageSpec, check
-from distill.data.config import DataConfig
-from distill.data.decode import to_pictures, to_uint8
+from distill.datasets.config import DataConfig
+from distill.datasets.decode import to_pictures, to_uint8
 from distill.export.student import latest_student
 from distill.flow import paths
 from distill.flow.noise import sample_labels, sample_noise

@@ -14,7 +14,7 @@ import torch
 
 from distill.checkpoint import commit as checkpoint
 from distill.config import TrainConfig
-from distill.data.config import DataConfig
+from distill.datasets.config import DataConfig
 from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig

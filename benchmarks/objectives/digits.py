@@ -8,8 +8,8 @@ from pathlib import Path
 from benchmarks.objectives.problems import Problem, Solved
 from benchmarks.objectives.student import averaged, fit
 from distill.config import TrainConfig
-from distill.data.config import DataConfig
-from distill.data.images import ImageStream, InMemory, load_images
+from distill.datasets.config import DataConfig
+from distill.datasets.images import ImageStream, InMemory, load_images
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.files import DESCRIPTION, load_model, save_model

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.objectives.problems import DATA_SEED, Problem, Solved, VectorNetwork
 from benchmarks.objectives.student import averaged, fit
 from distill.config import ImageSpec, TrainConfig
-from distill.data.images import FIRST_NOISE
+from distill.datasets.images import FIRST_NOISE
 from distill.flow.noise import sample_noise, uniform
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives.config import ReflowConfig

@@ -171,7 +171,7 @@ def encode(options: Namespace) -> int:
     """
     import sys
 
-    from distill.data import encode as encoding
+    from distill.datasets import encode as encoding
 
     (config,) = read_settings(["experiment=digits", *setting_words(options)])
 

@@ -28,7 +28,7 @@ from omegaconf._utils import get_yaml_loader
 
 from cluster.settings import file, schema
 from distill.config import ConfigError, TrainConfig, check
-from distill.data.config import DataConfig
+from distill.datasets.config import DataConfig
 from distill.evaluation.config import EvalConfig
 from distill.networks.config import NETWORKS, SameAsTeacherConfig
 from distill.objectives.config import OBJECTIVES

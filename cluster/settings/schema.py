@@ -8,7 +8,8 @@ from typing import Any
 from omegaconf import MISSING
 
 from distill.config import PretrainConfig, TrainConfig, check, check_positive, free
-from distill.data.config import DataConfig, TrajectoryConfig
+from distill.data.config import TrajectoryConfig
+from distill.datasets.config import DataConfig
 from distill.evaluation.config import EvalConfig
 from distill.networks.config import NetworkConfig
 from distill.objectives.config import ObjectiveConfig

@@ -11,8 +11,9 @@ from cluster.supervisor.session import Session
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import latest_verified
 from distill.config import ConfigError, ImageSpec, check
-from distill.data import images, sets, sidecar
+from distill.data import sidecar
 from distill.data.stores.store import open_store
+from distill.datasets import images, sets
 from distill.evaluation.inception import check_inception
 from distill.export.student import latest_student
 from distill.networks.config import SameAsTeacherConfig

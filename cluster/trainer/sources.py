@@ -12,9 +12,9 @@ from typing import Protocol
 from cluster.plan.stream import stream_order
 from cluster.state.cursor import write_cursor
 from cluster.trainer.job import TrainJob
-from distill.data.images import ImageStream, open_images, workers
 from distill.data.order import Order
 from distill.data.stream import TrajectoryStream
+from distill.datasets.images import ImageStream, open_images, workers
 from distill.engine.engine import Peers
 from distill.flow.trajectory import TrajectoryBatch
 from distill.run.files import RunDir

@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from distill.config import ImageSpec, check
-from distill.data import decode, images
-from distill.data.config import DataConfig
+from distill.datasets import decode, images
+from distill.datasets.config import DataConfig
 from distill.evaluation import curves, metrics, sampling
 from distill.evaluation.config import EvalConfig
 from distill.export.student import latest_student

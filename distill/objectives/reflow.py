@@ -1,7 +1,8 @@
 """Flow matching on pairs: D( u(x_t, t, t), x_1 - x_0 ), x_t = (1 - t) x_0 + t x_1.
 
 On teacher pairs (x_0, x_1 = X_K) it is the next rectified flow (Liu et al., 2023). On independent
-(noise, real image) pairs it is plain flow matching, which trains a teacher (`distill.data.images`).
+(noise, real image) pairs it is plain flow matching, which trains a teacher.
+`distill.datasets.images` has these pairs.
 """
 
 from math import sinh

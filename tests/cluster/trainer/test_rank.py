@@ -13,7 +13,7 @@ from cluster.trainer.rank import flops_of, initial_network, resume
 from cluster.trainer.sources import Source
 from distill.checkpoint import commit as checkpoint, manifest
 from distill.config import ConfigError
-from distill.data.images import ImageStream, open_images
+from distill.datasets.images import ImageStream, open_images
 from distill.engine.engine import TorchEngine
 from distill.networks.files import load_model
 from distill.run.files import read_lines, sha256_file

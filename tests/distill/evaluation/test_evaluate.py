@@ -9,7 +9,7 @@ import torch
 from rich.progress import Progress
 
 from distill.config import ConfigError
-from distill.data.config import DataConfig
+from distill.datasets.config import DataConfig
 from distill.evaluation.config import EvalConfig
 from distill.evaluation.evaluate import Evaluator, evaluate
 from distill.evaluation.metrics import relative_distance

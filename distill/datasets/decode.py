@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, UInt8
 
 from distill.config import check
-from distill.data import config, latents
+from distill.datasets import config, latents
 from distill.networks.autoencoder import load_autoencoder
 
 

@@ -14,10 +14,10 @@ from PIL import Image
 from pyarrow import parquet
 
 from distill.config import ConfigError
-from distill.data import listing, pictures
-from distill.data.config import DataConfig
-from distill.data.files import ImageFiles
-from distill.data.images import ImageStream, in_parts, load_images, open_images
+from distill.datasets import listing, pictures
+from distill.datasets.config import DataConfig
+from distill.datasets.files import ImageFiles
+from distill.datasets.images import ImageStream, in_parts, load_images, open_images
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
 LABELS = [2, 0, 1, 1, 2, 0]

@@ -12,7 +12,7 @@ from jaxtyping import Int64, UInt8
 from PIL import Image
 
 from distill.config import check
-from distill.data import config, manifest, pictures, sets
+from distill.datasets import config, manifest, pictures, sets
 
 PLAIN = {1: "L", 3: "RGB"}  # the mode that needs no conversion
 

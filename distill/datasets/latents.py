@@ -1,4 +1,4 @@
-"""Latents of an image set, read by mapping its shards (`distill.data.encode`). No torch.
+"""Latents of an image set, read by mapping its shards (`distill.datasets.encode`). No torch.
 
 A folder of `latents.json` and `latents_00000.safetensors` .. with the names that LightningDiT gives
 its tensors: `latents` [n, C, h, w], `latents_flip` of the mirrored images, `labels` [n]; and `std`,
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from distill.config import ConfigError, check
-from distill.data import config
+from distill.datasets import config
 from distill.flow.noise import sample_noise
 from distill.run import files, records
 

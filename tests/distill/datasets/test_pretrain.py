@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from distill.data.images import FIRST_NOISE, ImageStream, InMemory
+from distill.datasets.images import FIRST_NOISE, ImageStream, InMemory
 from distill.flow.noise import sample_noise
 
 N = 10

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from distill.config import ConfigError, check
-from distill.data import listing, pictures
+from distill.datasets import listing, pictures
 from distill.run import files, records
 
 FORMAT = 1

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from distill.config import ConfigError
-from distill.data import sets
-from distill.data.config import DataConfig
-from distill.data.images import load_images
+from distill.datasets import sets
+from distill.datasets.config import DataConfig
+from distill.datasets.images import load_images
 
 FASHION = DataConfig(name="fashion", channels=1, size=32, num_classes=10)
 

@@ -1,4 +1,4 @@
-"""Encodes an image set into latents, once, shard by shard (`distill.data.latents`)."""
+"""Encodes an image set into latents, once, shard by shard (`distill.datasets.latents`)."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from distill.config import check
-from distill.data import config, images, latents
+from distill.datasets import config, images, latents
 from distill.networks.autoencoder import Autoencoder, load_autoencoder
 from distill.run import files, records
 

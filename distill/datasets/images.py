@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch.utils.data import DataLoader, Dataset
 
 from distill.config import check
-from distill.data import config, files, latents, sets
+from distill.datasets import config, files, latents, sets
 from distill.flow.noise import permutation, sample_noise, uniform
 from distill.flow.trajectory import TrajectoryBatch
 

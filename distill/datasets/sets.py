@@ -1,7 +1,7 @@
 """Data sets by name: which files each needs, and how its images are read. No torch.
 
 A new one is a row of `SETS` and configs/data/NAME.yaml. What `data.path` may hold is the same for
-all that lie in files (`distill.data.listing`); a small set of another kind has a function here.
+all that lie in files (`distill.datasets.listing`); a small set of another kind has a function here.
 """
 
 import gzip
@@ -32,7 +32,7 @@ class ImageSet:
 
     Attributes:
         load: reads all images for a `data.path`; raises ConfigError for files that are cut or of
-            another kind. None: they are read when they are asked for (`distill.data.files`).
+            another kind. None: they are read when they are asked for (`distill.datasets.files`).
         check: raises ConfigError when a file is absent, so that it is known early.
         has_images: whether a teacher can be trained on it, and a student compared with it.
         num_images: that the whole set has; 0: any number.

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from rich.progress import Progress
 
 from distill.config import ConfigError
-from distill.data import decode, encode, images, latents
-from distill.data.config import DataConfig
+from distill.datasets import decode, encode, images, latents
+from distill.datasets.config import DataConfig
 from distill.evaluation.config import EvalConfig
 from distill.evaluation.evaluate import Evaluator
 from distill.evaluation.metrics import Drawn, measure
