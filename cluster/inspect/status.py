@@ -52,7 +52,7 @@ def open_leases(history: events.History, now: float) -> list[dict[str, Any]]:
     """Leases without an end: no commit, failure, expiry, nor a worker that left."""
     return [
         {"shard": shard, "worker": lease.worker, "age_s": round(now - lease.time, 1)}
-        for shard, lease in sorted(history.leases.items())
+        for (shard, _), lease in sorted(history.leases.items())
     ]
 
 

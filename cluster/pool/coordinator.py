@@ -374,9 +374,10 @@ class Coordinator:
             (shard, lease.worker) for shard, lease in self._all_leases() if lease.expires_s <= now_s
         ]
         actions: list[messages.Action] = []
+        places = [self.health.workers.get(worker) for _, worker in expired]
         for shard, worker in expired:
-            its = self.health.workers.get(worker)
             actions += [messages.Expired(worker, shard), *self._lose(worker, "no progress")]
+        for its in places:  # last: it may exclude a place, and who expired there is gone then
             if its is not None:
                 actions += self.health.fail(its.place, its.birth, Error("no progress"))
         # Heartbeats only put an expiry off, so until then none needs to be looked for.

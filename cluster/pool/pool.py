@@ -294,7 +294,7 @@ class TeacherPool:
 
     def _died(self, member: Member, reason: str) -> None:
         """It is lost; whether with its node, or by itself, shows later."""
-        if member.place is not None:
+        if member in self.members and member.place is not None:
             text = f"a teacher worker died: {reason}"
             late_s = JUDGED_S if self.config.cluster.address else 0.0
             death = messages.Unfit(member.place, member.birth, text)
@@ -316,6 +316,8 @@ class TeacherPool:
 
     def _bury(self, member: Member, reason: str) -> None:
         """Forgets a worker that is lost; `_staff` starts another."""
+        if member not in self.members:  # its place was excluded meanwhile
+            return
         ray.kill(member.actor)  # what is left of it
         self.members.remove(member)
         self._follow()  # its node may be gone with it
@@ -323,6 +325,8 @@ class TeacherPool:
 
     def _part(self, member: Member, reason: str, is_alone: bool = True) -> None:
         """Ends a worker."""
+        if member not in self.members:
+            return
         ray.kill(member.actor)
         self.members.remove(member)
         self._gone(member, reason, is_alone)
@@ -336,12 +340,14 @@ class TeacherPool:
         """Hears how far workers are; ends dead idle ones and those whose teachers do not load."""
         limit = self.config.cluster.teachers.lease_timeout_s
         for member in [m for m in self.members if m.ping is not None]:
-            if ray.wait([member.ping], timeout=0)[0]:
+            if member in self.members and ray.wait([member.ping], timeout=0)[0]:
                 self._take_ping(member, self._now_s + limit)
         if self._now_s >= self._next_ping_s:
             self._next_ping_s = self._now_s + limit / 4
             for member in [m for m in self.members if m.ping is None]:
                 member.ping = member.actor.progress.remote()
+                if member.shard is not None and member.expires_s < inf:  # the first may have come
+                    member.actor.drop.remote(member.shard)  # before its work had begun
         late = [m for m in self.members if m.task is not None and self._now_s >= m.expires_s]
         for member in late:
             what = "teachers were not loaded" if member.is_loading else "shard was not dropped"
@@ -376,17 +382,14 @@ class TeacherPool:
 
     def _carry_out(self, action: messages.Action) -> None:
         match action:
-            case messages.Leased(worker, shard):
-                member = self._member(worker)
+            case messages.Leased(worker, shard) if member := self._member(worker):
                 member.shard, member.samples = shard, -1
                 member.task = member.actor.produce.remote(shard)
                 self._log.add(events.Lease(shard, worker))
-            case messages.Superseded(worker, shard):
-                member = self._member(worker)
+            case messages.Superseded(worker, shard) if member := self._member(worker):
                 member.actor.drop.remote(shard)
                 member.expires_s = self._now_s + self.config.cluster.teachers.lease_timeout_s
-            case messages.Expired(worker, _):
-                member = self._member(worker)
+            case messages.Expired(worker, _) if member := self._member(worker):
                 self._log.add(events.Expire(member.shard, worker, "no progress"))
                 self._bury(member, "no progress")
             case messages.Evicted(shards):
@@ -407,8 +410,9 @@ class TeacherPool:
                     raise ConfigError(error)
                 raise PoolError(set_request_aside(self.run, shard, reason, error))
 
-    def _member(self, name: str) -> Member:
-        return next(member for member in self.members if member.name == name)
+    def _member(self, name: str) -> Member | None:
+        """None where an action before this one has ended it: its place was excluded."""
+        return next((member for member in self.members if member.name == name), None)
 
 
 def production_limits(view: done.RunView, trainer_reads: bool) -> coordinator.Limits:

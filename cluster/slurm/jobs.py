@@ -222,7 +222,8 @@ def last_words(run: RunDir, ids: dict[str, str]) -> list[str]:
     """The last error in the newest log of each kind of job, and up to five lines behind it."""
     found = []
     for kind, job in ids.items():
-        names = (f"logs/{kind}-{job}.log", f"logs/{kind}-{job}_*.log")
+        stem = "train" if kind_of(kind) == "train" else kind  # a chain has one script
+        names = (f"logs/{stem}-{job}.log", f"logs/{stem}-{job}_*.log")
         logs = [path for name in names for path in run.slurm.glob(name)]
         for path in sorted(logs, key=lambda path: path.stat().st_mtime)[-1:]:
             lines = read_bytes(path)[-LOG_BYTES:].decode(errors="replace").splitlines()

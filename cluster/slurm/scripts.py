@@ -182,6 +182,11 @@ def joined(ours: str, own: str, kind: str) -> str:
 def container_words(slurm: SlurmConfig, root: Path) -> str:
     """Options of srun for the container that commands run in; "" for none."""
     box = slurm.container
+    check(
+        not box.image or re.search(r"[\s,:$]", str(root)) is None,
+        f"run.dir={root} cannot be mounted into a container, with a space, comma, colon "
+        "or $ in it; choose another folder, or no cluster.slurm.container.image",
+    )
     own = [f"{path}:{path}" for path in (str(root), slurm.scratch)]
     mounts = ",".join(dict.fromkeys([*own, *box.mounts]))
     return f"--container-image={box.image} --container-mounts={mounts}" if box.image else ""

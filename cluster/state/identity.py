@@ -253,6 +253,8 @@ def record_trials(
     run: files.RunDir, trials: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Those of `trials`, of teachers by name, that run.json had not, and has now."""
+    if not trials:
+        return {}
     record = run_json.record_of(run)
     new = {name: trial for name, trial in trials.items() if name not in record.trials}
     if new:

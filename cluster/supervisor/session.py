@@ -51,6 +51,13 @@ START_TRIES = 3
 START_ERRORS = (RuntimeError, OSError, ray.exceptions.RayError)
 DAEMONS = ("gcs_server", "raylet")  # Ray's processes without which none of its calls ends
 
+# A token of the environment goes before the file; a Ray that starts asks for one by its mode
+OF_LOCAL_RAY = (
+    "RAY_AUTH_TOKEN_PATH",
+    "RAY_AUTH_TOKEN",
+    "RAY_AUTH_MODE",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
@@ -69,6 +76,7 @@ class Session:
         self.unsaved = ""  # why the ranks of a training that was stopped have not saved
         self._stops_at_once = False
         self._daemons: dict[str, psutil.Process] = {}
+        self._before: dict[str, str | None] = {}  # of the environment, while a local Ray runs
         # Short, and the same for every start of this run, so nothing piles up after kills.
         digest = hashlib.sha256(str(run.root).encode()).hexdigest()[:8]
         base = tempfile.gettempdir()
@@ -196,13 +204,21 @@ class Session:
                 f"cannot write to {self._ray_temp}, where Ray's files lie ({error.strerror}); make "
                 "room there, or name another folder by TMPDIR=FOLDER, with a short name"
             ) from error
+        self._before = self._before or {key: os.environ.pop(key, None) for key in OF_LOCAL_RAY}
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
-        # The first goes before the file; without the second a Ray that starts asks for a token.
-        for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
-            os.environ.pop(name, None)
         # Ray's word for "this machine is the cluster": its servers listen on loopback.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
         ray._private.ray_constants.ENABLE_RAY_CLUSTER = False
+
+    def _unguard(self) -> None:
+        """Gives this process the environment back that it had: its children may be of a cluster."""
+        before, self._before = self._before, {}
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        if before:
+            ray._private.ray_constants.ENABLE_RAY_CLUSTER = True
 
     def _end_daemons(self) -> None:
         """Ends what a start that was broken off has left."""
@@ -236,6 +252,7 @@ class Session:
         if not self.config.cluster.address:
             self._end_daemons()
             shutil.rmtree(self._ray_temp, ignore_errors=True)
+            self._unguard()
 
     @contextmanager
     def stopping_at_once(self) -> Iterator[None]:

@@ -351,7 +351,7 @@ class History:
         changes: (time, workers wanted, workers at work), each until the next one.
         joins: when workers came.
         excluded: nodes and GPUs that take no more work, by (node, gpu).
-        leases: those without an end, by shard.
+        leases: those without an end, by shard and worker.
         spans: (lease, commit) of every shard that was made, in the order of the commits.
         made: shards that were committed and not taken back since.
         made_twice: shards with two commits that were not asked for in between: at-least-once work,
@@ -369,7 +369,7 @@ class History:
     changes: list[tuple[float, int, int]] = field(default_factory=list)
     joins: list[float] = field(default_factory=list)
     excluded: dict[tuple[str, str], Exclude] = field(default_factory=dict)
-    leases: dict[int, Lease] = field(default_factory=dict)
+    leases: dict[tuple[int, str], Lease] = field(default_factory=dict)
     spans: list[tuple[float, float]] = field(default_factory=list)
     made: set[int] = field(default_factory=set)
     made_twice: set[int] = field(default_factory=set)
@@ -426,15 +426,16 @@ def _take_shard(found: History, event: Event) -> bool:
     """Folds an event of a shard; whether it was one."""
     match event:
         case Lease():
-            found.leases[event.shard] = event
+            found.leases[event.shard, event.worker] = event
         case Commit():
-            lease = found.leases.pop(event.shard, None)
-            is_its = lease is not None and lease.worker == event.worker
-            began = lease.time if lease and is_its else event.time - event.seconds
+            lease = found.leases.get((event.shard, event.worker))
+            began = lease.time if lease else event.time - event.seconds
+            for key in [key for key in found.leases if key[0] == event.shard]:
+                del found.leases[key]  # a second worker drops it
             found.spans.append((min(began, event.time - 1e-3), event.time))  # log: milliseconds
             (found.made_twice if event.shard in found.made else found.made).add(event.shard)
         case Fail(shard=int(shard)) | Expire(shard=int(shard)):
-            found.leases.pop(shard, None)
+            found.leases.pop((shard, event.worker), None)
         case Quarantine():
             found.made.discard(event.shard)
         case Evict():
@@ -460,8 +461,8 @@ def _take_worker(found: History, event: Event) -> bool:
         case WorkerLeave():
             found.workers.discard(event.worker)
             found.lost += not event.is_planned
-            for shard in [s for s, lease in found.leases.items() if lease.worker == event.worker]:
-                del found.leases[shard]
+            for key in [key for key in found.leases if key[1] == event.worker]:
+                del found.leases[key]
         case Exclude():
             found.excluded[event.node, event.gpu] = event
         case Readmit():

@@ -12,6 +12,7 @@ from cluster.pool.messages import (
     Committed,
     CursorMoved,
     Excluded,
+    Expired,
     Failed,
     GivenUp,
     Heartbeat,
@@ -280,6 +281,21 @@ def test_a_node_that_comes_back_is_tried_again_and_one_failure_is_enough():
         pool.make(*pool.on("a"))
     pool.fail(*pool.on("a"))
     assert len(pool.excluded()) == 4  # mended: what it made counts
+
+
+def test_who_expires_with_others_of_its_place_is_told_before_the_place_is_excluded():
+    state, place = Coordinator(LIMITS, {}), Place("n")
+    for node in (*"nmk", "n"):
+        name = f"{node}{len(state.workers)}"
+        state.handle(Arrived(name, Place(node), "cpu", node), 0.0)
+        state.handle(Joined(name), 0.0)
+        state.handle(Asked(name), 0.0)
+    for _ in range(2 * LIMITS.max_attempts - 1):  # of two workers one failure less than is too much
+        assert not state.handle(Unfit(place, "n", "bad"), 0.0)
+    said = state.handle(Tick(), LIMITS.lease_timeout_s + 1)
+    kinds = [type(action) for action in said if isinstance(action, (Expired, Excluded))]
+    assert kinds.count(Excluded) >= 1 and kinds.count(Expired) == 4
+    assert kinds.index(Excluded) == 4
 
 
 def test_what_an_earlier_start_excluded_is_on_probation():

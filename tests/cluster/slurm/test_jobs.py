@@ -178,3 +178,6 @@ def test_the_last_error_of_each_job_is_read_from_its_log(tmp_path):
         "train 7: slurmstepd-node1: error: requeue",
     ]
     assert said[2:] == ["teachers 8: error: ray"] + ["teachers 8: line"] * 5
+    (logs / "train-12.log").write_text("error: of the second of a chain\n")
+    said = jobs.last_words(run, {"train": "11", "train.2": "12"})
+    assert said == ["train.2 12: error: of the second of a chain"]

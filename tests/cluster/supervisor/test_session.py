@@ -225,3 +225,17 @@ def test_the_last_step_survives_a_torn_line(tmp_path):
     with metrics.open("a") as file:
         file.write('{"step": 3')
     assert last_step(metrics) == 20
+
+
+def test_after_a_local_ray_the_environment_is_what_it_was(tmp_path, monkeypatch):
+    """Its children may be jobs of a cluster, to which the words of a local Ray mean another thing."""
+    names = ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    before = {name: os.environ.get(name) for name in names}
+    (config,) = compose(["experiment=tiny", f"run.dir={tmp_path / 'run'}"])
+    with open_session(config, config.files) as session:
+        session._guard()
+        session._guard()  # a second try
+        assert os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] == "0"
+        assert "RAY_AUTH_MODE" not in os.environ
+    assert {name: os.environ.get(name) for name in names} == before

@@ -9,6 +9,7 @@ from distill.run.events import (
     KINDS,
     Commit,
     Evict,
+    Expire,
     Fail,
     Group,
     GroupWaits,
@@ -90,8 +91,17 @@ def test_shards_are_made_until_they_are_taken_back():
 
 def test_a_lease_ends_with_its_failure_and_with_its_worker():
     events = [Lease(0, "a", time=0.0), Lease(1, "b", time=0.0), Lease(2, "b", time=0.0)]
-    assert replay([*events, Fail(1, "b", "no", time=1.0)]).leases.keys() == {0, 2}
-    assert replay([*events, WorkerLeave("b", "killed", time=1.0)]).leases.keys() == {0}
+    failed = replay([*events, Fail(1, "b", "no", time=1.0)])
+    assert failed.leases.keys() == {(0, "a"), (2, "b")}
+    assert replay([*events, WorkerLeave("b", "killed", time=1.0)]).leases.keys() == {(0, "a")}
+
+
+def test_a_second_lease_stays_when_the_first_ends_and_both_end_with_the_shard():
+    events = [Lease(5, "a", time=0.0), Lease(5, "b", time=3.0)]
+    expired = replay([*events, Expire(5, "a", "", time=4.0)])
+    assert expired.leases.keys() == {(5, "b")}
+    made = replay([*events, commit(6.0, 5, "a")])
+    assert made.leases == {} and made.spans == [(0.0, 6.0)]
 
 
 def test_the_training_in_its_order():
@@ -131,4 +141,4 @@ def test_any_part_of_any_log_has_a_history(drawn, end):
     made = history.shards_made([0.0, 1e9])
     assert made[0] <= made[1] <= len(history.spans) + 1e-6
     assert len(history.spans) == sum(isinstance(event, Commit) for event in events)
-    assert history.leases.keys() <= {e.shard for e in events if isinstance(e, Lease)}
+    assert history.leases.keys() <= {(e.shard, e.worker) for e in events if isinstance(e, Lease)}

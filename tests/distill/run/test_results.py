@@ -30,9 +30,17 @@ TREE = {  # the keys and their order are those of the file
     },
     "frechet_name": "Fréchet distance (pixels)",
     "reference": {"name": "digits", "n": 1797, "sha256": "ef"},
-    "truth": {"teacher": "t", "fingerprint": "aa", "guidance": 1.0, "solver": "heun", "nfe": 16},
+    "truth": {
+        "teacher": "t",
+        "fingerprint": "aa",
+        "guidance": 1.0,
+        "solver": "heun",
+        "nfe": 16,
+        "precision": "fp32",
+    },
     "device": "cpu",
     "cost": {"teacher_device_s": 2.0, "train_device_s": 20.0, "teacher_nfe": 512, "bytes": 1000},
+    "labels": "data",
 }
 FURTHER = TREE | {"student": [{"nfe": 1, **ROW, "recall": 0.75, "seconds_per_1000": 0.25}]}
 LATENTS = TREE | {
