@@ -228,7 +228,7 @@ def test_the_last_step_survives_a_torn_line(tmp_path):
 
 
 def test_after_a_local_ray_the_environment_is_what_it_was(tmp_path, monkeypatch):
-    """Its children may be jobs of a cluster, to which the words of a local Ray mean another thing."""
+    """Its children may be jobs of a cluster, to which a local Ray's words mean other things."""
     names = ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     before = {name: os.environ.get(name) for name in names}
