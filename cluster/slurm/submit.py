@@ -155,6 +155,16 @@ def _script(run: files.RunDir, kind: str) -> Path:
     return run.slurm / f"{kind}.sbatch"
 
 
+def _script_of(run: files.RunDir, kind: str) -> str:
+    """The text of what a job was submitted with. Where jobs.json was lost, several jobs of one
+    script have a number behind its name.
+    """
+    for name in (kind, kind.rpartition(".")[0]):
+        if name and _script(run, name).is_file():
+            return _script(run, name).read_text()
+    raise ConfigError(f"{_script(run, kind)} is missing; submit the run again")
+
+
 # -----------------------------------------------------------------------------------------------
 # Scale and stop
 
@@ -178,7 +188,7 @@ def scale(run: files.RunDir, wanted: int) -> None:
     there = [job for job in jobs.read_jobs(run) if job.kind == "teachers" and job.is_there]
     check(bool(there), f"{run.root} has no teacher jobs; `bowstring submit` gives it some")
     kinds = [kind for kind, job in ids.items() if any(task.array == job for task in there)]
-    sizes = {kind: scripts.of_teachers(_script(run, kind).read_text()) for kind in kinds}
+    sizes = {kind: scripts.of_teachers(_script_of(run, kind)) for kind in kinds}
     room = sum(per_node * most_nodes for per_node, most_nodes in sizes.values())
     check(
         wanted <= room,
@@ -187,9 +197,7 @@ def scale(run: files.RunDir, wanted: int) -> None:
         "cluster.teachers.max_workers)",
     )
     if lock.is_live(run) and events.read_history(run).target is not None:
-        workers.write_target(
-            run, wanted
-        )  # otherwise the pool that starts takes what fits on the nodes
+        workers.write_target(run, wanted)  # else the pool that starts takes what fits on its nodes
     for kind, (per_node, most_nodes) in sizes.items():
         count = min(most_nodes, -(-wanted // per_node))
         wanted = max(0, wanted - count * per_node)
