@@ -3,7 +3,9 @@
 import errno
 import json
 import os
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,8 +15,9 @@ from distill.run.files import PAUSES_S, patiently
 
 @pytest.fixture
 def waited(monkeypatch) -> list[float]:
+    """Pauses of `files` alone, which are not made: threads of other tests go on to sleep."""
     found: list[float] = []
-    monkeypatch.setattr(files.time, "sleep", found.append)
+    monkeypatch.setattr(files, "time", SimpleNamespace(**vars(time) | {"sleep": found.append}))
     return found
 
 
