@@ -101,6 +101,14 @@ class Evaluator:
         )
         return records.record_of(measured.Row, tree | {"seconds_per_1000": 1000 * seconds / len(x)})
 
+    def distance(self, sampler: sampling.Sampler, title: str) -> float:
+        """`distance_to_teacher` of a sampler over the first batch of the sample set."""
+        assert self._reference is not None
+        num = self._evaluation.batch_size
+        few = sampling.Samples(self.samples.noise[:num], self.samples.labels[:num])
+        x, _ = self.draw(sampler, title, few)
+        return metrics.relative_distance(x, self._reference[0][:num], few.noise)
+
 
 def real_parts(
     data: DataConfig, real: images.Images, seen: Callable[[bytes], None]
@@ -153,20 +161,17 @@ def trajectory_distances(
     settings: config.TeacherConfig,
     device: torch.device,
 ) -> dict[str, float]:
-    """How far from the fine solution the trajectories are, and were they made in float32.
-
-    Nothing where they are; `samplers` are of the teacher in float32.
+    """How far from the fine solution the trajectories are, and were they made in float32, over one
+    batch. Nothing where they are; `samplers` are of the teacher in float32.
     """
-    if settings.precision == "fp32":
+    if settings.precision in ("auto", "fp32"):  # auto is for a run to settle
         return {}
     nfe = settings.steps * NFE_PER_STEP[settings.solver]
     made = build.build_teacher(settings, device)
     drawn = teacher_samplers(made, settings, evaluator.interrupt)
     both = {"distance": drawn, "distance_in_fp32": samplers}
     return {
-        key: evaluator.row(
-            of(settings.solver, nfe), f"trajectories, {key}", nfe
-        ).distance_to_teacher
+        key: evaluator.distance(of(settings.solver, nfe), f"trajectories, {key}")
         for key, of in both.items()
     }
 
@@ -276,7 +281,7 @@ def evaluate(
             settings.guidance,
             solver,
             nfe,
-            settings.precision,
+            settings.precision if distances else "fp32",
             **distances,
         ),
         device=str(place),

@@ -184,3 +184,16 @@ def test_without_real_images_classes_are_drawn_alike():
         data, EvalConfig(num_samples=9), torch.device("cpu"), Progress(disable=True)
     )
     assert evaluator.labels == "uniform"
+
+
+def test_trajectories_of_less_than_float32_say_how_far_they_are(finished_run, data, teachers):
+    """The reference is the teacher in float32 all the same."""
+    few = settings(num_samples=100, batch_size=50, nfe=[1], teacher_nfe=[2], euler_nfe=[2])
+    coarse = {name: replace(teacher, precision="bf16") for name, teacher in teachers.items()}
+    plain = evaluate(finished_run, data, teachers, few, "traflow", "cpu")
+    found = evaluate(finished_run, data, coarse, few, "traflow", "cpu")
+    assert (plain.truth.precision, plain.truth.distance) == ("fp32", None)
+    assert without_time(found.student) == without_time(plain.student)
+    truth = found.truth
+    assert truth.precision == "bf16" and 0 < truth.distance < 0.1
+    assert truth.distance != truth.distance_in_fp32
