@@ -152,7 +152,7 @@ def batch_of(
         states=states,
         times=torch.linspace(0, 1, points, dtype=states.dtype),
         weights=torch.tensor([weights or [1 / teachers] * teachers] * count, dtype=states.dtype),
-        labels=torch.arange(count) % 3,
+        condition=torch.arange(count) % 3,
         ids=torch.arange(count),
         positions=torch.arange(count),
         global_size=count,

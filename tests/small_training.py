@@ -61,7 +61,7 @@ def read_share(step: int, rank: int, world_size: int, size: int = 8) -> Trajecto
         states=torch.stack([flow.map(x_0, 0.0, float(t)) for t in times], dim=1)[:, None],
         times=times,
         weights=torch.ones(len(ids), 1),
-        labels=torch.from_numpy(ids % 3),
+        condition=torch.from_numpy(ids % 3),
         ids=torch.from_numpy(ids),
         positions=torch.from_numpy(positions),
         global_size=size,

@@ -77,7 +77,7 @@ def train_teacher(name: str, path: Path, settings: TrainConfig) -> None:
             states=states,
             times=torch.tensor([0.0, 1.0]),
             weights=torch.ones(size, 1),
-            labels=torch.full((size,), -1),
+            condition=torch.full((size,), -1),
             ids=torch.arange(size),
             positions=torch.arange(size),
             global_size=size,

@@ -189,7 +189,7 @@ class Pairs:
             states=self._states[ids],
             times=torch.linspace(0, 1, GRID + 1),
             weights=torch.full((len(ids), teachers), 1 / teachers),
-            labels=self._labels[ids],
+            condition=self._labels[ids],
             ids=ids,
             positions=torch.arange(len(ids)),
             global_size=len(ids),

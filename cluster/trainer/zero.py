@@ -20,6 +20,7 @@ from torch import Tensor, distributed as dist, nn
 
 from cluster.plan.memory import REDUCE_BUCKET
 from cluster.trainer import partition
+from distill.conditions.condition import Condition
 from distill.config import ConfigError, TrainConfig
 from distill.engine import engine
 from distill.networks import files, layers
@@ -179,20 +180,20 @@ class DeepSpeedEngine(partition.GroupPeers):
             "parameters": self._shapes,
         }
 
-    def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+    def student(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
         if self._stage == 3 and not torch.is_grad_enabled():
             # What DeepSpeed puts into a layer has no forward mode, and nothing here needs it.
             with _plain_linear():
-                return self._frozen(engine.MASTER, x, t, s, label)
-        return self._call(x.to(self._dtype), t, s, label).float()
+                return self._frozen(engine.MASTER, x, t, s, condition)
+        return self._call(x.to(self._dtype), t, s, condition).float()
 
-    def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._frozen(engine.average_kind(engine.TARGET), x, t, s, label)
+    def target(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        return self._frozen(engine.average_kind(engine.TARGET), x, t, s, condition)
 
-    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._frozen(engine.average_kind(engine.EVALUATION), x, t, s, label)
+    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        return self._frozen(engine.average_kind(engine.EVALUATION), x, t, s, condition)
 
-    def _frozen(self, kind: str, x: Tensor, *rest: Tensor) -> Tensor:
+    def _frozen(self, kind: str, x: Tensor, *rest: Any) -> Tensor:
         """u with the weights of `kind`. Collective: every rank calls it at the same places."""
         copy, vectors = self._copies[kind], self._state[kind]
         return copy.run(vectors, x.to(self._dtype), *rest).float()

@@ -164,7 +164,7 @@ class TrajectoryStream:
             velocities=placed(velocities, by_block) if self._spec.store_velocity else None,
             times=self._times,
             weights=self._weights[labels.clamp(0, len(self._weights) - 1)],
-            labels=labels,
+            condition=labels,
             ids=ids,
             positions=torch.from_numpy(self._positions),
             global_size=self._order.batch_size,

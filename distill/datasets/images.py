@@ -241,7 +241,7 @@ class ImageStream(Dataset[TrajectoryBatch]):
             states=torch.stack([noise, images], dim=1)[:, None],
             times=torch.tensor([0.0, 1.0]),
             weights=torch.ones(len(ids), 1),
-            labels=self._labels[chosen].masked_fill(dropped, -1),
+            condition=self._labels[chosen].masked_fill(dropped, -1),
             ids=torch.from_numpy(ids),
             positions=torch.from_numpy(positions),
             global_size=self._batch_size,

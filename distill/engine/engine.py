@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from distill.conditions.condition import Condition
 from distill.config import TrainConfig
 from distill.networks import files, layers
 
@@ -80,13 +81,13 @@ class Engine(Peers, Protocol):
     def describe(self) -> dict[str, Any]:
         """What a manifest says: kind, ZeRO stage, precision, averages, shapes by name."""
 
-    def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        """u(x, t, s, label) of the weights under training, float32, with gradient."""
+    def student(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        """u(x, t, s, condition) of the weights under training, float32, with gradient."""
 
-    def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+    def target(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
         """u of the "target" average: gradient reaches `x`, never the weights."""
 
-    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
+    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
         """u of the "evaluation" average, in the same way."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -241,14 +242,14 @@ class TorchEngine:
             "parameters": shapes,
         }
 
-    def student(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._network(x, t, s, label)
+    def student(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        return self._network(x, t, s, condition)
 
-    def target(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._target(x, t, s, label)
+    def target(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        return self._target(x, t, s, condition)
 
-    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, label: Tensor) -> Tensor:
-        return self._evaluation(x, t, s, label)
+    def evaluation(self, x: Tensor, t: Tensor, s: Tensor, condition: Condition) -> Tensor:
+        return self._evaluation(x, t, s, condition)
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()

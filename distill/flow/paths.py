@@ -9,17 +9,19 @@ nowhere else.
 
 from collections.abc import Callable
 from math import comb
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-# u(x, t, s, label) -> mean velocity over [t, s].
-#   x [B, C, H, W] or [B, D], t and s [B] in [0, 1], label [B] int64 with -1 for "none";
-#   the result has the shape of x.
+from distill.conditions.condition import Condition
+
+# u(x, t, s, condition) -> mean velocity over [t, s].
+#   x [B, C, H, W] or [B, D], t and s [B] in [0, 1], the Condition of each sample, of the kind that
+#   the network takes; the result has the shape of x.
 MeanVelocity = Callable[
-    [Float[Tensor, "B *S"], Float[Tensor, "B"], Float[Tensor, "B"], Int[Tensor, "B"]],
-    Float[Tensor, "B *S"],
+    [Float[Tensor, "B *S"], Float[Tensor, "B"], Float[Tensor, "B"], Any], Float[Tensor, "B *S"]
 ]
 
 
@@ -41,10 +43,10 @@ def jump(
     x: Float[Tensor, "B *S"],
     t: Float[Tensor, "B"],
     s: Float[Tensor, "B"],
-    label: Int[Tensor, "B"],
+    condition: Condition,
 ) -> Float[Tensor, "B *S"]:
     """G(x, t, s) = x + (s - t) u(x, t, s)."""
-    return x + expand_as(s - t, x) * u(x, t, s, label)
+    return x + expand_as(s - t, x) * u(x, t, s, condition)
 
 
 # -----------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ import itertools
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from distill.conditions.condition import Condition
 from distill.config import check_choice, check_positive
 from distill.flow.paths import MeanVelocity, jump
 
@@ -82,10 +83,10 @@ def _step(
 
 
 def solve_by_jumps(
-    u: MeanVelocity, x: Float[Tensor, "B *S"], times: Float[Tensor, "K1"], label: Int[Tensor, "B"]
+    u: MeanVelocity, x: Float[Tensor, "B *S"], times: Float[Tensor, "K1"], condition: Condition
 ) -> Float[Tensor, "K1 B *S"]:
     """States at `times`, from `x` at the first, by one jump from each to the next."""
     states = [x]
     for t, s in itertools.pairwise(times.to(x)):
-        states.append(jump(u, states[-1], t.expand(len(x)), s.expand(len(x)), label))
+        states.append(jump(u, states[-1], t.expand(len(x)), s.expand(len(x)), condition))
     return torch.stack(states)

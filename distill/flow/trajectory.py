@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distill.conditions.condition import Condition
+
 
 @dataclass
 class TrajectoryBatch:
@@ -18,7 +20,7 @@ class TrajectoryBatch:
             teacher's output.
         times: of the states, t_0 = 0 .. t_K = 1; equally spaced unless some were not stored.
         weights: convex weight of each teacher for each sample; a sample's sum to 1.
-        labels: class of each sample, -1 for "none".
+        condition: of each sample.
         ids: sample ids.
         positions: index of each sample within the global batch. Random draws are taken per
             position, so a loss does not depend on how the batch is split over ranks.
@@ -29,7 +31,7 @@ class TrajectoryBatch:
     states: Float[Tensor, "B M K1 *S"]
     times: Float[Tensor, "K1"]
     weights: Float[Tensor, "B M"]
-    labels: Int[Tensor, "B"]
+    condition: Condition
     ids: Int[Tensor, "B"]
     positions: Int[Tensor, "B"]
     global_size: int
@@ -74,7 +76,7 @@ class TrajectoryBatch:
 
     def _by_sample(self) -> list[str]:
         """Names of the fields that have a row for each sample."""
-        names = ["states", "weights", "labels", "ids", "positions"]
+        names = ["states", "weights", "condition", "ids", "positions"]
         return names if self.velocities is None else [*names, "velocities"]
 
     def check(self) -> None:
@@ -89,7 +91,7 @@ class TrajectoryBatch:
         if self.velocities is not None and self.velocities.shape != self.states.shape:
             shapes = f"{list(self.velocities.shape)} for states {list(self.states.shape)}"
             raise ValueError(f"velocities {shapes}")
-        for name in ("weights", "labels", "ids", "positions"):
+        for name in ("weights", "condition", "ids", "positions"):
             if len(getattr(self, name)) != batch:
                 raise ValueError(
                     f"{name} has {len(getattr(self, name))} entries for a batch of {batch}"
@@ -103,7 +105,7 @@ class GeneratedShard:
     Attributes:
         states: [N, M, P, C, H, W] float32 at the P stored points of the grid; state 0 is the noise,
             the same for every teacher.
-        labels: class of each sample, -1 for "none".
+        labels: number of each sample's condition, -1 for "none".
         ids: sample ids.
         nfe: evaluations of the guided velocity, summed over samples and teachers.
         forwards: samples that went through a network: guidance costs two forwards an evaluation.

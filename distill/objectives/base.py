@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from distill.conditions.condition import Condition
 from distill.flow.curve import curve_through
 from distill.flow.noise import permutation, uniform
 from distill.flow.paths import MeanVelocity, expand_as, interpolate
@@ -125,7 +126,7 @@ class Term:
     value: Callable[..., Float[Tensor, "B"]]
 
 
-def loss_terms(terms: dict[str, Term], student: MeanVelocity, label: Int[Tensor, "B"]) -> LossTerms:
+def loss_terms(terms: dict[str, Term], student: MeanVelocity, condition: Condition) -> LossTerms:
     """Means over the batch of all terms, from one evaluation of the student.
 
     A call that several terms share, the same object in each, is made once.
@@ -133,7 +134,7 @@ def loss_terms(terms: dict[str, Term], student: MeanVelocity, label: Int[Tensor,
     calls = list({id(call): call for term in terms.values() for call in term.calls}.values())
     x = torch.cat([call.x for call in calls])
     t, s = torch.cat([call.t for call in calls]), torch.cat([call.s for call in calls])
-    parts = student(x, t, s, label.repeat(len(calls))).chunk(len(calls))
+    parts = student(x, t, s, condition.repeat(len(calls))).chunk(len(calls))
     results = {id(call): part for call, part in zip(calls, parts, strict=True)}
     values = {n: term.value(*[results[id(c)] for c in term.calls]) for n, term in terms.items()}
     return LossTerms(

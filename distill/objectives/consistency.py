@@ -25,7 +25,7 @@ def consistency_term(
     weight: float,
 ) -> base.Term:
     """L_con, with a < b <= c drawn uniformly on the grid and s = t_c."""
-    times, label = batch.times, batch.labels
+    times, condition = batch.times, batch.condition
     last = len(times) - 1
     a = base.draw_index(base.draw(seed, "consistency/a", step, batch), 0, last - 1)
     b = base.draw_index(base.draw(seed, "consistency/b", step, batch), a + 1, last)
@@ -35,9 +35,9 @@ def consistency_term(
 
     def value(u: Float[torch.Tensor, "B *S"]) -> Float[torch.Tensor, "B"]:
         with torch.no_grad():
-            goal = jump(target, base.pick(batch.best, b), times[b], s, label)
-            goal = jump(target, goal, s, one, label)
-        return distance(jump(target, from_a.landing(u), s, one, label), goal)
+            goal = jump(target, base.pick(batch.best, b), times[b], s, condition)
+            goal = jump(target, goal, s, one, condition)
+        return distance(jump(target, from_a.landing(u), s, one, condition), goal)
 
     return base.Term(weight, [from_a], value)
 
@@ -52,4 +52,4 @@ class Consistency:
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> base.LossTerms:
         term = consistency_term(batch, target, self.seed, step, self.distances.states, 1.0)
-        return base.loss_terms({"consistency": term}, student, batch.labels)
+        return base.loss_terms({"consistency": term}, student, batch.condition)

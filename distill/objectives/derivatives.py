@@ -3,8 +3,9 @@ small step, which is one more forward and needs float32 (`check_eulerian` of the
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
+from distill.conditions.condition import Condition
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.objectives.base import Call
 
@@ -17,11 +18,11 @@ def time_derivative(
     x: Float[torch.Tensor, "B *S"],
     t: Float[torch.Tensor, "B"],
     s: Float[torch.Tensor, "B"],
-    label: Int[torch.Tensor, "B"],
+    condition: Condition,
 ) -> Float[torch.Tensor, "B *S"]:
     """sg[ du(x, t, s)/ds ] by forward mode, tangent 1 on s."""
     with torch.no_grad():
-        return torch.func.jvp(lambda s_: u(x, t, s_, label), (s,), (torch.ones_like(s),))[1]
+        return torch.func.jvp(lambda s_: u(x, t, s_, condition), (s,), (torch.ones_like(s),))[1]
 
 
 def eulerian_target(
@@ -29,7 +30,7 @@ def eulerian_target(
     here: Float[torch.Tensor, "B *S"],
     call: Call,
     v: Float[torch.Tensor, "B *S"],
-    label: Int[torch.Tensor, "B"],
+    condition: Condition,
     derivative: str,
 ) -> Float[torch.Tensor, "B *S"]:
     """sg[ v + (s - t) d/dt u(x_t, t, s) ], the target of here = u(x, t, s), without gradient.
@@ -42,12 +43,12 @@ def eulerian_target(
     with torch.no_grad():
         if derivative == "jvp":
             du_dt = torch.func.jvp(
-                lambda x_, t_: u(x_, t_, s, label), (x, t), (v, torch.ones_like(t))
+                lambda x_, t_: u(x_, t_, s, condition), (x, t), (v, torch.ones_like(t))
             )[1]
         else:
             # Ahead where the step stays within [t, s], else back, and never outside [0, 1].
             stays = (t + FINITE_STEP <= s) | (t < FINITE_STEP)
             h = torch.where(stays, FINITE_STEP, -FINITE_STEP).to(t)
-            moved = u(x + expand_as(h, x) * v, t + h, s, label)
+            moved = u(x + expand_as(h, x) * v, t + h, s, condition)
             du_dt = (moved - here.detach()) / expand_as(h, x)
         return v + expand_as(s - t, x) * du_dt

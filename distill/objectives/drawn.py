@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from distill.conditions.condition import Condition
 from distill.flow.curve import Curve
 from distill.flow.paths import MeanVelocity, expand_as, jump
 from distill.flow.trajectory import TrajectoryBatch
@@ -53,10 +54,10 @@ def drawn_terms(
     goal, _ = curve.at(s)
     if shares["consistency"] > 0:
         by_average = kind == KINDS.index("consistency")
-        goal = carried_on(goal, s, w, by_average, target, batch.labels)
+        goal = carried_on(goal, s, w, by_average, target, batch.condition)
     gap = expand_as(w - t, x)
     change = torch.where(gap > SHORTEST, (goal - x) / gap.clamp_min(SHORTEST), slope)
-    u = student(x, t, w, batch.labels)
+    u = student(x, t, w, batch.condition)
     off = distances.jumps(base.Call(x, t, w), u, change, config.power)
     # Over the expected number of samples, so that the whole is the mean over the batch.
     terms = {
@@ -100,7 +101,7 @@ def carried_on(
     w: Float[Tensor, "B"],
     which: Bool[Tensor, "B"],
     target: MeanVelocity,
-    label: Int[Tensor, "B"],
+    condition: Condition,
 ) -> Float[Tensor, "B *S"]:
     """`x` at s; where `which` says so, carried on to w by a jump of the average.
 
@@ -109,5 +110,5 @@ def carried_on(
     """
     rows = which.nonzero()[:, 0]
     taken = rows if len(rows) else torch.zeros_like(s[:1], dtype=torch.int64)
-    landed = jump(target, x[taken], s[taken], w[taken], label[taken])
+    landed = jump(target, x[taken], s[taken], w[taken], condition[taken])
     return x.index_copy(0, rows, landed[: len(rows)])

@@ -25,4 +25,4 @@ class Endpoint:
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> base.LossTerms:
         terms = {"output": output_term(batch, self.distances.states, 1.0)}
-        return base.loss_terms(terms, student, batch.labels)
+        return base.loss_terms(terms, student, batch.condition)

@@ -16,9 +16,10 @@ Sampling goes through the map G: a single Euler step of the drift does not land 
 """
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from distill.conditions.condition import Condition
 from distill.flow.paths import MeanVelocity, bezier_fit, bezier_point, bezier_velocity, expand_as
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives import base, derivatives
@@ -57,11 +58,11 @@ class Guides:
             terms["drift"] = self.drift_term(points, t)
         if config.weight_map > 0:
             s = t + (1 - t) * base.draw(self.seed, "bezier/s", step, batch)
-            terms["map"] = self.map_term(points, t, s, student, batch.labels)
+            terms["map"] = self.map_term(points, t, s, student, batch.condition)
         if config.weight_end > 0:
             full = base.draw(self.seed, "bezier/full", step, batch) < config.p_full
             terms["end"] = self.end_term(points, t.where(~full, torch.zeros_like(t)))
-        return base.loss_terms(terms, student, batch.labels)
+        return base.loss_terms(terms, student, batch.condition)
 
     def drift_term(self, points: Float[Tensor, "B n1 *S"], t: Float[Tensor, "B"]) -> base.Term:
         """D( u(B(t), t, t), B'(t) )."""
@@ -77,14 +78,16 @@ class Guides:
         t: Float[Tensor, "B"],
         s: Float[Tensor, "B"],
         student: MeanVelocity,
-        label: Int[Tensor, "B"],
+        condition: Condition,
     ) -> base.Term:
         """D( u(B(t), t, s), sg[ B'(t) + (s - t) d/dt u ] )."""
         v = bezier_velocity(points, t)
         call = base.Call(bezier_point(points, t), t, s)
 
         def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-            goal = derivatives.eulerian_target(student, u, call, v, label, self.config.derivative)
+            goal = derivatives.eulerian_target(
+                student, u, call, v, condition, self.config.derivative
+            )
             return self.distances.velocities(u, goal)
 
         return base.Term(self.config.weight_map, [call], value)

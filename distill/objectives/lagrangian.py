@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from distill.conditions.condition import Condition, joined
 from distill.flow import paths
 from distill.flow.curve import Curve, curve_through
 from distill.flow.trajectory import TrajectoryBatch
@@ -49,12 +50,12 @@ class Lagrangian:
         s = s.where(~diagonal, t)
         curve = curve_through(batch.best, batch.times, batch.best_velocities)
         if share == 1:
-            (x, goal), label = curve.at(t), batch.labels
-            slope = student(x, t, s, label)
+            (x, goal), condition = curve.at(t), batch.condition
+            slope = student(x, t, s, condition)
         elif self.config.derivative == "jvp":
-            slope, goal = exact_slope(curve, student, t, s, _off(diagonal), batch.labels)
+            slope, goal = exact_slope(curve, student, t, s, _off(diagonal), batch.condition)
         else:
-            slope, goal = slope_by_difference(curve, student, t, s, _off(diagonal), batch.labels)
+            slope, goal = slope_by_difference(curve, student, t, s, _off(diagonal), batch.condition)
         return base.by_share(
             self.distances.velocities(slope, goal),
             {"flow_matching": (share, diagonal), "map": (1 - share, ~diagonal)},
@@ -67,7 +68,7 @@ def slope_by_difference(
     t: Float[Tensor, "B"],
     s: Float[Tensor, "B"],
     rows: Int[Tensor, "R"],
-    label: Int[Tensor, "B"],
+    condition: Condition,
 ) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"]]:
     """The change of G over [b, s] by s - b, with gradient, and that of X; b is asked for in `rows`,
     which are all samples with t < s.
@@ -77,8 +78,8 @@ def slope_by_difference(
     gap, wide = s - before, paths.expand_as(s - before, x)
     goal = torch.where(wide > SHORTEST, (ahead - behind) / wide.clamp_min(SHORTEST), slope)
     ratio = torch.where(gap > SHORTEST, (before - t) / gap.clamp_min(SHORTEST), 0)[rows]
-    x_2, t_2, label_2 = (torch.cat([all_, all_[rows]]) for all_ in (x, t, label))
-    both = student(x_2, t_2, torch.cat([s, before[rows]]), label_2)
+    x_2, t_2, s_2 = torch.cat([x, x[rows]]), torch.cat([t, t[rows]]), torch.cat([s, before[rows]])
+    both = student(x_2, t_2, s_2, joined([condition, condition[rows]]))
     u, u_before = both.split([len(x), len(rows)])
     rise = u[rows] - u_before
     return u.index_add(0, rows, paths.expand_as(ratio, rise) * rise), goal
@@ -90,12 +91,12 @@ def exact_slope(
     t: Float[Tensor, "B"],
     s: Float[Tensor, "B"],
     rows: Int[Tensor, "R"],
-    label: Int[Tensor, "B"],
+    condition: Condition,
 ) -> tuple[Float[Tensor, "B *S"], Float[Tensor, "B *S"]]:
     """u, with gradient, and dX/ds - (s - t) du/ds without; `rows` are all samples with t < s."""
     (x, _), (_, slope) = curve.at(t), curve.at(s)
-    u = student(x, t, s, label)
-    du_ds = derivatives.time_derivative(student, x[rows], t[rows], s[rows], label[rows])
+    u = student(x, t, s, condition)
+    du_ds = derivatives.time_derivative(student, x[rows], t[rows], s[rows], condition[rows])
     return u, slope.index_add(0, rows, paths.expand_as((t - s)[rows], du_ds) * du_ds)
 
 

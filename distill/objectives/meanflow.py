@@ -38,13 +38,13 @@ class MeanFlow:
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> base.LossTerms:
-        config, label = self.config, batch.labels
+        config, condition = self.config, batch.condition
         t, s = draw_jump(config, self.seed, step, batch)
         x, v = base.on_path(config.path, batch, t)
         call = base.Call(x, t, s)
 
         def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-            goal = eulerian_target(student, u, call, v, label, config.derivative)
+            goal = eulerian_target(student, u, call, v, condition, config.derivative)
             off = self.distances.velocities(u, goal)
             if config.adaptive_power == 0:
                 return off
@@ -53,7 +53,7 @@ class MeanFlow:
             # Its value says nothing: with p = 1 it is 1 at any error. That of D is shown.
             return weighted + (off - weighted).detach()
 
-        return base.loss_terms({"map": base.Term(1.0, [call], value)}, student, label)
+        return base.loss_terms({"map": base.Term(1.0, [call], value)}, student, condition)
 
 
 def draw_jump(

@@ -39,6 +39,6 @@ class Progressive:
         curve = curve_through(batch.best, batch.times, batch.best_velocities)
         (x, _), (goal, _) = curve.at(t), curve.at(s)
         off = self.distances.velocities(
-            student(x, t, s, batch.labels), (goal - x) / expand_as(s - t, x)
+            student(x, t, s, batch.condition), (goal - x) / expand_as(s - t, x)
         )
         return base.LossTerms({"jumps": 1.0}, {"jumps": off.mean()})

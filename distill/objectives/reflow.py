@@ -49,4 +49,4 @@ class Reflow:
         if self.config.times == "u_shaped":
             t = u_shaped(t)
         term = flow_matching_term(batch, t, self.distances.velocities, 1.0)
-        return base.loss_terms({"flow_matching": term}, student, batch.labels)
+        return base.loss_terms({"flow_matching": term}, student, batch.condition)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from distill.conditions.condition import Condition
 from distill.flow.paths import MeanVelocity, expand_as
 from distill.flow.trajectory import TrajectoryBatch
 from distill.objectives import base
@@ -30,7 +31,7 @@ class Shortcut:
     def loss(
         self, batch: TrajectoryBatch, student: MeanVelocity, target: MeanVelocity, step: int
     ) -> base.LossTerms:
-        share, label = self.config.share_diagonal, batch.labels
+        share, condition = self.config.share_diagonal, batch.condition
         t = base.draw(self.seed, "shortcut/t", step, batch)
         diagonal = base.draw_strata(self.seed, "shortcut/diagonal", step, batch) < share
         half = self.draw_half(step, batch)
@@ -40,10 +41,10 @@ class Shortcut:
         if share < 1:
             off = (~diagonal).nonzero()[:, 0]
             # A rank that drew none asks for one in vain, since all must make the same calls.
-            rows = off if len(off) else torch.zeros_like(label[:1])
-            mean = self.two_halves(target, x[rows], t[rows], half[rows], label[rows])
+            rows = off if len(off) else torch.zeros(1, dtype=torch.int64, device=x.device)
+            mean = self.two_halves(target, x[rows], t[rows], half[rows], condition[rows])
             goal = goal.index_copy(0, off, mean[: len(off)])
-        u = student(x, t, t + 2 * half, label)
+        u = student(x, t, t + 2 * half, condition)
         return base.by_share(
             self.distances.velocities(u, goal),
             {"flow_matching": (share, diagonal), "shortcut": (1 - share, ~diagonal)},
@@ -62,10 +63,10 @@ class Shortcut:
         x: Float[Tensor, "R *S"],
         t: Float[Tensor, "R"],
         half: Float[Tensor, "R"],
-        label: Tensor,
+        condition: Condition,
     ) -> Float[Tensor, "R *S"]:
         """(v_1 + v_2) / 2."""
         asked = half.where(half > 1 / self.config.shortest, 0)
-        first = target(x, t, t + asked, label)
+        first = target(x, t, t + asked, condition)
         onward, later = x + expand_as(half, x) * first, t + half
-        return (first + target(onward, later, later + asked, label)) / 2
+        return (first + target(onward, later, later + asked, condition)) / 2

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distill.conditions.condition import Condition
 from distill.config import ConfigError
 from distill.flow.paths import MeanVelocity, expand_as, interpolate
 from distill.flow.times import DRILLED, sampler_times
@@ -62,7 +63,7 @@ class Summed:
             terms["flow_matching"] = reflow.flow_matching_term(
                 batch, t, self.distances.velocities, weight
             )
-        result = base.loss_terms(terms, student, batch.labels)
+        result = base.loss_terms(terms, student, batch.condition)
         if config.weights == "adaptive":
             assert self.gradient_norms is not None
             return balanced(result, self.gradient_norms)
@@ -100,7 +101,7 @@ class Summed:
             slope = last_change(batch, b) if by_difference else state_derivative(batch, b)
         if by_difference:
             return finite_change_term(jump, batch.times[b - 1], slope, distance, weight)
-        return jvp_term(jump, slope, student, batch.labels, distance, weight)
+        return jvp_term(jump, slope, student, batch.condition, distance, weight)
 
 
 # -----------------------------------------------------------------------------------------------
@@ -198,14 +199,14 @@ def jvp_term(
     jump: base.Call,
     slope: Float[Tensor, "B *S"],
     student: MeanVelocity,
-    label: Int[Tensor, "B"],
+    condition: Condition,
     distance: base.Distance,
     weight: float,
 ) -> base.Term:
     """D( u, slope - (s - t) sg[du/ds] ), since dG/ds = u + (s - t) du/ds. The stable form."""
 
     def value(u: Float[Tensor, "B *S"]) -> Float[Tensor, "B"]:
-        du_ds = derivatives.time_derivative(student, jump.x, jump.t, jump.s, label)
+        du_ds = derivatives.time_derivative(student, jump.x, jump.t, jump.s, condition)
         return distance(u, slope - expand_as(jump.s - jump.t, u) * du_ds)
 
     return base.Term(weight, [jump], value)

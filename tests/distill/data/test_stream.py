@@ -82,7 +82,7 @@ def test_global_batches_do_not_depend_on_the_ranks(run, world_size, batch_size, 
             part.check()
             assert part.global_size == batch_size and part.states.dtype == torch.float32
             assert torch.equal(part.states, states[part.ids])
-            assert torch.equal(part.labels, labels[part.ids])
+            assert torch.equal(part.condition, labels[part.ids])
             assert part.times.tolist() == [0.0, 0.5, 1.0]
             assert torch.equal(part.weights, torch.tensor([[0.25, 0.75]]).expand(len(part.ids), -1))
 
@@ -92,8 +92,8 @@ def test_each_sample_has_the_weights_of_its_class(run):
     write_tiny_shards(run, spec, range(3))
     table = [[label / 10, 1 - label / 10] for label in range(10)]
     batch = open_stream(run, spec, weights=table).read(0)
-    assert len(set(batch.labels.tolist())) > 3
-    assert torch.equal(batch.weights, torch.tensor(table)[batch.labels])
+    assert len(set(batch.condition.tolist())) > 3
+    assert torch.equal(batch.weights, torch.tensor(table)[batch.condition])
 
 
 @pytest.mark.parametrize("spread", [1, 3])

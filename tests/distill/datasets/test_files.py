@@ -462,7 +462,7 @@ def test_the_stream_and_the_reference_read_files_in_workers(tmp_path):
         stream = ImageStream(images, 0, 6, 0, 1, 0.0, workers=workers)
         batch = stream.read(3)
         shown = ((batch.states[:, 0, 1] + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
-        found = zip(batch.labels.tolist(), shown, strict=True)
+        found = zip(batch.condition.tolist(), shown, strict=True)
         assert sorted((label, one.tobytes()) for label, one in found) == EXPECTED
     parts = torch.cat(list(in_parts(data, images)))
     assert torch.equal(parts, torch.from_numpy(images.read(np.arange(6))))

@@ -37,7 +37,7 @@ def test_ranks_together_read_the_same_batches():
                 index = torch.arange(rank, 4, world_size)
                 assert torch.equal(part.positions, index)
                 assert torch.equal(part.ids, whole.ids[index])
-                assert torch.equal(part.labels, whole.labels[index])
+                assert torch.equal(part.condition, whole.condition[index])
                 assert torch.equal(part.states, whole.states[index])
 
 
@@ -54,14 +54,14 @@ def test_noise_is_that_of_ids_no_trajectory_uses_and_labels_follow_the_image():
     assert torch.equal(
         batch.noise, torch.from_numpy(sample_noise(1, batch.ids.numpy() + FIRST_NOISE, (1, 2, 2)))
     )
-    assert batch.labels.tolist() == shown(batch)
+    assert batch.condition.tolist() == shown(batch)
 
 
 def test_labels_are_dropped_at_the_asked_rate():
     reader = stream(label_dropout=0.25, batch_size=1000)
-    dropped = torch.cat([reader.read(step).labels == -1 for step in range(10)])
+    dropped = torch.cat([reader.read(step).condition == -1 for step in range(10)])
     assert abs(float(dropped.float().mean()) - 0.25) < 0.02
-    assert stream(label_dropout=0.0).read(0).labels.min() >= 0
+    assert stream(label_dropout=0.0).read(0).condition.min() >= 0
 
 
 def test_flips_mirror_half_of_the_images_and_nothing_else():
@@ -74,12 +74,14 @@ def test_flips_mirror_half_of_the_images_and_nothing_else():
     mirrored = (before.flip(-1) == after).flatten(1).all(1)
     same = (before == after).flatten(1).all(1)
     assert (mirrored ^ same).all() and abs(float(mirrored.float().mean()) - 0.5) < 0.05
-    assert torch.equal(plain.noise, flipped.noise) and torch.equal(plain.labels, flipped.labels)
+    assert torch.equal(plain.noise, flipped.noise) and torch.equal(
+        plain.condition, flipped.condition
+    )
 
 
 def test_worker_processes_give_the_same_batches_from_any_step():
     plain, ahead = stream(label_dropout=0.3), stream(label_dropout=0.3, workers=2)
     for step in (5, 6, 7, 2, 3):
         one, other = plain.read(step), ahead.read(step)
-        assert torch.equal(one.states, other.states) and torch.equal(one.labels, other.labels)
+        assert torch.equal(one.states, other.states) and torch.equal(one.condition, other.condition)
     assert ahead.wait_s > 0

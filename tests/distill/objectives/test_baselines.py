@@ -126,10 +126,10 @@ def written_out(config, student, batch, step) -> tuple[torch.Tensor, torch.Tenso
         x, v = curve_through(batch.best, batch.times).at(t)
     with torch.no_grad():
         du_dt = torch.func.jvp(
-            lambda x, t: student(x, t, s, batch.labels), (x, t), (v, torch.ones_like(t))
+            lambda x, t: student(x, t, s, batch.condition), (x, t), (v, torch.ones_like(t))
         )[1]
         goal = v + (s - t)[:, None, None, None] * du_dt
-    u = student(x, t, s, batch.labels)
+    u = student(x, t, s, batch.condition)
     size = squared_gap(u.detach(), goal) + config.adaptive_floor
     return l2(u, goal).mean(), (l2(u, goal) / size**config.adaptive_power).mean()
 
@@ -272,9 +272,9 @@ def test_a_shortcut_is_the_mean_of_two_half_jumps_of_the_average(shortest):
         assert torch.equal(begin, at)
         assert torch.equal(end - begin, torch.where(is_shortest, 0, half))
     torch.testing.assert_close(x_1, x)
-    first, second = (network(*call, batch.labels) for call in asked)
+    first, second = (network(*call, batch.condition) for call in asked)
     torch.testing.assert_close(x_2, x + half[:, None, None, None] * first)
-    expected = l2(network(x, t, s, batch.labels), (first + second) / 2).mean()
+    expected = l2(network(x, t, s, batch.condition), (first + second) / 2).mean()
     torch.testing.assert_close(found.total, expected)
 
 

@@ -57,10 +57,10 @@ def test_a_table_gives_each_class_its_own_teacher():
         "best": NativeConfig(weight=[1.0, 0.0, 2.0]),
     }
     table = torch.tensor(weight_table(teachers, 3), dtype=torch.float64)
-    batch.weights = table[batch.labels]
+    batch.weights = table[batch.condition]
     routed = mixed_curve(batch)
     for label, index in ((0, 1), (1, 0), (2, 1)):
-        rows = batch.labels == label
+        rows = batch.condition == label
         assert torch.equal(routed.states[rows], batch.states[rows, index])
 
 

@@ -115,7 +115,7 @@ def test_work_in_forwards_is_what_torch_counts_in_a_step(config):
     engine = TorchEngine(network.double(), TrainConfig(), torch.device("cpu"))
     objective = build_objective(config, seed=0, gradient_norms=engine.gradient_norms)
     with FlopCounterMode(display=False) as forward:
-        engine.target(BATCH.noise, torch.zeros(4), torch.ones(4), BATCH.labels)
+        engine.target(BATCH.noise, torch.zeros(4), torch.ones(4), BATCH.condition)
     with FlopCounterMode(display=False) as step:
         loss = objective.loss(BATCH, engine.student, engine.target, 0).total
         engine.backward(loss, last=True)

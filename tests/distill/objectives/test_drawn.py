@@ -146,7 +146,7 @@ def test_the_loss_is_that_of_its_words(name, power):
     result = build_objective(config, 0).loss(batch, student, target, 4)
     kind = draw_kind(list(config.shares().values()), 0, 4, batch)
     t, s, w = draw_times(kind, 0, 4, batch)
-    curve, label = curve_through(batch.best, batch.times), batch.labels
+    curve, label = curve_through(batch.best, batch.times), batch.condition
     x, gap = curve.at(t)[0], (w - t)[:, None, None, None]
     goal, rest = curve.at(s)[0], (w - s)[:, None, None, None]
     onward = goal + rest * target(goal, s, w, label)

@@ -75,7 +75,7 @@ def test_gradient_reaches_the_student_and_neither_target_nor_data(config, name):
         assert float(grad.abs().max()) > 0, term
     engine.backward(result.total, last=True)
     t = torch.zeros(16, dtype=torch.float64)
-    assert not engine.target(batch.noise, t, t + 1, batch.labels).requires_grad
+    assert not engine.target(batch.noise, t, t + 1, batch.condition).requires_grad
     assert not batch.states.requires_grad
     assert torch.equal(batch.states, states)
     for fragment in engine.fragments():
@@ -109,7 +109,7 @@ def test_a_loss_is_the_mean_over_any_split_of_the_batch(config, name):
 @each_objective
 def test_with_classes_the_label_matters_and_without_none_is_enough(config, name):
     objective, batch = build_objective(config, 0), flow_batch(FLOW, count=4)
-    nobody = replace(batch, labels=torch.full_like(batch.labels, -1))
+    nobody = replace(batch, condition=torch.full_like(batch.condition, -1))
     losses = [
         objective.loss(some, *pair(name, image), 0).total
         for some, image in ((batch, CLASSES), (nobody, CLASSES), (nobody, NO_CLASSES))

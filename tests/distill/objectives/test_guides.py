@@ -163,7 +163,7 @@ def test_the_straight_drift_is_reflow(name):
     ours = bezier.loss(batch, student, student, 2).total
     t = draw(0, "bezier/t", 2, batch)  # the two objectives name their draws differently
     reflow = flow_matching_term(batch, t, l2, 1.0)
-    expected = loss_terms({"flow_matching": reflow}, student, batch.labels).total
+    expected = loss_terms({"flow_matching": reflow}, student, batch.condition).total
     torch.testing.assert_close(ours, expected, rtol=0, atol=0)
 
 

@@ -79,7 +79,7 @@ def batch_near(network: AbstractNetwork, size: float) -> TrajectoryBatch:
         states=torch.stack(trajectories[::-1], dim=1),
         times=times,
         weights=torch.full((SAMPLES, 2), 0.5),
-        labels=labels,
+        condition=labels,
         ids=torch.arange(SAMPLES),
         positions=torch.arange(SAMPLES),
         global_size=SAMPLES,

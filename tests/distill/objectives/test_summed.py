@@ -58,7 +58,7 @@ def test_on_curved_paths_the_anchor_and_the_flow_map_disagree():
 @pytest.mark.parametrize("nfe", [1, 2, 3, 8])
 def test_the_exact_flow_map_reaches_the_end_in_any_number_of_jumps(nfe):
     batch = flow_batch(FLOW)
-    found = few_step(FLOW.student, batch.noise, batch.labels, nfe)
+    found = few_step(FLOW.student, batch.noise, batch.condition, nfe)
     torch.testing.assert_close(found, batch.best[:, -1], rtol=1e-12, atol=1e-12)
 
 

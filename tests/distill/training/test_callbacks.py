@@ -75,7 +75,7 @@ class Evaluates(Callback):
         if done % self.every:
             return {}
         x_0, one = self.batch.noise, torch.ones(len(self.batch.ids))
-        end = x_0 + self.engine.evaluation(x_0, 0 * one, one, self.batch.labels)
+        end = x_0 + self.engine.evaluation(x_0, 0 * one, one, self.batch.condition)
         return {"evaluation": {"distance": float((end - self.batch.best[:, -1]).square().mean())}}
 
 

@@ -125,7 +125,7 @@ def test_batches_cost_and_export_are_those_of_a_local_folder(run, local):
     for step in range(4):
         ours, theirs = (stream.read(step) for stream in streams)
         assert torch.equal(ours.ids, theirs.ids) and torch.equal(ours.states, theirs.states)
-        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.equal(ours.condition, theirs.condition)
     assert read_cost(run) == read_cost(local)
     ours, theirs = (export_fastgen(place, place.root / "fastgen") for place in (run, local))
     for path in theirs.glob("*.tar"):
