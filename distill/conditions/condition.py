@@ -55,7 +55,9 @@ class Embeddings:
         return Embeddings(tokens, F.pad(self.mask, (0, more)), self.pooled)
 
 
-Condition: TypeAlias = Int[Tensor, "B"] | Embeddings
+Condition: TypeAlias = Tensor | Embeddings  # [B] int64, or embeddings of B prompts
+
+NO_CLASS = torch.tensor([-1])  # "none" of classes
 
 
 def joined(parts: Sequence[Condition]) -> Condition:

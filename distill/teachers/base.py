@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from distill.conditions.condition import NO_CLASS, Condition, joined
 from distill.config import ImageSpec, check
 from distill.flow.paths import MeanVelocity
 from distill.flow.times import EVEN
@@ -49,9 +50,9 @@ class FrozenTeacher(Protocol):
         """sha256, in hex, of the bytes of its weights."""
 
     def velocity(
-        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
+        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], condition: Any
     ) -> Float[Tensor, "B C H W"]:
-        """v(x, t, label) without gradient; label -1 is "none"."""
+        """v(x, t, condition) without gradient, for a condition of the kind that it takes."""
 
 
 def check_guidance(image: ImageSpec, scale: float) -> None:
@@ -74,37 +75,40 @@ def check_none(config: TeacherConfig, has_none: bool) -> None:
 class Guided:
     """A teacher's velocity under classifier-free guidance (Ho and Salimans, 2022).
 
-        v = v(x, t, none) + scale (v(x, t, label) - v(x, t, none))
+        v = v(x, t, none) + scale (v(x, t, condition) - v(x, t, none))
 
     Both halves go through the network as one batch of twice the size. At scale 1 only the second
     one is needed and only it is computed. Above 0, `channels` is how many channels, first ones, are
-    guided; the others keep v(x, t, label), as in the samplers of DiT and SiT.
+    guided; the others keep v(x, t, condition), as in the samplers of DiT and SiT.
 
     Attributes:
         evaluations: calls so far. NFE counts these: evaluations of the guided field.
         forwards: batches of the caller's size that went through the network: the cost.
     """
 
-    def __init__(self, teacher: FrozenTeacher, scale: float, channels: int = 0) -> None:
+    def __init__(
+        self, teacher: FrozenTeacher, scale: float, channels: int = 0, none: Condition = NO_CLASS
+    ) -> None:
+        """`none` is one condition, "none" of its kind."""
         check_guidance(teacher.image, scale)
         check(
             channels <= teacher.image.channels,
             f"teacher.guided_channels={channels}, but the teacher has {teacher.image.channels}",
         )
-        self.teacher, self.scale, self.channels = teacher, scale, channels
+        self.teacher, self.scale, self.channels, self.none = teacher, scale, channels, none
         self.evaluations = self.forwards = 0
 
     def __call__(
-        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
+        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], condition: Any
     ) -> Float[Tensor, "B C H W"]:
-        """The guided velocity; label -1 gives v(x, t, none)."""
+        """The guided velocity; that of "none" is v(x, t, none)."""
         self.evaluations += 1
         if self.scale == 1:
             self.forwards += 1
-            return self.teacher.velocity(x, t, label)
+            return self.teacher.velocity(x, t, condition)
         self.forwards += 2
-        labels = torch.cat([torch.full_like(label, -1), label])
-        both = self.teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), labels)
+        conditions = joined([self.none.to(x.device).repeat(len(x)), condition])
+        both = self.teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), conditions)
         none, labelled = both.chunk(2)
         field = torch.lerp(none, labelled, self.scale)
         if self.channels:
@@ -112,13 +116,15 @@ class Guided:
         return field
 
 
-def guided(teacher: FrozenTeacher, scale: float, channels: int = 0) -> Guided:
-    """The velocity (x, t [B], label) of `teacher` under guidance of `scale`; 1 is no guidance.
+def guided(
+    teacher: FrozenTeacher, scale: float, channels: int = 0, none: Condition = NO_CLASS
+) -> Guided:
+    """The velocity (x, t [B], condition) of `teacher` under guidance of `scale`; 1 is no guidance.
 
     Raises:
         ConfigError: guidance of a teacher that has no classes, or of channels that it has not.
     """
-    return Guided(teacher, scale, channels)
+    return Guided(teacher, scale, channels, none)
 
 
 class NetworkTeacher:
@@ -134,14 +140,14 @@ class NetworkTeacher:
 
     @torch.no_grad()
     def velocity(
-        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
+        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], condition: Any
     ) -> Float[Tensor, "B C H W"]:
-        """u(x, t, t, label)."""
-        return self.network(x, t, t, label)
+        """u(x, t, t, condition)."""
+        return self.network(x, t, t, condition)
 
 
 class VelocityTeacher:
-    """A teacher whose velocity is a function (x, t, label) of its own."""
+    """A teacher whose velocity is a function (x, t, condition) of its own."""
 
     def __init__(
         self, function: Callable[[Tensor, Tensor, Tensor], Tensor], description: TeacherDescription
@@ -151,14 +157,14 @@ class VelocityTeacher:
 
     @torch.no_grad()
     def velocity(
-        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
+        self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], condition: Any
     ) -> Float[Tensor, "B C H W"]:
-        """v(x, t, label)."""
-        return self.function(x, t, label)
+        """v(x, t, condition)."""
+        return self.function(x, t, condition)
 
 
 class Jumps(Guided):
-    """The mean velocity u(x, t, s, label) of a student as teacher, counted as `Guided` counts."""
+    """The mean velocity u(x, t, s, condition) of a student as teacher, counted as in `Guided`."""
 
     def __init__(self, teacher: NetworkTeacher) -> None:
         super().__init__(teacher, 1.0)
@@ -170,9 +176,9 @@ class Jumps(Guided):
         x: Float[Tensor, "B C H W"],
         t: Float[Tensor, "B"],
         s: Float[Tensor, "B"],
-        label: Int[Tensor, "B"],
+        condition: Condition,
     ) -> Float[Tensor, "B C H W"]:
-        """u(x, t, s, label): one evaluation, one forward."""
+        """u(x, t, s, condition): one evaluation, one forward."""
         self.evaluations += 1
         self.forwards += 1
-        return self._network(x, t, s, label)
+        return self._network(x, t, s, condition)
