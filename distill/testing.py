@@ -130,6 +130,9 @@ NETWORKS: dict[str, config.NetworkConfig] = {
     "edm_unet": config.EdmUNetConfig(
         width=16, condition_mult=2, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[2]
     ),
+    "edm2_unet": config.Edm2UNetConfig(
+        width=16, channel_mults=[1, 4], blocks_per_level=1, attention_sizes=[2]
+    ),
 }
 
 

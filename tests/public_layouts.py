@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from distill.config import ImageSpec
 from distill.networks.build import build_network
-from distill.networks.config import DiTConfig, EdmUNetConfig, LightningDiTConfig
+from distill.networks.config import DiTConfig, Edm2UNetConfig, EdmUNetConfig, LightningDiTConfig
 
 OUTPUTS = Path(__file__).parent / "fixtures" / "public_outputs.safetensors"
 LATENT, RGB, PLAIN = ImageSpec(4, 8, 10), ImageSpec(3, 16, 10), ImageSpec(3, 16, 0)
@@ -31,6 +31,10 @@ LAYOUTS = {
     "edm-ddpmpp": (SONG, RGB),
     "edm-ncsnpp": (NCSNPP, PLAIN),
     "edm-adm": (EdmUNetConfig(**UNET | {"width": 64}, family="adm", condition_mult=2), RGB),
+    "edm2": (
+        Edm2UNetConfig(width=32, channel_mults=[1, 2], blocks_per_level=1, attention_sizes=[8]),
+        RGB,
+    ),
     "score-sde": (EdmUNetConfig(**UNET, time="flow"), PLAIN),
     "score-sde-fir": (
         EdmUNetConfig(
@@ -73,6 +77,9 @@ def state_of(layout, salt=""):
     }
     if layout.startswith("score-sde"):
         return _numbered(state, config.embedding == "fourier")
+    if layout == "edm2":
+        beside = {"logvar_fourier.freqs": torch.ones(4), "logvar_linear.weight": torch.ones(1, 4)}
+        return {f"unet.{name}": value for name, value in state.items()} | beside
     if layout.startswith("edm"):
         return _with_buffers(network, state)
     return state

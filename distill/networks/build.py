@@ -7,7 +7,15 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from distill.config import ConfigError, ImageSpec
-from distill.networks import config as settings, dit, edm_unet, layers, lightningdit, unet
+from distill.networks import (
+    config as settings,
+    dit,
+    edm2_unet,
+    edm_unet,
+    layers,
+    lightningdit,
+    unet,
+)
 from distill.networks.config import NetworkConfig
 
 
@@ -69,4 +77,6 @@ def _construct(config: NetworkConfig, image: ImageSpec) -> layers.AbstractNetwor
             return unet.UNet(config, image)
         case settings.EdmUNetConfig():
             return edm_unet.EdmUNet(config, image)
+        case settings.Edm2UNetConfig():
+            return edm2_unet.Edm2UNet(config, image)
     raise ConfigError(f"student={type(config).__name__} is not a known network")

@@ -140,6 +140,34 @@ class EdmUNetConfig(NetworkConfig):
 
 
 @dataclass
+class Edm2UNetConfig(NetworkConfig):
+    """EDM2's U-Net (Karras et al., 2024) by its parameter names. Heads have 64 channels."""
+
+    name: str = "edm2_unet"
+    width: int = 192
+    channel_mults: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
+    blocks_per_level: int = 3
+    attention_sizes: list[int] = field(default_factory=lambda: [16, 8])  # map heights that get it
+    sigma_data: float = 0.5  # standard deviation of the data
+
+    not_in_shapes = ("sigma_data",)
+
+    @property
+    def condition(self) -> int:
+        """Channels of the condition."""
+        return self.width * max(self.channel_mults)
+
+    def shallowest(self) -> "Edm2UNetConfig":
+        """The same with one block a level."""
+        return replace(self, blocks_per_level=1)
+
+    def __post_init__(self) -> None:
+        check_positive("student", width=self.width, sigma_data=self.sigma_data)
+        check_positive("student", blocks_per_level=self.blocks_per_level)
+        check(len(self.channel_mults) > 0, "student.channel_mults=[] needs at least one level")
+
+
+@dataclass
 class SameAsTeacherConfig(NetworkConfig):
     """The architecture of the run's last teacher, whatever it is: `student=teacher`.
 
@@ -154,6 +182,7 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
     "unet": UNetConfig,
     "lightningdit": LightningDiTConfig,
     "edm_unet": EdmUNetConfig,
+    "edm2_unet": Edm2UNetConfig,
 }
 
 

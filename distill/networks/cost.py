@@ -72,6 +72,8 @@ def network_cost(config: NetworkConfig, image: ImageSpec) -> NetworkCost:
             return _unet(config, image)
         case settings.EdmUNetConfig():
             return _edm_unet(config, image)
+        case settings.Edm2UNetConfig():
+            return _edm2_unet(config, image)
     raise ConfigError(f"student={type(config).__name__} is not a known network")
 
 
@@ -228,3 +230,65 @@ def _edm_block(
         cost.conv(outputs, 3 * outputs, 1, pixels)
         cost.attention(pixels, outputs)
         cost.conv(outputs, outputs, 1, pixels)
+
+
+def _edm2_unet(config: settings.Edm2UNetConfig, image: ImageSpec) -> NetworkCost:
+    cost, size = NetworkCost(), image.size
+    first, condition = config.width * config.channel_mults[0], config.condition
+    cost.linear(first, condition, bias=False)
+    cost.linear(image.num_classes, condition, bias=False)
+    cost.jump_embedder(condition)
+    _edm2_conv(cost, image.channels + 1, first, 3, size)
+    channels, skips = first, [first]
+    for level, mult in enumerate(config.channel_mults):
+        if level > 0:
+            size //= 2
+            cost.resample([1.0, 1.0], channels, size * size)
+            _edm2_block(cost, config, channels, channels, channels, size)
+            skips.append(channels)
+        for _ in range(config.blocks_per_level):
+            outputs, attends = mult * config.width, size in config.attention_sizes
+            _edm2_block(cost, config, channels, outputs, outputs, size, attends)
+            channels = outputs
+            skips.append(channels)
+    _edm2_block(cost, config, channels, channels, channels, size, True)
+    _edm2_block(cost, config, channels, channels, channels, size)
+    for level, mult in reversed(list(enumerate(config.channel_mults))):
+        if level < len(config.channel_mults) - 1:
+            cost.resample([1.0, 1.0], channels, size * size)
+            size *= 2
+            _edm2_block(cost, config, channels, channels, channels, size)
+        for _ in range(config.blocks_per_level + 1):
+            inputs, outputs = channels + skips.pop(), mult * config.width
+            attends = size in config.attention_sizes
+            _edm2_block(cost, config, inputs, inputs, outputs, size, attends)
+            channels = outputs
+    _edm2_conv(cost, channels, image.channels, 3, size)
+    cost.parameters += 1  # a gain
+    return cost
+
+
+def _edm2_conv(cost: NetworkCost, inputs: int, outputs: int, kernel: int, size: int) -> None:
+    cost.linear(kernel**2 * inputs, outputs, size * size, bias=False)
+
+
+def _edm2_block(
+    cost: NetworkCost,
+    config: settings.Edm2UNetConfig,
+    inputs: int,
+    inner: int,
+    outputs: int,
+    size: int,
+    attends: bool = False,
+) -> None:
+    """A block of EDM2, whose first convolution has `inner` inputs."""
+    _edm2_conv(cost, inner, outputs, 3, size)
+    cost.linear(config.condition, outputs, bias=False)
+    _edm2_conv(cost, outputs, outputs, 3, size)
+    if inputs != outputs:
+        _edm2_conv(cost, inputs, outputs, 1, size)
+    if attends and outputs >= 64:
+        _edm2_conv(cost, outputs, 3 * outputs, 1, size)
+        cost.attention(size * size, outputs)
+        _edm2_conv(cost, outputs, outputs, 1, size)
+    cost.parameters += 1  # a gain

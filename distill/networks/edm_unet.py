@@ -33,6 +33,22 @@ SIGMA_RANGE = (0.002, 80.0)  # that EDM samples over
 FIRST_T = 1e-3  # below it the logarithm of the time stands still
 
 
+def of_denoiser(
+    raw: Callable[[Tensor, Tensor], Tensor],
+    x: Float[Tensor, "B C H W"],
+    t: Float[Tensor, "B"],
+    sigma_data: float,
+    sigma_range: tuple[float, float] = SIGMA_RANGE,
+) -> Float[Tensor, "B C H W"]:
+    """v(x, t) of a denoiser with EDM's preconditioning of F, `raw` of (c_in y, c_noise)."""
+    d = sigma_data
+    n = ((1 - t) ** 2 + t**2 * d**2).sqrt()
+    sigma = ((1 - t) / t.clamp_min(1e-12)).clamp(*sigma_range)
+    linear = (t * d**2 - (1 - t)) / n**2
+    out = raw(x / expand_as(n, x), sigma.log() / 4)
+    return expand_as(linear, x) * x + expand_as(d / n, x) * out
+
+
 def group_norm(channels: int, eps: float) -> nn.GroupNorm:
     """Group norm with at most 32 groups of at least 4 channels."""
     return nn.GroupNorm(min(32, channels // 4), channels, eps=eps)
@@ -96,22 +112,26 @@ def zeroed(conv: Conv) -> Conv:
     return conv
 
 
-class Frequencies(nn.Module):
-    """Fixed random frequencies, of standard deviation 16, the same whenever they are made.
-
-    They stay float32 in a network of another dtype: in 16 bits angles would be off by a radian.
+class Fixed(nn.Module):
+    """Buffers that stay float32 in a network of another dtype: in 16 bits the angles that
+    frequencies make would be off by a radian.
     """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Fixed":
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, value in kept.items():
+            setattr(self, name, value.to(self.get_buffer(name).device))
+        return self
+
+
+class Frequencies(Fixed):
+    """Fixed random frequencies, of standard deviation 16, the same whenever they are made."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
         draw = torch.Generator().manual_seed(0)
         self.register_buffer("freqs", 16 * torch.randn(count, generator=draw))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Frequencies":
-        kept = self.get_buffer("freqs")
-        super()._apply(fn, recurse)
-        self.freqs = kept.to(self.get_buffer("freqs").device)
-        return self
 
 
 class Block(nn.Module):
@@ -178,7 +198,6 @@ class EdmUNet(layers.AbstractNetwork):
             f"of {factor}, not {image.size}",
         )
         self.is_song, self.is_edm = config.family == "song", config.time == "edm"
-        self.sigma_data = config.sigma_data
         self.features = config.noise_mult * config.width
         condition = config.condition_mult * config.width
         if config.embedding == "fourier":
@@ -269,12 +288,11 @@ class EdmUNet(layers.AbstractNetwork):
             is_fourier = self.config.embedding == "fourier"
             time = (999 * t.clamp_min(FIRST_T)).log() if is_fourier else 999 * t
             return self._layers(x, self._condition(time, jump, label))
-        d = self.sigma_data
-        n = ((1 - t) ** 2 + t**2 * d**2).sqrt()
-        sigma = ((1 - t) / t.clamp_min(1e-12)).clamp(*SIGMA_RANGE)
-        raw = self._layers(x / expand_as(n, x), self._condition(sigma.log() / 4, jump, label))
-        linear = (t * d**2 - (1 - t)) / n**2
-        return expand_as(linear, x) * x + expand_as(d / n, x) * raw
+
+        def raw(x_in: Tensor, c_noise: Tensor) -> Tensor:
+            return self._layers(x_in, self._condition(c_noise, jump, label))
+
+        return of_denoiser(raw, x, t, self.config.sigma_data)
 
     def _condition(
         self, time: Float[Tensor, "B"], jump: Float[Tensor, "B E"], label: Int[Tensor, "B"]

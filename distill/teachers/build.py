@@ -10,7 +10,7 @@ import torch
 
 from distill.config import ConfigError, check
 from distill.networks import files, layers
-from distill.networks.config import EdmUNetConfig
+from distill.networks.config import Edm2UNetConfig, EdmUNetConfig
 from distill.teachers import analytic, base, checkpoint, conventions, diffusers, edm, native
 from distill.teachers.config import (
     AnalyticConfig,
@@ -105,6 +105,8 @@ def readings(
         assert isinstance(config, CheckpointConfig)
         opened = checkpoint.open_checkpoint(config)
         network, own = opened.layout.network, opened.convention
+        if isinstance(network, Edm2UNetConfig):
+            return
         if isinstance(network, EdmUNetConfig) and network.time == "edm":
             return
         model, unit = checkpoint.load_raw(config, device), 1.0

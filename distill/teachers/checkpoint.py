@@ -46,7 +46,7 @@ def open_checkpoint(config: CheckpointConfig) -> Opened:
     convention = Convention() if layout.is_turned else said
     # Shapes as a load will have them: one value stands for all of a tensor. The meta device would
     # have torch import its compiler: seconds, and 180 MB.
-    hollow = {name: v.new_zeros(1).expand(v.shape) for name, v in weights.tensors.items()}
+    hollow = {name: v.new_zeros(()).expand(v.shape) for name, v in weights.tensors.items()}
     shapes = shapes_of(layout.convert(hollow))
     check_weights(empty_network(layout.network, layout.image), shapes, path)
     notes = (weights.words, *layout.notes, convention.words if convention.is_foreign else "")

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distill.config import ConfigError, ImageSpec
-from distill.flow.paths import expand_as
+from distill.networks.edm_unet import of_denoiser
 from distill.networks.files import DESCRIPTION, WEIGHTS, fingerprint, load_model, open_model
 from distill.teachers.base import TeacherDescription
 from distill.teachers.config import EdmConfig
@@ -45,12 +45,11 @@ class EdmTeacher:
         self, x: Float[Tensor, "B C H W"], t: Float[Tensor, "B"], label: Int[Tensor, "B"]
     ) -> Float[Tensor, "B C H W"]:
         """v(x, t, label)."""
-        d = self.sigma_data
-        n = ((1 - t) ** 2 + t**2 * d**2).sqrt()
-        sigma = ((1 - t) / t.clamp_min(1e-12)).clamp(self.sigma_min, self.sigma_max)
-        raw = self.network(x / expand_as(n, x), sigma.log() / 4, label)
-        linear = (t * d**2 - (1 - t)) / n**2
-        return expand_as(linear, x) * x + expand_as(d / n, x) * raw
+
+        def raw(x_in: Tensor, c_noise: Tensor) -> Tensor:
+            return self.network(x_in, c_noise, label)
+
+        return of_denoiser(raw, x, t, self.sigma_data, (self.sigma_min, self.sigma_max))
 
 
 def is_folder(config: EdmConfig) -> bool:

@@ -9,6 +9,7 @@ time too, where that can be done to the weights themselves.
     LightningDiT                    the same with blocks.N.mlp.w12
     NCSN++, DDPM++ (score_sde)      all_modules.N
     EDM, rfpp                       map_layer0, enc.32x32_conv, dec.8x8_in0
+    EDM2                            emb_noise, enc.32x32_conv, dec.8x8_in0
 """
 
 import math
@@ -23,7 +24,13 @@ from torch import Tensor
 from distill.config import ConfigError, ImageSpec, check
 from distill.networks import edm_unet
 from distill.networks.build import empty_network
-from distill.networks.config import DiTConfig, EdmUNetConfig, LightningDiTConfig, NetworkConfig
+from distill.networks.config import (
+    DiTConfig,
+    Edm2UNetConfig,
+    EdmUNetConfig,
+    LightningDiTConfig,
+    NetworkConfig,
+)
 from distill.teachers.config import CheckpointConfig
 from distill.teachers.conventions import Convention
 from distill.teachers.weights import Weights
@@ -82,11 +89,13 @@ def layout_of(weights: Weights, config: CheckpointConfig) -> Layout:
             return _score_sde(weights, config)
         if "map_layer0.weight" in names and any(name.startswith("enc.") for name in names):
             return _edm(weights, config)
+        if "emb_noise.weight" in names and "out_gain" in names:
+            return _edm2(weights, config)
     except (KeyError, ValueError, IndexError) as error:
         raise ConfigError(f"{config.path} lacks weights of its network ({error})") from error
     raise ConfigError(
         f"{config.path} does not hold the weights of a network that is known here (DiT, SiT, REPA, "
-        f"LightningDiT, NCSN++ and DDPM++ of score_sde, EDM); its first names are: "
+        f"LightningDiT, NCSN++ and DDPM++ of score_sde, EDM, EDM2); its first names are: "
         f"{', '.join(list(names)[:3])}"
     )
 
@@ -236,12 +245,8 @@ def _turned(state: State) -> State:
 
 def _edm(weights: Weights, config: CheckpointConfig) -> Layout:
     shapes = {name: value.shape for name, value in weights.tensors.items()}
-    if any(name.endswith("emb_gain") for name in shapes):
-        raise ConfigError(f"{config.path} holds an EDM2 network, which is not known here")
     is_song = "out_norm.weight" not in shapes
-    at = re.compile(r"enc\.(\d+)x\d+_(\w+?)(\d*)\.")
-    parts = [match.groups() for name in shapes if (match := at.match(name))]
-    sizes = sorted({int(size) for size, _, _ in parts}, reverse=True)
+    sizes, blocks_per_level = _levels(shapes)
     size = sizes[0]
     features, condition = shapes["map_layer0.weight"][::-1]
     width = shapes[f"enc.{size}x{size}_conv.weight"][0] if is_song else features
@@ -256,7 +261,7 @@ def _edm(weights: Weights, config: CheckpointConfig) -> Layout:
         family="song" if is_song else "adm",
         width=width,
         channel_mults=mults,
-        blocks_per_level=1 + max(int(index) for _, what, index in parts if what == "block"),
+        blocks_per_level=blocks_per_level,
         attention_sizes=[
             size for size in sizes if f"enc.{size}x{size}_block0.qkv.weight" in shapes
         ],
@@ -281,6 +286,32 @@ def _edm(weights: Weights, config: CheckpointConfig) -> Layout:
     name = "U-Net of EDM"
     image = ImageSpec(channels, size, num_classes)
     return Layout(name, network, image, convert, has_none=has_none)
+
+
+def _levels(shapes: dict[str, torch.Size]) -> tuple[list[int], int]:
+    """Sizes of an encoder of EDM, the largest first, and blocks at each."""
+    at = re.compile(r"enc\.(\d+)x\d+_(\w+?)(\d*)\.")
+    parts = [match.groups() for name in shapes if (match := at.match(name))]
+    sizes = sorted({int(size) for size, _, _ in parts}, reverse=True)
+    return sizes, 1 + max(int(index) for _, what, index in parts if what == "block")
+
+
+def _edm2(weights: Weights, config: CheckpointConfig) -> Layout:
+    shapes = {name: value.shape for name, value in weights.tensors.items()}
+    sizes, blocks_per_level = _levels(shapes)
+    size = sizes[0]
+    width, channels = shapes[f"enc.{size}x{size}_conv.weight"][:2]
+    wide = [shapes[f"enc.{size}x{size}_block0.conv_res1.weight"][0] for size in sizes]
+    network = Edm2UNetConfig(
+        width=width,
+        channel_mults=[outputs // width for outputs in wide],
+        blocks_per_level=blocks_per_level,
+        attention_sizes=[s for s in sizes if f"enc.{s}x{s}_block0.attn_qkv.weight" in shapes],
+        sigma_data=float(weights.settings.get("sigma_data", 0.5)),
+    )
+    num_classes = shapes["emb_label.weight"][1] if "emb_label.weight" in shapes else 0
+    image = ImageSpec(channels - 1, size, num_classes)  # beside one of ones
+    return Layout("U-Net of EDM2", network, image, dict, has_none=num_classes == 0)
 
 
 def _has(shapes: dict[str, torch.Size], part: str) -> bool:

@@ -32,6 +32,8 @@ AVERAGES = ("ema", "ema_state_dict", "model_ema", "ema_model", "state_dict_ema",
 PLAIN = ("", "model", "state_dict", "model_state_dict", "net", "network", "module", "params")
 # What a set of names may stand below when a larger module held the network.
 HOLDERS = {*AVERAGES, *PLAIN, "online_model", "_forward_module", "diffusion_model", "unet"}
+# What is trained beside a network and has no part in its output: EDM2's estimate of its own error.
+BESIDE = re.compile(r"^logvar_")
 # What wrappers put into names, wherever they wrap.
 WRAPPERS = re.compile(
     r"(^|\.)((_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
@@ -217,10 +219,12 @@ def _sets(content: Any, key: str = "") -> Iterator[tuple[str, dict[str, Tensor] 
 
 def _split(tensors: dict[str, Tensor], key: str) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """The sets that stand side by side in one dictionary, apart, and without their holders."""
-    # Counters of averages have no dot, and no axes.
-    tensors = {name: value for name, value in tensors.items() if "." in name or value.ndim}
     parts: dict[str, dict[str, Tensor]] = {}
     for name, value in tensors.items():
+        # Counters of averages have no dot, and no axes. EDM2's gains have none either.
+        is_counter = "." not in name and value.ndim == 0 and not name.endswith("gain")
+        if is_counter or BESIDE.match(name):
+            continue
         first, dot, rest = name.partition(".")
         holder = first if dot and first in HOLDERS else ""
         parts.setdefault(holder, {})[rest if holder else name] = value

@@ -12,6 +12,7 @@ from distill.networks.build import build_network, empty_network
 from distill.networks.config import (
     NETWORKS,
     DiTConfig,
+    Edm2UNetConfig,
     EdmUNetConfig,
     LightningDiTConfig,
     UNetConfig,
@@ -32,12 +33,14 @@ LIGHTNING = LightningDiTConfig(patch_size=2, width=16, depth=1, num_heads=2)
 EDM = EdmUNetConfig(
     width=8, channel_mults=[1, 2], blocks_per_level=1, embedding="fourier", noise_mult=2
 )
-SMALL = {"dit": DIT, "unet": UNET, "lightningdit": LIGHTNING, "edm_unet": EDM}
+EDM2 = Edm2UNetConfig(width=16, channel_mults=[1, 4], blocks_per_level=1)
+SMALL = {"dit": DIT, "unet": UNET, "lightningdit": LIGHTNING, "edm_unet": EDM, "edm2_unet": EDM2}
 DEEPER = {
     "dit": {"depth": 3},
     "unet": {"blocks_per_level": 3},
     "lightningdit": {"depth": 3},
     "edm_unet": {"blocks_per_level": 3},
+    "edm2_unet": {"blocks_per_level": 3},
 }
 
 
