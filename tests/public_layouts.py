@@ -79,7 +79,10 @@ def state_of(layout, salt=""):
         return _numbered(state, config.embedding == "fourier")
     if layout == "edm2":
         beside = {"logvar_fourier.freqs": torch.ones(4), "logvar_linear.weight": torch.ones(1, 4)}
-        return {f"unet.{name}": value for name, value in state.items()} | beside
+        return {
+            f"unet.{name}": value[0] if name.endswith("_gain") else value
+            for name, value in state.items()
+        } | beside
     if layout.startswith("edm"):
         return _with_buffers(network, state)
     return state

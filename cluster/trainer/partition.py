@@ -217,7 +217,7 @@ class PassingCopy:
                 setattr(module, name, nn.Parameter(nothing, requires_grad=False))
 
         def fill(*_: Any) -> None:
-            names = [f"{prefix}.{name}" for name in shapes]
+            names = [f"{prefix}.{name}".lstrip(".") for name in shapes]
             values = self._partition.gather(names, self._vectors, dtype)
             for (name, shape), flat in zip(shapes.items(), values, strict=True):
                 weight = flat[: shape.numel()].view(shape)

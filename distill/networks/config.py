@@ -152,11 +152,6 @@ class Edm2UNetConfig(NetworkConfig):
 
     not_in_shapes = ("sigma_data",)
 
-    @property
-    def condition(self) -> int:
-        """Channels of the condition."""
-        return self.width * max(self.channel_mults)
-
     def shallowest(self) -> "Edm2UNetConfig":
         """The same with one block a level."""
         return replace(self, blocks_per_level=1)

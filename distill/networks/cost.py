@@ -234,7 +234,8 @@ def _edm_block(
 
 def _edm2_unet(config: settings.Edm2UNetConfig, image: ImageSpec) -> NetworkCost:
     cost, size = NetworkCost(), image.size
-    first, condition = config.width * config.channel_mults[0], config.condition
+    first = config.width * config.channel_mults[0]
+    condition = config.width * max(config.channel_mults)
     cost.linear(first, condition, bias=False)
     cost.linear(image.num_classes, condition, bias=False)
     cost.jump_embedder(condition)
@@ -283,7 +284,7 @@ def _edm2_block(
 ) -> None:
     """A block of EDM2, whose first convolution has `inner` inputs."""
     _edm2_conv(cost, inner, outputs, 3, size)
-    cost.linear(config.condition, outputs, bias=False)
+    cost.linear(config.width * max(config.channel_mults), outputs, bias=False)
     _edm2_conv(cost, outputs, outputs, 3, size)
     if inputs != outputs:
         _edm2_conv(cost, inputs, outputs, 1, size)

@@ -53,6 +53,16 @@ def concatenated(a: Tensor, b: Tensor) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def condition_of(config: Edm2UNetConfig) -> int:
+    """Channels of the condition."""
+    return config.width * max(config.channel_mults)
+
+
+def gain() -> nn.Parameter:
+    """A learned factor, 0 at the start. It has an axis: DeepSpeed takes no weight without one."""
+    return nn.Parameter(nn.init.zeros_(torch.empty(1)))
+
+
 class Layer(nn.Module):
     """A linear layer, or a convolution that keeps the size, without bias and of normed weights."""
 
@@ -101,9 +111,9 @@ class Block(nn.Module):
         self.in_channels, self.out_channels, self.is_encoder = inputs, outputs, is_encoder
         self.num_heads = outputs // HEAD if attends else 0
         self.resample = Resample(way, [1.0, 1.0]) if way else None
-        self.emb_gain = nn.Parameter(nn.init.zeros_(torch.empty(())))
+        self.emb_gain = gain()
         self.conv_res0 = Layer(outputs if is_encoder else inputs, outputs, 3)
-        self.emb_linear = Layer(config.condition, outputs)
+        self.emb_linear = Layer(condition_of(config), outputs)
         self.conv_res1 = Layer(outputs, outputs, 3)
         self.conv_skip = Layer(inputs, outputs, 1) if inputs != outputs else None
         if self.num_heads:
@@ -143,15 +153,15 @@ class Edm2UNet(layers.AbstractNetwork):
             f"of {factor}, not {image.size}",
         )
         self.emb_fourier = Frequencies(config.width * config.channel_mults[0])
-        self.emb_noise = Layer(config.width * config.channel_mults[0], config.condition)
+        self.emb_noise = Layer(config.width * config.channel_mults[0], condition_of(config))
         if image.num_classes:
-            self.emb_label = Layer(image.num_classes, config.condition)
-        self.s_embedder = layers.JumpEmbedder(config.condition)
+            self.emb_label = Layer(image.num_classes, condition_of(config))
+        self.s_embedder = layers.JumpEmbedder(condition_of(config))
         self.enc, self.dec = nn.ModuleDict(), nn.ModuleDict()
         skips = self._build_encoder(config, image)
         self._build_decoder(config, image, skips)
         self.out_conv = Layer(config.width * config.channel_mults[0], image.channels, 3)
-        self.out_gain = nn.Parameter(nn.init.zeros_(torch.empty(())))
+        self.out_gain = gain()
 
     def _build_encoder(self, config: Edm2UNetConfig, image: ImageSpec) -> list[int]:
         """Fills `enc`; the channels of every skip connection, outermost first."""

@@ -311,7 +311,11 @@ def _edm2(weights: Weights, config: CheckpointConfig) -> Layout:
     )
     num_classes = shapes["emb_label.weight"][1] if "emb_label.weight" in shapes else 0
     image = ImageSpec(channels - 1, size, num_classes)  # beside one of ones
-    return Layout("U-Net of EDM2", network, image, dict, has_none=num_classes == 0)
+
+    def convert(state: State) -> State:
+        return {name: value if value.ndim else value[None] for name, value in state.items()}
+
+    return Layout("U-Net of EDM2", network, image, convert, has_none=num_classes == 0)
 
 
 def _has(shapes: dict[str, torch.Size], part: str) -> bool:
