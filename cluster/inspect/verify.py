@@ -301,9 +301,10 @@ def _audit_saves(before: _Saves, told: events.History, is_live: bool) -> list[st
         f"{name} tells of a checkpoint of step {step}, which is not there" for step in sorted(gone)
     ]
     if untold:
+        steps = ", ".join(map(str, untold))
         problems.append(
-            f"{name} does not tell of the checkpoints of steps {', '.join(map(str, untold))}: lines "
-            "are missing or cut (a kill between a save and its line is made good by the next start)"
+            f"{name} does not tell of the checkpoints of steps {steps}: lines are missing or cut ("
+            "a kill between a save and its line is made good by the next start)"
         )
     return problems
 

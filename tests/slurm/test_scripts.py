@@ -83,7 +83,7 @@ def case(submitted, scratch):
         for name, text in (("ray", ray), ("bowstring", supervisor)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
-        case.env["PATH"] = f"{folder}:{os.environ['PATH']}"
+        case.env["PATH"] = f"{folder}:{case.env['PATH']}"
         case.submit(*flags)
         if ray is not RAY_NEVER:
             case.until(lambda: case.said("supervisor at") == 1)
