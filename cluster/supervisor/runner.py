@@ -17,6 +17,7 @@ from contextlib import suppress
 
 from cluster.pool.pool import TeacherPool
 from cluster.settings import file, schema
+from cluster.slurm import site
 from cluster.state import cursor, done, identity
 from cluster.supervisor import stages
 from cluster.supervisor.group import POLL_PERIOD_S, RunFailed, TrainerGroup
@@ -82,7 +83,7 @@ def supervise(config: schema.RunConfig, *chosen: Stage) -> int:
     given, config = config, stages.with_models(done.with_absolute_paths(config))
     with open_session(config, config.files) as session:
         record, notes = identity.check_or_write(config, session.run)
-        for note in notes:
+        for note in [*notes, *site.grace_words(config, session.run)]:
             session.bars.say(note)
         file.save_config(session.run, given)
         view = done.RunView(config, session.run, record)

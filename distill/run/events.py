@@ -363,6 +363,7 @@ class History:
         checkpoints: steps of those that shall be there: newer than the last start of the training
             are only those that it has saved.
         told: steps of which a save or a start tells that there was a checkpoint.
+        save_s: what the last save took.
     """
 
     target: int | None = None
@@ -381,6 +382,7 @@ class History:
     waits_for_nodes: bool = False
     checkpoints: set[int] = field(default_factory=set)
     told: set[int] = field(default_factory=set)
+    save_s: float = 0.0
 
     @property
     def starts(self) -> list[Resume]:
@@ -492,6 +494,7 @@ def _take_training(found: History, event: Event) -> None:
             found.told |= own
         case Save():
             found.told.add(event.step)
+            found.save_s = event.seconds
             found.checkpoints = {event.step, *(event.checkpoints or ())}
         case Group():
             found.waits_for_nodes = False

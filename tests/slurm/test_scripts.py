@@ -16,6 +16,7 @@ from cluster.plan.nodes import share
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import read_ids, read_jobs
 from cluster.slurm.site import read_nodes, shape_for
+from distill.run.events import Exclude, append
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -223,6 +224,34 @@ def test_a_task_of_the_teachers_that_is_told_to_leave_is_queued_again_alone(case
     case.until(lambda: case.said("joining", "teachers") == 4)
     assert {job.id: job.restarts for job in case.jobs("teachers") if job.restarts} == {last: 1}
     finish(case)
+
+
+def test_a_sick_node_is_left_out_where_slurm_starts_a_job_again(case):
+    """Also by a submit; and all of them are taken where no others would do."""
+    case = case(APART, "cluster.slurm.teachers.max_nodes=1")
+    case.until(lambda: case.said("joining", "teachers") == 1)
+    (sick,), (also,) = [case.train.node_list], case.teacher_nodes
+    (case.run.slurm / "sick").write_text(f"{sick}\n{also}\n")
+    case.tell("scancel", "--batch", "--signal=USR1", case.train.id)
+    case.until(lambda: case.said("supervisor at") == 2)
+    assert case.train.node_list not in (sick, also)
+    assert case.said(f"leaves out {sick},{also}") == 1
+    case.tell("scancel", "--batch", "--signal=USR1", read_ids(case.run)["teachers"] + "_0")
+    case.until(lambda: case.said("leaves out", "teachers") == 1)
+    case.until(lambda: any(job.restarts and job.node_list for job in case.jobs("teachers")))
+    assert {*case.teacher_nodes}.isdisjoint({sick, also})
+
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    append(case.run, Exclude(sick, "", "values that are not finite"), Exclude("elsewhere", "", "x"))
+    said = case.submit()
+    assert said.count(f"leaves out {sick}, which failed: values that are") == 3
+    case.until(lambda: case.said("supervisor at") == 3)
+    assert case.train.node_list != sick
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    append(case.run, *(Exclude(f"node{n}", "", "no memory") for n in range(1, 5)))
+    assert "leaves out" not in case.submit()
 
 
 def test_preempted_teachers_come_back_and_the_trainer_goes_on(case):
