@@ -113,7 +113,7 @@ def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
         for kind, text in texts.items():
             files.write_atomic(_script(run, kind), text.encode())
-        for left in ("stop", "head", "progress"):
+        for left in ("stop", "head", "progress", "made"):
             (run.slurm / left).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
@@ -232,21 +232,26 @@ def scale(run: files.RunDir, wanted: int) -> None:
     for kind, (per_node, most_nodes) in sizes.items():
         count = min(most_nodes, -(-wanted // per_node))
         wanted = max(0, wanted - count * per_node)
-        _throttle(ids[kind], [task for task in there if task.array == ids[kind]], count)
+        _throttle(run, ids[kind], [task for task in there if task.array == ids[kind]], count)
 
 
-def _throttle(array: str, tasks: list[jobs.Job], count: int) -> None:
+def _throttle(run: files.RunDir, array: str, tasks: list[jobs.Job], count: int) -> None:
     """Lets `count` tasks of an array run."""
-    running = sorted(int(job.id.partition("_")[2]) for job in tasks if job.state == "RUNNING")
+    running = sorted(
+        (job for job in tasks if job.state == "RUNNING"), key=lambda job: int(job.id.split("_")[1])
+    )
     if count:
         jobs.ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={count}")
         jobs.ask("scontrol", "release", array)
-        for task in running[count:]:
-            jobs.ask("scontrol", "requeue", f"{array}_{task}")
     else:  # a throttle of 0 would be none
         jobs.ask("scontrol", "hold", array)
-        for task in running:
-            jobs.ask("scontrol", "requeuehold", f"{array}_{task}")
+    for task in running[count:]:
+        try:
+            jobs.ask("scontrol", "requeue" if count else "requeuehold", task.id)
+        except jobs.SlurmError:  # heard before, perhaps, and not answered
+            now = {job.id: job for job in jobs.read_jobs(run)}.get(task.id)
+            if now and (now.state, now.restarts) == (task.state, task.restarts):
+                raise
 
 
 def stop(run: files.RunDir) -> list[str]:

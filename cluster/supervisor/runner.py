@@ -20,6 +20,7 @@ from cluster.settings import file, schema
 from cluster.slurm import site
 from cluster.state import cursor, done, identity
 from cluster.supervisor import stages
+from cluster.supervisor.arrays import Arrays
 from cluster.supervisor.group import POLL_PERIOD_S, RunFailed, TrainerGroup
 from cluster.supervisor.session import Session, Stopped, open_session
 from cluster.trainer.job import stop_file
@@ -136,12 +137,15 @@ def _work(session: Session, work: stages.Work) -> None:
         raise Stopped
     group = TrainerGroup(session, job) if job else None
     before = measured.last_step(job.run.metrics) if job else 0
+    teachers = Arrays(session.run)
     try:
         with session.bars:
             produced = trained = False
             while not (produced and trained):
                 produced = pool is None or pool.poll()
                 trained = group is None or group.poll()
+                if pool is not None:
+                    teachers.follow(produced)
                 with files.next_time():
                     _show(session, pool, group, before)
                 while pool is not None and pool.notes:

@@ -16,6 +16,7 @@ from cluster.plan.nodes import share
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import read_ids, read_jobs
 from cluster.slurm.site import read_nodes, shape_for
+from cluster.supervisor.arrays import Arrays
 from distill.run.events import Exclude, append
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -354,16 +355,42 @@ def test_teachers_without_a_head_hold_their_array_until_there_is_one(case):
     finish(case)
 
 
+def test_teachers_leave_when_all_shards_are_made_and_come_back_when_some_are_lost(
+    case, monkeypatch
+):
+    case = case("cluster.slurm.teachers.nodes=2", "cluster.slurm.teachers.max_nodes=3")
+    case.until(lambda: case.said("joining", "teachers") == 2)
+
+    def all_are_held():
+        tasks = case.jobs("teachers")
+        return all(t.state == "PENDING" and "held" in t.reason.lower() for t in tasks)
+
+    arrays = Arrays(case.run)
+    arrays.follow(False)
+    arrays.follow(True)
+    case.until(all_are_held)
+    assert case.said("all shards are made", "teachers") >= 2 and case.train.state == "RUNNING"
+    monkeypatch.setattr("cluster.supervisor.arrays.AGAIN_S", 1.0)
+    arrays.follow(False)
+    case.until(lambda: case.said("joining", "teachers") == 4)
+    case.until(lambda: not any((case.run.slurm / "held").iterdir()))
+    arrays.follow(True)
+    case.until(all_are_held)
+    finish(case)
+    case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
+
+
 def test_the_array_is_throttled_by_scale(case):
     case = case()
 
     def running():
         return sum(job.state == "RUNNING" for job in case.jobs("teachers"))
 
-    for count in (4, 1, 0, 2):
+    for count in (4, 1, 0, 2, 0):
         case.bowstring("scale", str(case.run.root), str(count))
         case.until(lambda count=count: running() == count)
-    finish(case)
+    finish(case)  # and with it an array that is held
+    case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
 
 
 def test_two_arrays_of_teachers_are_scaled_and_stopped_as_one(case, tmp_path):
