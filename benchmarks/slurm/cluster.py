@@ -25,7 +25,8 @@ from cluster.slurm.jobs import Job, read_ids, read_jobs
 from distill.run.files import RunDir, read_lines
 from distill.run.measured import last_step
 
-MINI = Path(__file__).resolve().parents[2] / "tests" / "slurm" / "minislurm.sh"
+TESTS = Path(__file__).resolve().parents[2] / "tests" / "slurm"
+MINI = TESTS / "minislurm.sh"
 BOWSTRING = [sys.executable, "-m", "cluster.cli.main"]
 DEADLINE_S = 600.0
 # Jobs here are preempted by those in partition `high`, 30 s after they were told.
@@ -96,9 +97,13 @@ def hosts(node_list: str) -> list[str]:
 
 
 class Case:
-    """A submitted run of one trainer rank and one teacher worker per node."""
+    """A submitted run of one trainer rank and one teacher worker per node.
 
-    def __init__(self, cluster: Cluster, folder: Path, *settings: str) -> None:
+    With a `mood`, a seed, commands and jobs of the run meet a Slurm that often does not answer, or
+    answers oddly (`moody.sh`).
+    """
+
+    def __init__(self, cluster: Cluster, folder: Path, *settings: str, mood: str = "") -> None:
         self.cluster, self.folder = cluster, folder
         mixture = {"shape": [1, 8, 8], "means": [[-0.5] * 64, [0.5] * 64], "stds": [0.2, 0.1]}
         (folder / "mixture.json").write_text(json.dumps(mixture))
@@ -129,6 +134,9 @@ class Case:
         self.run = RunDir(folder / "run")
         # Ray makes its workers nice, and beside other work they would starve.
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        if mood:
+            subprocess.run([TESTS / "moody.sh", mood, folder / "moody"], check=True)
+            path = f"{folder / 'moody'}:{path}"
         self.env = os.environ | {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0", "PATH": path}
         self._dark: list[str] = []
         self._closed: list[str] = []

@@ -25,6 +25,7 @@ from distill.run.files import sync_directory
 
 OK, WARN, BAD = "ok", "warn", "bad"
 # Ray's object store lies there; below this it falls back to a slow disk file.
+SHARED_MEMORY = Path("/dev/shm")
 MIN_SHM_BYTES = 256 * 2**20
 MIN_MEMORY_BYTES = 4 * 2**30
 
@@ -112,12 +113,15 @@ def hardware() -> list[Finding]:
         Finding("cores", OK if count >= 2 else WARN, f"{count} usable, OMP_NUM_THREADS {threads}"),
         Finding("memory", OK if memory >= MIN_MEMORY_BYTES else WARN, f"{memory / 2**30:.1f} GiB"),
     ]
-    if Path("/dev/shm").is_dir():
-        shared = shutil.disk_usage("/dev/shm")
+    if SHARED_MEMORY.is_dir():
+        shared = shutil.disk_usage(SHARED_MEMORY)
         enough = shared.free >= MIN_SHM_BYTES
         detail = f"{shared.free / 2**20:.0f} MiB free of {shared.total / 2**20:.0f}"
         detail += "" if enough else "; in a container start it with --shm-size=1g"
-        found.append(Finding("/dev/shm", OK if enough else WARN, detail))
+        found.append(Finding(str(SHARED_MEMORY), OK if enough else WARN, detail))
+    else:
+        words = "missing, and Ray needs it; mount a tmpfs there"
+        found.append(Finding(str(SHARED_MEMORY), BAD, words))
     return found
 
 

@@ -4,8 +4,8 @@ Four things are proven:
 - every shard on disk is byte for byte what was committed, and of this run; of one that was deleted
   for room that is its sidecar, and no checkpoint would read it again;
 - every checkpoint is byte for byte what its manifest says;
-- config.yaml has the settings of run.json, and the newest checkpoint is the one that the events
-  tell of: a record that is missing, changed or cut is a finding;
+- config.yaml has the settings of run.json, and the checkpoints are those that the events tell of,
+  no more and no less: a record that is missing, changed or cut is a finding;
 - the trainer consumed exactly the planned sequence. Each window of steps in events.jsonl carries a
   hash of its sample ids; it must equal the hash of what `distill.data.order` plans for those steps,
   and the windows must follow each other without a gap from step 0. Windows that a restart fell back
@@ -24,9 +24,10 @@ from rich import console, progress
 
 from cluster.plan.stream import order_of
 from cluster.settings.file import is_as_written, load_config
+from cluster.state import lock
 from cluster.state.evicted import first_shard_read, recorded
 from cluster.state.identity import difference, identity_of
-from distill.checkpoint.manifest import KEPT, committed_steps, foreign, read_manifest, verify
+from distill.checkpoint import manifest
 from distill.config import ConfigError
 from distill.data.order import Order
 from distill.data.sidecar import CorruptShard, MisplacedShard, ShardSpec, Sidecar
@@ -65,10 +66,11 @@ def audit(run: files.RunDir) -> dict[str, Any]:
     """
     record = identity.record_of(run)
     stream, order = record.stream, order_of(record.stream)
-    before = events.read_history(run)
+    is_live = lock.is_live(run)
+    before, own = _look_at_saves(run), _look_at_saves(run.teacher)
     origin = {"seed": record.seed, "config_hash": record.hash}
     shards, checkpoints = _audit_shards(run), _audit_checkpoints(run, origin)
-    wrong = _audit_config(run, record) + _audit_saves(run, before)
+    wrong = _audit_config(run, record)
     # After the shards: a live run may have deleted some or set some aside meanwhile.
     said: list[str] = []
     history = events.read_history(run, said.append)
@@ -77,9 +79,11 @@ def audit(run: files.RunDir) -> dict[str, Any]:
     _audit_evicted(run, shards, history.evicted, first_read)
     consumed = audit_consumption(history.course, order)
     wrong += _audit_log(run, checkpoints["verified"], consumed.steps)
-    if checkpoints["teacher"]:
-        own = events.read_history(run.teacher, lambda words: said.append(f"teacher/{words}"))
-        wrong += _audit_log(run.teacher, checkpoints["teacher"], steps_told(own.course))
+    wrong += _audit_saves(before, history, is_live)
+    if run.teacher.root.is_dir():
+        now = events.read_history(run.teacher, lambda words: said.append(f"teacher/{words}"))
+        wrong += _audit_log(run.teacher, checkpoints["teacher"], steps_told(now.course))
+        wrong += _audit_saves(own, now, is_live)
     if run.config.exists() and not is_as_written(run):
         said.append(f"{run.config.name} was edited since the last start wrote it")
     needed = order.num_blocks(consumed.steps) * stream.block_shards
@@ -90,7 +94,7 @@ def audit(run: files.RunDir) -> dict[str, Any]:
     there = shards.sidecars.keys() | {entry["shard"] for entry in shards.corrupt}
     missing = [
         {"shard": n, "first_id": n * per_shard, "last_id": (n + 1) * per_shard - 1}
-        for n in sorted({*range(needed), *(before.made & history.made)} - there)
+        for n in sorted({*range(needed), *(before.told.made & history.made)} - there)
     ]
     foreign = _of_another_run(shards.sidecars, stream, record.teachers)
     found: dict[str, Any] = {
@@ -236,11 +240,13 @@ def _audit_checkpoints(run: files.RunDir, origin: dict[str, Any]) -> dict[str, A
     """Those that verify and are of this run, and the others."""
     found: dict[str, Any] = {"verified": [], "kept": [], "teacher": [], "bad": []}
     own = run.teacher.checkpoints
-    folders = {"verified": run.checkpoints, "kept": run.checkpoints / KEPT, "teacher": own}
+    folders = {"verified": run.checkpoints, "kept": run.checkpoints / manifest.KEPT, "teacher": own}
     for name, parent in folders.items():
-        for step, folder in committed_steps(parent).items():
-            problems = verify(folder)
-            if not problems and (problem := foreign(read_manifest(folder), origin)):
+        for step, folder in manifest.committed_steps(parent).items():
+            problems = manifest.verify(folder)
+            if not problems and (
+                problem := manifest.foreign(manifest.read_manifest(folder), origin)
+            ):
                 problems = [f"{folder}: {problem}"]
             if problems and not folder.exists():  # a live run has deleted or moved it
                 continue
@@ -267,14 +273,40 @@ def _audit_config(run: files.RunDir, record: identity.RunRecord) -> list[str]:
     return [f"{run.config.name} differs from {run.identity.name}: {line}" for line in lines]
 
 
-def _audit_saves(run: files.RunDir, history: events.History) -> list[str]:
-    """Whether the checkpoint that was saved last is there, or a later one. `history` is older than
-    this look at the folder.
+@dataclass
+class _Saves:
+    """The checkpoints that are there, and what the events told before that."""
+
+    run: files.RunDir
+    told: events.History
+    there: list[int]
+
+
+def _look_at_saves(run: files.RunDir) -> _Saves:
+    told = events.read_history(run)
+    return _Saves(run, told, manifest.all_steps(run.checkpoints))
+
+
+def _audit_saves(before: _Saves, told: events.History, is_live: bool) -> list[str]:
+    """Whether the checkpoints are those that the events tell of. `told` is newer than that look.
+
+    A live run takes older ones away, then tells so by its newest save.
     """
-    step = history.saved
-    if step is None or any(there >= step for there in committed_steps(run.checkpoints)):
-        return []
-    return [f"{LOG} tells of a checkpoint of step {step}, which is not there"]
+    name, newest = f"{before.run.root.name}/{LOG}", max(told.told, default=0)
+    gone = before.told.checkpoints & told.checkpoints - {*before.there}
+    untold = [step for step in before.there if step not in told.told]
+    if is_live and any(step > newest for step in untold):
+        gone, untold = set(), [step for step in untold if step < newest]
+    problems = [
+        f"{name} tells of a checkpoint of step {step}, which is not there" for step in sorted(gone)
+    ]
+    if untold:
+        steps = ", ".join(map(str, untold))
+        problems.append(
+            f"{name} does not tell of the checkpoints of steps {steps}: lines are missing or cut ("
+            "a kill between a save and its line is made good by the next start)"
+        )
+    return problems
 
 
 def _audit_log(run: files.RunDir, verified: list[int], told: int) -> list[str]:

@@ -39,3 +39,12 @@ def state_bytes(weights: int, train: TrainConfig, ranks: int) -> tuple[int, int]
     sharers = ranks if train.zero_stage else 1
     parts = [-(-weights * each // sharers) for each in (shared, host)]
     return weights * whole + bucket + parts[0], parts[1]
+
+
+CHECKPOINT_BYTES = 20  # a trained weight: master, two moments, two averages, in float32
+SAVE_S = 2.6e-9  # a byte that a rank writes, flushes and verifies (docs/benchmarks/trainer.md)
+
+
+def save_seconds(weights: int, ranks: int) -> float:
+    """Seconds that a save takes, as measured on one local disk; a shared one may be slower."""
+    return CHECKPOINT_BYTES * weights * SAVE_S / ranks

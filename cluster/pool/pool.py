@@ -76,6 +76,7 @@ class TeacherPool:
             cursor=self._cursor(),
             excluded={messages.Place(*key): event.reason for key, event in before.items()},
         )
+        self._says_sick = True
         self._oldest = evicted.OldestCheckpoint(self.run)
         self._next_look_s = self._next_ping_s = self._round_core_s = 0.0
         self._scans, self._log, self._now_s = Pace(), events.EventLog(self.run), time.monotonic()
@@ -116,6 +117,9 @@ class TeacherPool:
         self._handle(messages.CursorMoved(self._cursor()))  # a trainer may read far in a second
         self._handle(messages.Tick())
         self._log.flush()
+        if self._says_sick:
+            self._says_sick = False
+            workers.write_sick(self.run)
         self._round_core_s = time.thread_time() - core
         return self.is_done
 
@@ -396,10 +400,12 @@ class TeacherPool:
                 evicted.evict(self.run, shards, self._oldest.step)
             case messages.Excluded(place, reason):
                 self._log.add(events.Exclude(place.node, place.gpu, reason))
+                self._says_sick = True
                 for member in [m for m in self.members if m.is_at(place) and not m.is_parked]:
                     self._part(member, f"{place} takes no more work", is_alone=False)
             case messages.Readmitted(place):
                 self._log.add(events.Readmit(place.node, place.gpu))
+                self._says_sick = True
             case messages.Hopeless(reason, is_refusal):
                 raise (
                     ConfigError(reason) if is_refusal else PoolError(reason + logs.words(self.run))

@@ -56,13 +56,15 @@ def preflight(run: RunDir, device: Device) -> None:
     """Raises UnfitPlace unless the device computes, its memory is free, and disk and run folder
     take files.
     """
-    _check_device(device)
+    check_device(device)
     for folder, what in ((Path(tempfile.gettempdir()), "disk"), (run.root, "the run's folder")):
         _check_folder(folder, what)
 
 
-def _check_device(device: Device) -> None:
-    """A product of matrices of small integers is exact in float32, whatever sums it up."""
+def check_device(device: Device | torch.device) -> None:
+    """Raises UnfitPlace unless the device computes. A product of matrices of small integers is
+    exact in float32, whatever sums it up.
+    """
     factor = torch.arange(SIZE * SIZE).reshape(SIZE, SIZE) % 7
     expected = factor.double() @ factor.double().T
     try:

@@ -210,7 +210,11 @@ def read_jobs(run: RunDir) -> list[Job]:
 def ids_of(script: Path) -> list[str]:
     """Ids of this user's jobs of a script that Slurm still knows of, in the order of submission."""
     lines = ask("squeue", "--me", "-h", "-t", "all", "-O", "JobArrayID:60|,Command:4000|")
-    found = {name.partition("_")[0] for name, command in _rows(lines, 2) if command == str(script)}
+    found = {
+        name.partition("_")[0]
+        for name, command in _rows(lines, 2)
+        if f"{command} ".startswith(f"{script} ")  # with its arguments, or without
+    }
     return sorted(found, key=int)
 
 

@@ -169,6 +169,12 @@ def split_dependency(options: list[str]) -> tuple[str, list[str]]:
     return found, others
 
 
+def excluded(options: list[str]) -> list[str]:
+    """The nodes that options of sbatch leave out, as they stand there."""
+    found = [re.fullmatch(r"(?:--exclude=|--exclude |-x ?)(\S+)", option) for option in options]
+    return [match[1] for match in found if match]
+
+
 def joined(ours: str, own: str, kind: str) -> str:
     """A dependency on both. Raises ConfigError where Slurm has no words for that."""
     check(

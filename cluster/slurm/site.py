@@ -6,15 +6,21 @@ A partition may hold several kinds of nodes; the kind that most are of counts, a
 job's constraint and `cluster.slurm.node` allow. Any job that fits on these is taken.
 """
 
+import math
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import replace
 from typing import NamedTuple
 
+from cluster.plan import memory
 from cluster.plan.nodes import Shape, num_bytes, seconds
-from cluster.settings.schema import JobConfig, NodeConfig, SlurmConfig
+from cluster.settings.schema import JobConfig, NodeConfig, RunConfig, SlurmConfig
 from cluster.slurm import jobs
-from distill.config import check
+from distill.config import ConfigError, check
+from distill.networks.cost import network_cost
+from distill.run import events
+from distill.run.files import RunDir
 
 ROW = re.compile(r"(\d+)\|(\d+)\+?\|(\d+)\+?\|([^|]*)\|([^|]*)\|([^|]*)\|([^|]*)")
 GPUS = re.compile(r"\bgpu:(?:[^,:()]+:)?(\d+)")
@@ -101,3 +107,39 @@ def _has(shape: Shape, said: NodeConfig, memory: int | None, knows_gpus: bool) -
     if knows_gpus:  # otherwise Slurm has no word for them
         wanted.append((shape.gpus, said.gpus))
     return all(b is None or (a is not None and a >= b) for a, b in wanted)
+
+
+# -----------------------------------------------------------------------------------------------
+# Time for the last save
+
+
+def grace_words(config: RunConfig, run: RunDir) -> list[str]:
+    """What a run should know before it starts of the time for its last save: in words, why it is
+    too short, by the last save, or by the bytes of one. Nothing where it suffices, and of what
+    Slurm does not tell.
+    """
+    slurm, took_s = config.cluster.slurm, events.read_history(run).save_s
+    if slurm is None:
+        return []
+    how = "the last one took"
+    if not took_s:
+        weights = network_cost(config.student, config.data.image).parameters
+        took_s = memory.save_seconds(weights, config.cluster.trainer.min_workers)
+        how = f"one of {memory.CHECKPOINT_BYTES * weights:,} bytes takes about"
+    found, cost = [], "the steps since the last save are then taken again (train.save_every)"
+    if took_s > config.cluster.stop_grace_s:
+        found.append(
+            f"cluster.slurm.save_s={slurm.save_s} leaves {config.cluster.stop_grace_s:g} s for a "
+            f"step and its save, and {how} {took_s:.0f} s: {cost}; set "
+            f"cluster.slurm.save_s={math.ceil(2 * took_s)}"
+        )
+    for name in filter(None, slurm.train.partition.split(",")):
+        with suppress(ConfigError, jobs.SlurmError):
+            said = jobs.ask_once("scontrol", "show", "partition", name)
+            given = re.search(r"GraceTime=(\d+)", said)
+            if given and "PreemptMode=OFF" not in said and took_s > float(given[1]):
+                found.append(
+                    f"partition {name} leaves {given[1]} s before it takes a node away, and {how} "
+                    f"{took_s:.0f} s: {cost}"
+                )
+    return found

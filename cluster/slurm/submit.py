@@ -5,6 +5,7 @@ slurm/stop                               `bowstring stop` was here: a job that i
                                          does not queue itself again
 """
 
+import re
 from pathlib import Path
 
 from cluster.plan import nodes
@@ -52,6 +53,8 @@ def submit(config: schema.RunConfig, dry_run: bool, chain: int = 1) -> None:
     for array in {job.array for job in there}:  # without their trainer they have nothing to do
         jobs.ask("scancel", array)
     _show_plan(made)
+    for words in site.grace_words(config, run):
+        print(words)
     _write(config, run, texts)
     kinds = ["evaluate"] if view.is_distilled else ["train"] * (chain - 1) + [*texts]
     _submit_all(run, made, kinds)
@@ -110,7 +113,7 @@ def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -
         (run.slurm / "logs").mkdir(parents=True, exist_ok=True)
         for kind, text in texts.items():
             files.write_atomic(_script(run, kind), text.encode())
-        for left in ("stop", "head", "progress"):
+        for left in ("stop", "head", "progress", "made"):
             (run.slurm / left).unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
@@ -122,13 +125,14 @@ def _write(config: schema.RunConfig, run: files.RunDir, texts: dict[str, str]) -
 
 def _submit_all(run: files.RunDir, made: scripts.Plan, kinds: list[str]) -> None:
     """Submits a job for each kind; those of a chain are "train", "train.2", ... in jobs.json."""
-    for kind in dict.fromkeys(kinds):  # partition, limits, account: refused before anything runs
-        jobs.ask("sbatch", "--test-only", str(_script(run, kind)), str(run.root))
+    # Partition, limits, account: refused before anything runs.
+    without = {kind: _without_sick(run, made, kind) for kind in dict.fromkeys(kinds)}
     ids: dict[str, str] = {}
     try:
         for kind in kinds:
             own, _ = scripts.split_dependency(made.slurm.job(kind).options)
-            job = jobs.submit(_script(run, kind), *_after(kind, ids, own), str(run.root))
+            options = [*without[kind], *_after(kind, ids, own)]
+            job = jobs.submit(_script(run, kind), *options, str(run.root))
             ids[kind if kind not in ids else f"{kind}.{len(ids) + 1}"] = job  # trainers come first
             files.write_json(run.slurm / "jobs.json", ids)
             print(f"{kind}: job {job}")
@@ -136,6 +140,33 @@ def _submit_all(run: files.RunDir, made: scripts.Plan, kinds: list[str]) -> None
         for job in ids.values():
             jobs.ask("scancel", job)
         raise
+
+
+def _without_sick(run: files.RunDir, made: scripts.Plan, kind: str) -> list[str]:
+    """Options that leave out nodes where this run has failed, unless the others would not do.
+
+    Raises:
+        SlurmError: Slurm takes no such job at all.
+    """
+    test = ("sbatch", "--test-only")
+    words = (str(_script(run, kind)), str(run.root))
+    if sick := workers.sick_nodes(run):
+        there = set(
+            re.findall(r"^[\w.-]+$", jobs.ask("sinfo", "-h", "-N", "-o", "%N"), re.MULTILINE)
+        )
+        if left_out := sorted(there & sick.keys()):
+            own = scripts.excluded(made.slurm.job(kind).options)
+            option = "--exclude=" + ",".join([*own, *left_out])
+            try:
+                jobs.ask(*test, option, *words)
+            except jobs.SlurmError:
+                pass  # said of all nodes below
+            else:
+                for node in left_out:
+                    print(f"{kind}: leaves out {node}, which failed: {sick[node]}")
+                return [option]
+    jobs.ask(*test, *words)
+    return []
 
 
 def _after(kind: str, ids: dict[str, str], own: str) -> list[str]:
@@ -201,21 +232,26 @@ def scale(run: files.RunDir, wanted: int) -> None:
     for kind, (per_node, most_nodes) in sizes.items():
         count = min(most_nodes, -(-wanted // per_node))
         wanted = max(0, wanted - count * per_node)
-        _throttle(ids[kind], [task for task in there if task.array == ids[kind]], count)
+        _throttle(run, ids[kind], [task for task in there if task.array == ids[kind]], count)
 
 
-def _throttle(array: str, tasks: list[jobs.Job], count: int) -> None:
+def _throttle(run: files.RunDir, array: str, tasks: list[jobs.Job], count: int) -> None:
     """Lets `count` tasks of an array run."""
-    running = sorted(int(job.id.partition("_")[2]) for job in tasks if job.state == "RUNNING")
+    running = sorted(
+        (job for job in tasks if job.state == "RUNNING"), key=lambda job: int(job.id.split("_")[1])
+    )
     if count:
         jobs.ask("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={count}")
         jobs.ask("scontrol", "release", array)
-        for task in running[count:]:
-            jobs.ask("scontrol", "requeue", f"{array}_{task}")
     else:  # a throttle of 0 would be none
         jobs.ask("scontrol", "hold", array)
-        for task in running:
-            jobs.ask("scontrol", "requeuehold", f"{array}_{task}")
+    for task in running[count:]:
+        try:
+            jobs.ask("scontrol", "requeue" if count else "requeuehold", task.id)
+        except jobs.SlurmError:  # heard before, perhaps, and not answered
+            now = {job.id: job for job in jobs.read_jobs(run)}.get(task.id)
+            if now and (now.state, now.restarts) == (task.state, task.restarts):
+                raise
 
 
 def stop(run: files.RunDir) -> list[str]:

@@ -118,3 +118,11 @@ def sick_nodes(run: files.RunDir) -> dict[str, str]:
     since = time.time() - EXCLUDED_S
     excluded = events.read_history(run).excluded.values()
     return {e.node: e.reason for e in excluded if not e.gpu and e.time >= since}
+
+
+def write_sick(run: files.RunDir) -> None:
+    """Says to the batch scripts of a run on Slurm, one name a line, where it makes no more shards:
+    a job that is queued again is not to start there.
+    """
+    if run.slurm.is_dir():
+        files.write_atomic(run.slurm / "sick", "".join(f"{n}\n" for n in sick_nodes(run)).encode())

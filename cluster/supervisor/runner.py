@@ -17,8 +17,10 @@ from contextlib import suppress
 
 from cluster.pool.pool import TeacherPool
 from cluster.settings import file, schema
+from cluster.slurm import site
 from cluster.state import cursor, done, identity
 from cluster.supervisor import stages
+from cluster.supervisor.arrays import Arrays
 from cluster.supervisor.group import POLL_PERIOD_S, RunFailed, TrainerGroup
 from cluster.supervisor.session import Session, Stopped, open_session
 from cluster.trainer.job import stop_file
@@ -82,7 +84,7 @@ def supervise(config: schema.RunConfig, *chosen: Stage) -> int:
     given, config = config, stages.with_models(done.with_absolute_paths(config))
     with open_session(config, config.files) as session:
         record, notes = identity.check_or_write(config, session.run)
-        for note in notes:
+        for note in [*notes, *site.grace_words(config, session.run)]:
             session.bars.say(note)
         file.save_config(session.run, given)
         view = done.RunView(config, session.run, record)
@@ -135,12 +137,15 @@ def _work(session: Session, work: stages.Work) -> None:
         raise Stopped
     group = TrainerGroup(session, job) if job else None
     before = measured.last_step(job.run.metrics) if job else 0
+    teachers = Arrays(session.run)
     try:
         with session.bars:
             produced = trained = False
             while not (produced and trained):
                 produced = pool is None or pool.poll()
                 trained = group is None or group.poll()
+                if pool is not None:
+                    teachers.follow(produced)
                 with files.next_time():
                     _show(session, pool, group, before)
                 while pool is not None and pool.notes:

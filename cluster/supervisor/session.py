@@ -23,7 +23,6 @@ from typing import Any
 import psutil
 import ray
 import ray._private.ray_constants
-import ray.exceptions
 
 from cluster.plan.placement import most_workers
 from cluster.settings.schema import RunConfig
@@ -48,7 +47,7 @@ RAY_ENVIRONMENT = {
 ANSWER_TIMEOUT = "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"
 TOKEN = secrets.token_hex(32)  # Ray reads it once in a process
 START_TRIES = 3
-START_ERRORS = (RuntimeError, OSError, ray.exceptions.RayError)
+ROOM_BYTES = 50 * 10**6  # that Ray's files take
 DAEMONS = ("gcs_server", "raylet")  # Ray's processes without which none of its calls ends
 
 # A token of the environment goes before the file; a Ray that starts asks for one by its mode
@@ -145,12 +144,17 @@ class Session:
         busy machine; the next try finds their files in memory.
 
         Raises:
+            ConfigError: there is no place for its files, or no shared memory.
             ConnectionError: it did not start, nor the tries before.
         """
+        if words := check_shared_memory(self.config.cluster.object_store_bytes):
+            self.bars.say(words)
         for left in reversed(range(START_TRIES)):
             try:
                 return self._start_local_ray()
-            except START_ERRORS as error:
+            except ConfigError:
+                raise
+            except Exception as error:  # Ray raises bare ones
                 ray.shutdown()
                 if self.stop_signal or not left:
                     load, cores = os.getloadavg()[0], os.cpu_count()
@@ -199,11 +203,15 @@ class Session:
             self._ray_temp.mkdir(mode=0o700)
             with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(TOKEN)
+            free = shutil.disk_usage(token).free
+            problem = "" if free >= ROOM_BYTES else f"{free:,} bytes left of {ROOM_BYTES:,}"
         except OSError as error:
-            raise ConfigError(
-                f"cannot write to {self._ray_temp}, where Ray's files lie ({error.strerror}); make "
-                "room there, or name another folder by TMPDIR=FOLDER, with a short name"
-            ) from error
+            problem = str(error.strerror)
+        check(
+            not problem,
+            f"cannot write to {self._ray_temp}, where Ray's files lie ({problem}); make room "
+            "there, or name another folder by TMPDIR=FOLDER, with a short name",
+        )
         self._before = self._before or {key: os.environ.pop(key, None) for key in OF_LOCAL_RAY}
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(token)
         # Ray's word for "this machine is the cluster": its servers listen on loopback.
@@ -300,6 +308,33 @@ def mend_token() -> None:
                     f"be changed ({error.strerror}); name another file by RAY_AUTH_TOKEN_PATH, of "
                     "mode 600"
                 ) from error
+
+
+SHARED_MEMORY = Path("/dev/shm")
+LARGE_STORE_BYTES = 10 * 10**9  # from here on Ray refuses a slow store
+
+
+def check_shared_memory(store_bytes: int) -> str:
+    """What is to be said of the memory in which Ray keeps objects; "" if there is enough.
+
+    Raises:
+        ConfigError: there is none, or much too little: Ray would fail in words of its own.
+    """
+    way = f"in a container start it with --shm-size, elsewhere mount a tmpfs at {SHARED_MEMORY}"
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError as error:
+        raise ConfigError(
+            f"Ray needs {SHARED_MEMORY}, and that cannot be used ({error.strerror}); {way}"
+        ) from error
+    if free >= store_bytes:
+        return ""
+    lacks = (
+        f"{SHARED_MEMORY} has {free:,} bytes free of the {store_bytes:,} of "
+        f"cluster.object_store_bytes; {way}"
+    )
+    check(store_bytes < LARGE_STORE_BYTES, lacks)
+    return f"{lacks}. Until then Ray's objects lie in {tempfile.gettempdir()}, which is slower"
 
 
 FILES = 1024  # that Ray wants to have open

@@ -4,17 +4,23 @@ The group can be started again at any time: a rank finds everything in the run d
 from the last verified checkpoint.
 """
 
+import copy
 import json
 import os
 import signal
 import threading
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
+import ray.exceptions
 import ray.train.torch
 import torch
+import torch.distributed as dist
 
+from cluster.trainer import meeting
 from cluster.trainer.job import TrainJob
 from distill.checkpoint.manifest import CheckpointError
 from distill.config import ConfigError
@@ -108,12 +114,48 @@ class RankBackend(ray.train.torch.config._TorchBackend):
     """
 
     def on_start(self, worker_group: Any, backend_config: "RankConfig") -> None:
-        assert backend_config.run is not None
-        each = range(len(worker_group))
-        ask = worker_group.execute_single_async
-        ray.get([ask(rank, keep_words, backend_config.run, rank) for rank in each])
-        super().on_start(worker_group, backend_config)
+        """Raises MeetingFailed when a rank does not answer, compute or reach the others."""
+        run, each = backend_config.run, range(len(worker_group))
+        assert run is not None
+
+        def ask(rank: int, *call: Any) -> Future[Any]:
+            return worker_group.execute_single_async(rank, *call).future()
+
+        names = [f"rank {rank}" for rank in each]
+        places = meeting.hear("answers", names, [ask(r, keep_words, run, r) for r in each])
+        names = [f"rank {rank} on {place}" for rank, place in enumerate(places)]
+        within = copy.copy(backend_config)
+        within.timeout_s = int(meeting.MEETING_S)
+        noted = _Noted(worker_group)
+        try:
+            super().on_start(noted, within)
+        except ray.exceptions.RayError:  # of the first rank, which may only have waited for another
+            meeting.hear("connects", names, [noted.answers[rank] for rank in each])
+            raise
+        if len(each) > 1:
+            meeting.meet(ask, names, ray.train.torch.get_device)
+            worker_group.execute(set_timeout, backend_config.timeout_s)
         worker_group.execute(catch_stop_signals)
+
+
+class _Noted:
+    """A group of workers, and the last answer of each."""
+
+    def __init__(self, worker_group: Any) -> None:
+        self._worker_group = worker_group
+        self.answers: dict[int, Future[Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._worker_group)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._worker_group, name)
+
+    def execute_single_async(self, rank: int, *call: Any, **more: Any) -> Any:
+        """As the group's own."""
+        answer = self._worker_group.execute_single_async(rank, *call, **more)
+        self.answers[rank] = answer.future()
+        return answer
 
 
 @dataclass
@@ -127,10 +169,18 @@ class RankConfig(ray.train.torch.TorchConfig):
         return RankBackend
 
 
-def keep_words(run: files.RunDir, rank: int) -> None:
-    """From now on what this rank prints is kept in the run, and NCCL's warnings are among it."""
+def keep_words(run: files.RunDir, rank: int) -> str:
+    """Where this rank is, in words. From now on what it prints is kept in the run, and NCCL's
+    warnings are among it.
+    """
     os.environ.setdefault("NCCL_DEBUG", "WARN")
     logs.keep(run, logs.rank_name(rank))
+    return meeting.place(ray.util.get_node_ip_address())
+
+
+def set_timeout(seconds: int) -> None:
+    """Of the collectives of this rank, from now on."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
 
 
 def catch_stop_signals() -> None:

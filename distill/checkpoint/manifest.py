@@ -92,6 +92,11 @@ def committed_steps(checkpoints: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
+def all_steps(checkpoints: Path) -> list[int]:
+    """Steps of all folders there, those kept for good too, oldest first. Not verified."""
+    return sorted({*committed_steps(checkpoints), *committed_steps(checkpoints / KEPT)})
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest of a checkpoint, with the sha256 of itself."""
     tree = records.tree_of(manifest)

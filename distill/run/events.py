@@ -224,6 +224,7 @@ class Save(Event, kind="save"):
     bytes: int = 0  # of all ranks; this and what follows was not always noted
     seconds: float = 0.0  # from its begin to its commit
     stall_s: float = 0.0  # of these, training stood still
+    checkpoints: tuple[int, ...] | None = None  # steps of all that are there now
 
 
 # -----------------------------------------------------------------------------------------------
@@ -359,7 +360,10 @@ class History:
         evicted: shards whose tars were deleted for room at any time.
         course: starts of the training, and windows of its steps, in their order.
         waits_for_nodes: there are too few for a group of trainer ranks.
-        saved: step of the last save since the last start of the training; None before it.
+        checkpoints: steps of those that shall be there: newer than the last start of the training
+            are only those that it has saved.
+        told: steps of which a save or a start tells that there was a checkpoint.
+        save_s: what the last save took.
     """
 
     target: int | None = None
@@ -376,7 +380,9 @@ class History:
     evicted: set[int] = field(default_factory=set)
     course: list[Resume | Steps] = field(default_factory=list)
     waits_for_nodes: bool = False
-    saved: int | None = None
+    checkpoints: set[int] = field(default_factory=set)
+    told: set[int] = field(default_factory=set)
+    save_s: float = 0.0
 
     @property
     def starts(self) -> list[Resume]:
@@ -475,11 +481,21 @@ def _take_worker(found: History, event: Event) -> bool:
 def _take_training(found: History, event: Event) -> None:
     """Folds an event of the trainer ranks."""
     match event:
-        case Resume() | Steps():
+        case Steps():
             found.course.append(event)
-            found.saved = found.saved if isinstance(event, Steps) else None
+        case Resume():
+            found.course.append(event)
+            own = {event.step} - {0}
+            # A newer one than is told of: a kill came between its commit, with which older ones may
+            # have gone, and its event.
+            is_untold = event.step > max(found.checkpoints, default=0)
+            older = set() if is_untold else found.checkpoints
+            found.checkpoints = own | {step for step in older if step < event.step}
+            found.told |= own
         case Save():
-            found.saved = event.step
+            found.told.add(event.step)
+            found.save_s = event.seconds
+            found.checkpoints = {event.step, *(event.checkpoints or ())}
         case Group():
             found.waits_for_nodes = False
         case GroupWaits():

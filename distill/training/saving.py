@@ -68,7 +68,9 @@ class Checkpointer(Callback):
         stalled = seconds if stall_s is None else stall_s
         failure = ""
         try:
-            self._say(events.Save(snapshot.step, size, round(seconds, 4), round(stalled, 4)))
+            there = manifest.all_steps(self._checkpoints)
+            stats = (size, round(seconds, 4), round(stalled, 4))
+            self._say(events.Save(snapshot.step, *stats, checkpoints=tuple(there)))
         except OSError as error:  # rank 0 alone writes events, and the others must not go on
             failure = f"step {snapshot.step} is saved, and no event could say so: {error}"
         agree.raise_together(ranks, failure, manifest.SaveError)

@@ -12,6 +12,11 @@ import pytest
 from benchmarks.slurm.cluster import MINI, Case, Cluster
 
 
+def pytest_addoption(parser):
+    words = "every case meets a Slurm that often does not answer, or oddly; which calls, SEED says"
+    parser.addoption("--moody", metavar="SEED", default="", help=words)
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory):
     """A cluster of four nodes with four pretended cores each."""
@@ -24,14 +29,15 @@ def slurm(tmp_path_factory):
 
 
 @pytest.fixture
-def submitted(slurm, tmp_path):
+def submitted(slurm, tmp_path, request):
     """Makes runs on the cluster; their jobs end with the test."""
-    made = []
+    made, seed = [], request.config.getoption("--moody", default="")
 
     def make(*settings):
         folder = tmp_path / str(len(made))
         folder.mkdir()
-        made.append(Case(slurm, folder, *settings))
+        mood = f"{seed} {request.node.name} {len(made)}" if seed else ""
+        made.append(Case(slurm, folder, *settings, mood=mood))
         return made[-1]
 
     yield make

@@ -6,6 +6,7 @@ nothing corrupt, and the trainer has taken the planned sequence of samples.
 """
 
 import json
+import re
 import time
 from dataclasses import dataclass
 
@@ -232,6 +233,33 @@ def test_ranks_on_two_nodes_are_one_group(submitted):
     case.finish()
     case.check()
     assert status(case.run)["train"]["world_size"] == 2
+
+
+NO_WAY_OUT = """#!/bin/bash
+# On all nodes but the first Gloo is told of an interface that is not there.
+[ "$SLURMD_NODENAME" = "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" ] ||
+  export GLOO_SOCKET_IFNAME=ib7
+exec "$@"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_rank_that_cannot_reach_the_others_is_named_with_its_node(submitted, tmp_path):
+    """Where a collective would wait for half an hour."""
+    launch = tmp_path / "launch"
+    launch.write_text(NO_WAY_OUT)
+    launch.chmod(0o755)
+    once = "cluster.trainer.max_restarts=0"
+    case = submitted(f"cluster.slurm.launch={launch}", once, ONE_TEACHER, *TWO_RANKS)
+    if not case.cluster.has_cables:
+        pytest.skip("NOT TESTED, nodes that do not reach each other: they share one address here")
+    case.submit()
+    case.until(lambda: case.train.state == "FAILED", "COMPLETED", "CANCELLED")
+    second = hosts(case.train.node_list)[1]
+    (failed,) = case.events("failed")
+    assert "not every rank connects: " in failed["error"]
+    assert re.search(rf"rank 1 on {second} \(10\.[0-9.]+\): .*ib7", failed["error"])
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from cluster.plan.nodes import share
 from cluster.settings.hydra import compose
 from cluster.slurm.jobs import read_ids, read_jobs
 from cluster.slurm.site import read_nodes, shape_for
+from cluster.supervisor.arrays import Arrays
+from distill.run.events import Exclude, append
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -83,7 +85,7 @@ def case(submitted, scratch):
         for name, text in (("ray", ray), ("bowstring", supervisor)):
             (folder / name).write_text(text)
             (folder / name).chmod(0o755)
-        case.env["PATH"] = f"{folder}:{os.environ['PATH']}"
+        case.env["PATH"] = f"{folder}:{case.env['PATH']}"
         case.submit(*flags)
         if ray is not RAY_NEVER:
             case.until(lambda: case.said("supervisor at") == 1)
@@ -225,6 +227,34 @@ def test_a_task_of_the_teachers_that_is_told_to_leave_is_queued_again_alone(case
     finish(case)
 
 
+def test_a_sick_node_is_left_out_where_slurm_starts_a_job_again(case):
+    """Also by a submit; and all of them are taken where no others would do."""
+    case = case(APART, "cluster.slurm.teachers.max_nodes=1")
+    case.until(lambda: case.said("joining", "teachers") == 1)
+    (sick,), (also,) = [case.train.node_list], case.teacher_nodes
+    (case.run.slurm / "sick").write_text(f"{sick}\n{also}\n")
+    case.tell("scancel", "--batch", "--signal=USR1", case.train.id)
+    case.until(lambda: case.said("supervisor at") == 2)
+    assert case.train.node_list not in (sick, also)
+    assert case.said(f"leaves out {sick},{also}") == 1
+    case.tell("scancel", "--batch", "--signal=USR1", read_ids(case.run)["teachers"] + "_0")
+    case.until(lambda: case.said("leaves out", "teachers") == 1)
+    case.until(lambda: any(job.restarts and job.node_list for job in case.jobs("teachers")))
+    assert {*case.teacher_nodes}.isdisjoint({sick, also})
+
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    append(case.run, Exclude(sick, "", "values that are not finite"), Exclude("elsewhere", "", "x"))
+    said = case.submit()
+    assert said.count(f"leaves out {sick}, which failed: values that are") == 3
+    case.until(lambda: case.said("supervisor at") == 3)
+    assert case.train.node_list != sick
+    case.bowstring("stop", str(case.run.root))
+    case.until(lambda: not any(job.is_there for job in read_jobs(case.run)))
+    append(case.run, *(Exclude(f"node{n}", "", "no memory") for n in range(1, 5)))
+    assert "leaves out" not in case.submit()
+
+
 def test_preempted_teachers_come_back_and_the_trainer_goes_on(case):
     case = case("cluster.slurm.teachers.partition=spot", APART)
     case.until(lambda: case.said("joining", "teachers") == 1)
@@ -325,16 +355,42 @@ def test_teachers_without_a_head_hold_their_array_until_there_is_one(case):
     finish(case)
 
 
+def test_teachers_leave_when_all_shards_are_made_and_come_back_when_some_are_lost(
+    case, monkeypatch
+):
+    case = case("cluster.slurm.teachers.nodes=2", "cluster.slurm.teachers.max_nodes=3")
+    case.until(lambda: case.said("joining", "teachers") == 2)
+
+    def all_are_held():
+        tasks = case.jobs("teachers")
+        return all(t.state == "PENDING" and "held" in t.reason.lower() for t in tasks)
+
+    arrays = Arrays(case.run)
+    arrays.follow(False)
+    arrays.follow(True)
+    case.until(all_are_held)
+    assert case.said("all shards are made", "teachers") >= 2 and case.train.state == "RUNNING"
+    monkeypatch.setattr("cluster.supervisor.arrays.AGAIN_S", 1.0)
+    arrays.follow(False)
+    case.until(lambda: case.said("joining", "teachers") == 4)
+    case.until(lambda: not any((case.run.slurm / "held").iterdir()))
+    arrays.follow(True)
+    case.until(all_are_held)
+    finish(case)
+    case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
+
+
 def test_the_array_is_throttled_by_scale(case):
     case = case()
 
     def running():
         return sum(job.state == "RUNNING" for job in case.jobs("teachers"))
 
-    for count in (4, 1, 0, 2):
+    for count in (4, 1, 0, 2, 0):
         case.bowstring("scale", str(case.run.root), str(count))
         case.until(lambda count=count: running() == count)
-    finish(case)
+    finish(case)  # and with it an array that is held
+    case.until(lambda: not any(job.is_there for job in case.jobs("teachers")))
 
 
 def test_two_arrays_of_teachers_are_scaled_and_stopped_as_one(case, tmp_path):

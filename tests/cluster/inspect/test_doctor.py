@@ -2,7 +2,16 @@
 
 from pathlib import Path
 
-from cluster.inspect.doctor import BAD, OK, cores, file_system, memory_bytes, packages, ports
+from cluster.inspect.doctor import (
+    BAD,
+    OK,
+    cores,
+    file_system,
+    hardware,
+    memory_bytes,
+    packages,
+    ports,
+)
 
 
 def test_a_good_folder_passes_and_is_left_as_it_was(tmp_path: Path):
@@ -31,3 +40,12 @@ def test_packages_and_ports_of_this_environment_are_fine():
 def test_cores_and_memory_are_counted():
     assert cores() >= 1
     assert memory_bytes() > 2**20
+
+
+def test_a_machine_without_shared_memory_is_bad(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.inspect.doctor.SHARED_MEMORY", tmp_path / "none")
+    (finding,) = [finding for finding in hardware() if finding.name == str(tmp_path / "none")]
+    assert (finding.state, finding.detail) == (
+        BAD,
+        "missing, and Ray needs it; mount a tmpfs there",
+    )

@@ -17,6 +17,7 @@ from cluster.inspect.status import status
 from cluster.inspect.verify import audit
 from cluster.settings.file import load_config, save_config
 from cluster.state.evicted import evict
+from cluster.state.lock import held
 from distill.checkpoint.manifest import KEPT, committed_steps, read_manifest, write_manifest
 from distill.config import ConfigError
 from distill.data.order import Order
@@ -51,7 +52,7 @@ def run(tmp_path, write_checkpoint) -> RunDir:
     write_tiny_record(run, {}, STREAM)
     write_tiny_shards(run, tiny_spec(), range(6))
     append(run, Resume(0, 1), window(0, 1), Save(2), window(2, 3))
-    append(run, Resume(2, 1), window(2, 2), window(3, 4))
+    append(run, Resume(2, 1), window(2, 2), window(3, 4), Save(5, checkpoints=(2, 5)))
     write_checkpoint(run, 2)
     write_checkpoint(run, 5)
     return run
@@ -230,8 +231,8 @@ def test_lines_of_another_version_are_told_and_break_nothing(run):
         file.write('{"time": 1.0, "kind": "dance"}\n{"time": 1.0, "kind": "sca\n')
     found = audit(run)
     assert found["ok"] and found["events"] == [
-        "events.jsonl line 8: kind 'dance' is not known; a newer version may know it",
-        "events.jsonl line 9: no JSON object, as a crash leaves it",
+        "events.jsonl line 9: kind 'dance' is not known; a newer version may know it",
+        "events.jsonl line 10: no JSON object, as a crash leaves it",
     ]
 
 
@@ -242,7 +243,7 @@ def test_a_window_of_steps_that_cannot_be_read_is_a_gap(run):
     found = audit(run)
     assert not found["ok"] and found["consumption"] == ["steps 7-8 came after 5 steps"]
     assert found["events"] == [
-        "events.jsonl line 8: steps lacks the field 'ids_sha256'; the line counts for nothing"
+        "events.jsonl line 9: steps lacks the field 'ids_sha256'; the line counts for nothing"
     ]
 
 
@@ -258,7 +259,7 @@ def test_audit_needs_no_torch():
 
 def test_a_checkpoint_newer_than_the_events_is_a_finding(run):
     lines = run.events.read_text().splitlines(keepends=True)
-    run.events.write_text("".join(lines[:-1]))  # the window of steps 3 and 4
+    run.events.write_text("".join(lines[:-2] + lines[-1:]))  # the window of steps 3 and 4
     found = audit(run)
     assert not found["ok"] and found["consumption"] == []
     assert found["records"] == [
@@ -269,15 +270,51 @@ def test_a_checkpoint_newer_than_the_events_is_a_finding(run):
     assert not audit(run)["ok"]
 
 
-def test_a_save_without_its_checkpoint_is_a_finding(run):
-    append(run, Save(5))
+def test_a_save_without_its_checkpoint_is_a_finding_whichever_it_is(run):
+    shutil.rmtree(run.checkpoints / "step_00000002")
+    gone = "run/events.jsonl tells of a checkpoint of step {}, which is not there"
+    assert audit(run)["records"] == [gone.format(2)]
+    append(run, Save(6, checkpoints=(5, 6)))  # as one that has taken it away
+    assert audit(run)["records"] == [gone.format(6)]
+    append(run, Resume(5, 1))  # it fell back behind it since
     assert audit(run)["ok"]
     shutil.rmtree(run.checkpoints / "step_00000005")
+    assert audit(run)["records"] == [gone.format(5)]
+
+
+def test_a_checkpoint_of_which_no_save_and_no_start_tells_is_a_finding(run, write_checkpoint):
+    write_checkpoint(run, 4)
+    (run.checkpoints / KEPT).mkdir()
+    (run.checkpoints / "step_00000004").rename(run.checkpoints / KEPT / "step_00000004")
     assert audit(run)["records"] == [
-        "events.jsonl tells of a checkpoint of step 5, which is not there"
+        "run/events.jsonl does not tell of the checkpoints of steps 4: lines are missing or cut (a "
+        "kill between a save and its line is made good by the next start)"
     ]
-    append(run, Resume(2, 1), window(2, 4))  # it fell back behind it since
+
+
+def test_a_kill_between_a_save_and_its_line_is_made_good_by_the_next_start(run, write_checkpoint):
+    """It has taken an older one away, and no line says so. A live run is about to say it."""
+    write_checkpoint(run, 6)
+    shutil.rmtree(run.checkpoints / "step_00000002")
+    append(run, window(5, 5))
+    with held(run):
+        assert audit(run)["ok"]
+    found = audit(run)["records"]
+    assert len(found) == 2 and "of step 2, which" in found[0] and "of steps 6:" in found[1]
+    append(run, Resume(6, 1))
     assert audit(run)["ok"]
+
+
+def test_the_checkpoints_of_the_runs_own_teacher_are_compared_with_its_own_events(
+    run, write_checkpoint
+):
+    write_checkpoint(run.teacher, 3)
+    append(run.teacher, Resume(0, 1), Steps(0, 2, "0" * 64))
+    assert "teacher/events.jsonl does not tell of" in audit(run)["records"][0]
+    append(run.teacher, Save(3))
+    assert audit(run)["ok"]
+    shutil.rmtree(run.teacher.checkpoints)
+    assert "teacher/events.jsonl tells of a checkpoint of step 3" in audit(run)["records"][0]
 
 
 def test_a_line_that_was_changed_is_a_finding_and_one_that_a_crash_cut_is_told(run):
@@ -285,13 +322,13 @@ def test_a_line_that_was_changed_is_a_finding_and_one_that_a_crash_cut_is_told(r
     append(run, window(5, 6))
     whole = run.events.read_bytes()
     run.events.write_bytes(whole.replace(b'"kind": "save"', b'"kind"; "save"'))
-    assert audit(run)["records"] == [
+    assert audit(run)["records"][:1] == [
         f"run/events.jsonl line {len(lines[:3])} was changed: it is whole, and no JSON object"
     ]
     run.events.write_bytes(whole[:-7])
     found = audit(run)
     assert found["ok"] and found["events"] == [
-        "events.jsonl line 8: no JSON object, as a crash leaves it"
+        "events.jsonl line 9: no JSON object, as a crash leaves it"
     ]
 
 

@@ -33,7 +33,7 @@ if name == "sbatch":
     (home / "queue.json").write_text(json.dumps(queue))
     answer = str(number)
 else:
-    answer = "\\n".join(job + "_[0-3]|" + script + "|" for job, script, _, _ in queue)
+    answer = "\\n".join(job + "_[0-3]|" + script + " " + w[-1] + "|" for job, script, w, _ in queue)
 if mood == "lost":
     sys.exit(name + ": error: Batch job submission failed: Socket timed out on send/recv operation")
 if mood == "banner":

@@ -15,6 +15,9 @@ from cluster.settings.hydra import compose
 from cluster.slurm import jobs, site
 from cluster.slurm.scripts import of_teachers, plan, render
 from distill.config import ConfigError
+from distill.networks.cost import network_cost
+from distill.run.events import Save, append
+from distill.run.files import RunDir
 
 EXPERIMENTS = sorted(
     path.stem for path in (Path(__file__).parents[3] / "configs/experiment").glob("*.yaml")
@@ -324,3 +327,27 @@ def test_arrays_of_teachers_each_have_their_own_place_and_number(tmp_path):
         made(*words, five, *site, shape=SHAPES["4 x A100"])
     with pytest.raises(ConfigError, match="a name is a letter"):
         one("experiment=cifar10", "cluster=bad", *site)
+
+
+def test_time_that_is_too_short_for_a_save_is_said_beforehand(tmp_path, monkeypatch):
+    """By the last save where there was one, otherwise by the bytes of one."""
+    run = RunDir(tmp_path)
+    config = one("experiment=imagenet256_sit", "cluster=slurm", "cluster.slurm.save_s=1")
+    weights = network_cost(config.student, config.data.image).parameters
+    (words,) = site.grace_words(config, run)
+    seconds = 20 * weights * 2.6e-9 / config.cluster.trainer.num_workers
+    assert f"one of {20 * weights:,} bytes takes about {seconds:.0f} s" in words
+    config = one("experiment=tiny", "cluster=slurm", "cluster.slurm.train.partition=spot")
+    monkeypatch.setattr(jobs, "ask_once", lambda *_: "GraceTime=30 PreemptMode=REQUEUE State=UP")
+    assert site.grace_words(config, run) == []
+    append(run, Save(5, 1000, seconds=90.0))
+    assert site.grace_words(config, run) == [
+        "partition spot leaves 30 s before it takes a node away, and the last one took 90 s: the "
+        "steps since the last save are then taken again (train.save_every)"
+    ]
+    append(run, Save(10, 1000, seconds=250.0))
+    monkeypatch.setattr(jobs, "ask_once", lambda *_: "GraceTime=0 PreemptMode=OFF State=UP")
+    (words,) = site.grace_words(config, run)
+    assert words.startswith("cluster.slurm.save_s=300 leaves 240 s for a step and its save, and")
+    assert words.endswith("set cluster.slurm.save_s=500")
+    assert site.grace_words(one("experiment=tiny"), run) == []

@@ -17,6 +17,7 @@ from cluster.state.cursor import Position, read_cursor
 from cluster.state.lock import holder, is_live
 from cluster.supervisor.session import (
     Stopped,
+    check_shared_memory,
     hidden_gpus,
     is_alive,
     mend_token,
@@ -121,6 +122,27 @@ def test_a_temporary_folder_without_room_is_named(config, tmp_path, monkeypatch)
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match=r"cannot write to .*bow, where Ray's .*TMPDIR"):
             session._try_local_ray()
+        session._ray_temp = tmp_path / "bow"
+        monkeypatch.setattr("cluster.supervisor.session.ROOM_BYTES", 10**18)
+        with pytest.raises(ConfigError, match=r"\([0-9,]+ bytes left of 1,000,000,0.*TMPDIR"):
+            session._try_local_ray()
+
+
+def test_shared_memory_that_is_missing_or_small_is_said_with_the_way_out(
+    config, tmp_path, monkeypatch
+):
+    assert check_shared_memory(1) == ""
+    monkeypatch.setattr("cluster.supervisor.session.LARGE_STORE_BYTES", 10**19)
+    assert "cluster.object_store_bytes; in a container" in check_shared_memory(10**18)
+    monkeypatch.setattr("cluster.supervisor.session.LARGE_STORE_BYTES", 10**18)
+    with pytest.raises(ConfigError, match=r"/dev/shm has [0-9,]+ bytes free of .*--shm-size"):
+        check_shared_memory(10**18)
+    monkeypatch.setattr("cluster.supervisor.session.SHARED_MEMORY", tmp_path / "none")
+    with (
+        open_session(config, RunDir(tmp_path / "run")) as session,
+        pytest.raises(ConfigError, match=r"Ray needs .*none, and that cannot be used .*--shm-size"),
+    ):
+        session.start_ray()
 
 
 def test_a_token_that_others_can_read_is_mended_or_refused(tmp_path, monkeypatch):
@@ -161,8 +183,10 @@ def test_hidden_gpus_are_named_where_gpus_are_missing(monkeypatch, visible):
     assert hidden_gpus(["GPU: 1 asked for, 0 there"]) == ""
 
 
-@pytest.mark.parametrize("failures", [0, 2, 3])
-def test_a_ray_that_does_not_start_is_started_again(config, tmp_path, monkeypatch, failures):
+@pytest.mark.parametrize(
+    ("failures", "error"), [(0, OSError), (2, RuntimeError), (2, Exception), (3, RuntimeError)]
+)
+def test_a_ray_that_does_not_start_is_started_again(config, tmp_path, monkeypatch, failures, error):
     """And never the cluster that somebody's RAY_ADDRESS names is joined in its place."""
     starts = []
 
@@ -172,7 +196,7 @@ def test_a_ray_that_does_not_start_is_started_again(config, tmp_path, monkeypatc
         raylet.parent.mkdir(parents=True)
         raylet.write_text(f"no memory {len(starts)}")
         if len(starts) <= failures:
-            raise RuntimeError("long story\nthe raylet did not register in time")
+            raise error("long story\nthe raylet did not register in time")
 
     monkeypatch.setattr("ray.init", init)
     with open_session(config, RunDir(tmp_path / "run")) as session:

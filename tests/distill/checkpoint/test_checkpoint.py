@@ -7,6 +7,7 @@ ranks.
 import os
 import shutil
 import stat
+import subprocess
 import sys
 import threading
 import time
@@ -130,6 +131,72 @@ def test_what_killed_saves_have_left_goes_before_room_is_needed(saved, tmp_path,
     monkeypatch.setattr(checkpoint.files, "write_atomic", record)
     fit(tmp_path, 12)
     assert writes and not any(map(any, writes)) and 12 in committed_steps(saved)
+
+
+# Saves of step 15, and a start before each; dies by SIGKILL at its n-th call to the file system,
+# n drawn, 200 times. Then one that lives. Prints bytes on the disk, before and after.
+KILLED_SAVES = """
+import os, random, signal, sys
+from pathlib import Path
+import torch
+from distill.checkpoint import commit, manifest
+
+class One:
+    rank, world_size = 0, 1
+    def gather(self, tensor):
+        return tensor[None]
+    def any(self, value):
+        return bool(value)
+
+torch.set_num_threads(1)
+folder, odd = Path(sys.argv[1]), random.Random(0)
+
+def save(step):
+    commit.clean_staging(folder)  # as every start does
+    about = manifest.Manifest(
+        format=1, step=step, world_size=1, engine="torch", zero_stage=0, precision="fp32",
+        averages={}, parameters={}, rng="counter-based", versions={},
+    )
+    commit.commit(folder, commit.Snapshot(about, {"master|p|0": torch.randn(50_000)}), One(), 2)
+
+def used():
+    return sum(path.stat().st_blocks for path in folder.rglob("*")) * 512
+
+def deadly(function):
+    def call(*args, **more):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*args, **more)
+    return call
+
+for step in (5, 10, 15):
+    save(step)
+before, most, killed, step = used(), 0, 0, 15
+while killed < 200:
+    step += 5
+    left = odd.randrange(1, 14)
+    if os.fork() == 0:
+        for name in ("fsync", "rename", "replace", "unlink", "mkdir", "rmdir"):
+            setattr(os, name, deadly(getattr(os, name)))
+        save(step)
+        os._exit(0)
+    killed += os.waitstatus_to_exitcode(os.wait()[1]) == -signal.SIGKILL
+    most = max(most, used())
+save(step + 5)
+print(before, most, used(), *manifest.committed_steps(folder))
+"""
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_in_the_middle_of_a_save_leave_the_disk_as_it_was(tmp_path, measured):
+    command = [sys.executable, "-c", KILLED_SAVES, str(tmp_path / "checkpoints")]
+    out = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    before, most, after, *steps = map(int, out)
+    assert after == before and len(steps) == 2
+    assert most < 2.1 * before  # two checkpoints, one more, and what one killed save has left
+    measured(f"bytes before {before:,}, at most {most:,}, after 200 kills {after:,}")
 
 
 def test_a_checkpoint_of_another_run_is_refused(saved, tmp_path, fit):
