@@ -23,7 +23,7 @@ lint: install
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not slow and not gpu"
 
 format: install
 	$(BIN)/ruff format .

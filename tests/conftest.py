@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 import fsspec
+import hypothesis
 import pytest
 import torch
+from xdist.remote import Producer
+from xdist.scheduler import LoadFileScheduling
 
 from distill.checkpoint import commit as checkpoint
 from distill.config import TrainConfig
@@ -28,7 +31,27 @@ from distill.testing import write_tiny_record
 DIGITS = DataConfig(name="digits", channels=1, size=8, num_classes=10)
 PAGE = 5
 TINY = DiTConfig(patch_size=4, width=16, depth=1, num_heads=2)
-MEASURED = pytest.StashKey[list[str]]()
+
+# Tests that start Ray, Slurm or several ranks follow one another in one of pytest's processes, with
+# one server to fork ranks from; what needs one core goes on beside them in the others.
+MACHINES = (
+    "tests/chaos/",
+    "tests/slurm/",
+    "tests/cluster/pool/test_object_store.py",
+    "tests/cluster/pool/test_sick.py",
+    "tests/cluster/pool/test_worker.py",
+    "tests/cluster/plan/test_memory.py",
+    "tests/cluster/state/test_workers.py",
+    "tests/cluster/supervisor/test_older_run.py",
+    "tests/cluster/supervisor/test_recursion.py",
+    "tests/cluster/trainer/",
+    "tests/distill/checkpoint/test_killed_saves.py",
+    "tests/distill/test_testing.py",
+    "tests/distill/training/test_memory.py",
+)
+
+hypothesis.settings.register_profile("bowstring", deadline=None)  # others work on this machine
+hypothesis.settings.load_profile("bowstring")
 
 # Ranks are forked from a process that has imported torch and DeepSpeed, which takes seconds. What a
 # first engine of DeepSpeed imports besides takes seconds more.
@@ -44,16 +67,32 @@ multiprocessing.set_forkserver_preload(
 )
 
 
+class ByFile(LoadFileScheduling):
+    """The tests of a file share its fixtures, and those of MACHINES one process (`pytest -n`)."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = super()._split_scope(nodeid)
+        return "machines" if file.startswith(MACHINES) else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByFile:
+    """Which process takes which tests."""
+    return ByFile(config, log)
+
+
 @pytest.fixture
 def measured(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Takes a line with what a test has measured; all stand at the end of what pytest prints."""
-    lines = request.config.stash.setdefault(MEASURED, [])
-    return lambda line: lines.append(f"{request.node.name}: {line}")
+    name, found = request.node.name, request.node.user_properties
+    return lambda line: found.append(("measured", f"{name}: {line}"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Prints what `measured` took."""
-    lines = terminalreporter.config.stash.get(MEASURED, [])
+    """Prints what `measured` took, of tests in any process."""
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    found = (report.user_properties for report in reports if isinstance(report, pytest.TestReport))
+    lines = dict.fromkeys(line for pairs in found for key, line in pairs if key == "measured")
     if lines:
         terminalreporter.section("measured")
     for line in lines:

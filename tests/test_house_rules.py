@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import MACHINES
+
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "distill").rglob("*.py"), *(ROOT / "cluster").rglob("*.py")])
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
@@ -39,3 +41,17 @@ def test_nothing_is_sniffed_unpickled_or_caught_broadly(path):
         if isinstance(node, ast.ExceptHandler) and path.name not in SUPERVISOR:
             caught = ast.unparse(node.type) if node.type else "everything"
             assert caught not in ("Exception", "BaseException", "everything")
+
+
+def starts_ranks(path: Path) -> bool:
+    """Whether the file calls `run_ranks`."""
+    calls = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    return any(ast.unparse(call.func).endswith("run_ranks") for call in calls)
+
+
+def test_what_starts_ranks_does_so_in_one_process_of_pytest():
+    files = [path for path in (ROOT / "tests").rglob("test_*.py") if starts_ranks(path)]
+    assert len(files) > 5
+    names = [path.relative_to(ROOT).as_posix() for path in files]
+    assert [name for name in names if not name.startswith(MACHINES)] == []
+    assert all((ROOT / name).exists() for name in MACHINES)

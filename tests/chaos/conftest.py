@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -334,7 +336,7 @@ class Node:
 
 
 @pytest.fixture
-def nodes(tmp_path, tmp_path_factory):
+def nodes(tmp_path):
     """Starts nodes of one cluster; the first is its head."""
     token = tmp_path / "token"
     token.touch(mode=0o600)
@@ -347,12 +349,12 @@ def nodes(tmp_path, tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
     started = []
+    short = tempfile.mkdtemp(prefix="r")  # socket paths have a limit
 
     def start(**resources):
         if started:
             arguments = [f"--address={started[0].address}"]
         else:
-            short = tmp_path_factory.mktemp("r", numbered=True)  # socket paths have a limit
             arguments = ["--head", "--port=0", "--include-dashboard=false", f"--temp-dir={short}"]
         node = Node(tmp_path, f"node{len(started)}", env, *arguments, **resources)
         started.append(node)
@@ -363,3 +365,4 @@ def nodes(tmp_path, tmp_path_factory):
     for node in reversed(started):
         if node.process.poll() is None:
             node.kill()
+    shutil.rmtree(short)

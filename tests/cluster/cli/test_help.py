@@ -3,9 +3,9 @@ the command line is what the parsers take.
 """
 
 import itertools
+import os
 import re
 import shlex
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from cluster.supervisor import runner
 from tests.cluster.cli.test_main import bowstring, modules_after
 
 ROOT = Path(__file__).parents[3]
+CHILDREN = "children_user", "children_system"  # of the processor: it may be busy with others
 PAGES = [ROOT / "README.md", ROOT / "slurm/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -42,15 +43,14 @@ def test_help_loads_nothing_that_is_heavy(args):
 
 
 def test_help_is_there_at_once(measured):
-    times = []
-    for _ in range(3):  # the best of three, on a machine that may be busy
-        start = time.monotonic()
-        result = bowstring("run", "--help")
-        times.append(time.monotonic() - start)
-        assert result.returncode == 0
-        assert "bowstring run experiment=digits" in result.stdout
-    measured(f"seconds of `bowstring run --help`: {min(times):.2f}")
-    assert min(times) < 1.0
+    before = os.times()
+    result = bowstring("run", "--help")
+    after = os.times()
+    assert result.returncode == 0
+    assert "bowstring run experiment=digits" in result.stdout
+    user, system = (getattr(after, x) - getattr(before, x) for x in CHILDREN)
+    measured(f"seconds of `bowstring run --help`: {user + system:.2f}")
+    assert user + system < 0.5
 
 
 def squashed(text: str) -> str:
