@@ -497,3 +497,27 @@ def doctor(options: Namespace) -> int:
     from cluster.inspect.doctor import show
 
     return show(options.dir, as_json=options.json)
+
+
+@verb(
+    argument("word", nargs="?", metavar="WORD", help="in a key or its words (default: all)"),
+    argument("--page", action="store_true", help="as docs/settings.md"),
+)
+def settings(options: Namespace) -> int:
+    """every setting: type, default, and what it is for
+
+    Lists the settings of a run, or those that have WORD in their key or in what they are for.
+    The defaults are those without an experiment; `bowstring run experiment=NAME --cfg job` shows
+    what an experiment makes of them.
+
+    examples:
+      bowstring settings
+      bowstring settings precision
+      bowstring settings train.
+    """
+    from cluster.inspect.settings import page, show
+
+    if options.page:
+        print(page(), end="")
+        return 0
+    return show(options.word or "")
