@@ -31,6 +31,8 @@ try:
         train,
     )
     from distill.config import ConfigError, ImageSpec
+    from distill.flow.trajectory import TrajectoryBatch
+    from distill.objectives.base import LossTerms, Objective
     from distill.sample import Student, load_student
     from distill.training.callbacks import Callback, Step
 except ModuleNotFoundError as error:
@@ -44,10 +46,13 @@ __all__ = [
     "Comparison",
     "ConfigError",
     "ImageSpec",
+    "LossTerms",
+    "Objective",
     "Step",
     "Student",
     "Teacher",
     "Trajectories",
+    "TrajectoryBatch",
     "compare",
     "load_student",
     "load_teacher",

@@ -23,10 +23,11 @@ from distill.evaluation import curves, sampling
 from distill.evaluation.config import EvalConfig
 from distill.evaluation.metrics import relative_distance
 from distill.flow.noise import sample_noise
-from distill.flow.times import NFE_PER_STEP
+from distill.flow.times import EVEN, NFE_PER_STEP
 from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
 from distill.networks import build, files as model_files, layers
 from distill.networks.config import NETWORKS, NetworkConfig
+from distill.objectives.base import Objective
 from distill.objectives.build import build_objective
 from distill.objectives.config import OBJECTIVES, ObjectiveConfig
 from distill.run.files import RunDir
@@ -338,7 +339,7 @@ class _Memory:
 def train(
     student: sample.Student,
     trajectories: Trajectories,
-    objective: ObjectiveConfig,
+    objective: ObjectiveConfig | Objective,
     steps: int = 100,
     batch_size: int = 64,
     callbacks: Sequence[Callback] = (),
@@ -346,7 +347,8 @@ def train(
 ) -> sample.Student:
     """A new student: `student` after `steps` more, its weights averaged as those of a run are.
 
-    `settings` are those of the command line's `train`: lr, warmup_steps, micro_batch ..
+    `objective` is one of `make_objective`, or your own: an object with the method `loss` of
+    `bowstring.Objective`. `settings` are those of the command line's `train`: lr, warmup_steps ..
     `callbacks` hang on the loop: their `step` hears of every loss. Nothing is written to disk.
 
     Raises:
@@ -365,15 +367,18 @@ def train(
         student.image.shape == shape,
         f"the trajectories are of images {shape}, and the student makes {student.image.shape}",
     )
-    objective.check_run(config, trajectories.grid, list(range(trajectories.grid + 1)))
     network = copy.deepcopy(student.network).train().requires_grad_(True)
     engine = TorchEngine(network, config, student.device)
-    loss = build_objective(
-        objective, trajectories.seed, engine.device, engine.gradient_norms, config.max_steps
-    )
+    if isinstance(objective, ObjectiveConfig):
+        objective.check_run(config, trajectories.grid, list(range(trajectories.grid + 1)))
+        name, middle = objective.name, objective.middle
+        norms, place = engine.gradient_norms, engine.device
+        loss = build_objective(objective, trajectories.seed, place, norms, config.max_steps)
+    else:
+        name, middle, loss = type(objective).__name__, EVEN, objective
     loop.train(engine, _Memory(trajectories, config), loss, config, callbacks)
     done = student.meta.get("step", 0) + steps
-    about = {"kind": "student", "objective": objective.name, "middle": objective.middle}
+    about = {"kind": "student", "objective": name, "middle": middle}
     about |= {"step": done, "seed": trajectories.seed}
     return _student(engine.averaged, about, student.device)
 

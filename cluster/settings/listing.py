@@ -78,7 +78,7 @@ def _below(kind: Any, prefix: str, of: str, section: str, free: bool) -> Iterato
 def _variants(base: type, prefix: str, free: bool) -> Iterator[Setting]:
     """Those that all classes of a choice have, then those that only some have."""
     classes, chooser = CHOICES[base]
-    common = {one.name for one in fields(base)}  # type: ignore[arg-type]
+    common = {one.name for one in fields(base)}
     yield from _below(base, prefix, "", "", free)
     rows: dict[Setting, list[str]] = {}
     for name, kind in classes.items():

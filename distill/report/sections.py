@@ -216,9 +216,9 @@ def size(num_bytes: float | int) -> str:
 # The page
 
 
-def render(facts: Facts) -> str:
-    """The page: templates/page.html, which has its words and escapes what it is given."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates of this room, which escape what they are given."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("distill.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -226,25 +226,34 @@ def render(facts: Facts) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "number": number,
         "duration": duration,
         "size": size,
         "svg": figures.inline_svg,
     }
-    return environment.get_template("page.html").render(
-        name=facts.name,
-        objective=facts.results.objective if facts.results else "",
-        headline=headline(facts),
-        pictures=pictures(facts),
-        quality=quality(facts),
-        losses=losses(facts),
-        speed=speed(facts),
-        teachers=teachers(facts),
-        cost=facts.results.cost if facts.results else None,
-        identity=identity(facts),
-        config=facts.config,
-        command=facts.command,
+    return made
+
+
+def render(facts: Facts) -> str:
+    """The page: templates/page.html, which has its words."""
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            name=facts.name,
+            objective=facts.results.objective if facts.results else "",
+            headline=headline(facts),
+            pictures=pictures(facts),
+            quality=quality(facts),
+            losses=losses(facts),
+            speed=speed(facts),
+            teachers=teachers(facts),
+            cost=facts.results.cost if facts.results else None,
+            identity=identity(facts),
+            config=facts.config,
+            command=facts.command,
+        )
     )
 
 
