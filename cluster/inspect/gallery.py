@@ -116,7 +116,7 @@ class Exhibit:
     ) -> Row:
         device = self.student.device
         noise, labels = noise.to(device), labels.to(device)
-        sampler(noise[:1], labels[:1])  # what only a first call costs
+        sampler(noise, labels)  # what only a first call costs
         start = time.perf_counter()
         x = sampler(noise, labels).float().cpu()
         seconds = (time.perf_counter() - start) / len(x)

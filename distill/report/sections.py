@@ -73,7 +73,7 @@ def claim(facts: Facts) -> str:
         return ""
     times = fine.seconds_per_1000 / best.seconds_per_1000
     many = "evaluation" if best.nfe == 1 else "evaluations"
-    faster = f": {times:.3g} times faster" if times >= 1.5 else ""
+    faster = f": {times:.{0 if times >= 10 else 1}f} times faster" if times >= 1.5 else ""
     return f"{fine.nfe} network evaluations → {best.nfe} {many}{faster}, and this is how it looks."
 
 
