@@ -3,17 +3,22 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint docs format clean
 
 install: .venv/.installed
 
-.venv/.installed: pyproject.toml constraints.txt
+# What a run needs, without the developers' packages.
+.venv/.runs: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,dev]'
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train]'
 	touch $@
 
-demo: install
+.venv/.installed: .venv/.runs
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[train,dev,docs]'
+	touch $@
+
+demo: .venv/.runs
 	$(BIN)/bowstring run experiment=digits
 
 lint: install
@@ -21,6 +26,10 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+docs: install
+	$(BIN)/mkdocs serve
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not slow and not gpu"
@@ -30,4 +39,4 @@ format: install
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache

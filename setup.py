@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 
 setup(
     packages=[
-        *find_packages(include=["distill", "distill.*", "cluster", "cluster.*"]),
+        *find_packages(include=["bowstring", "distill", "distill.*", "cluster", "cluster.*"]),
         "bowstring_configs",
         "bowstring_slurm",
     ]

@@ -135,14 +135,14 @@ class TrainConfig:
     the step where it is resumed; that is said at the start, and written into run.json.
     """
 
-    max_steps: int = free(800, of="train")
+    max_steps: int = free(800, of="train")  # optimizer steps
     batch_size: int = 256  # global, over all ranks and accumulation steps
     micro_batch: int = free(0)  # samples a rank takes at once; 0: no gradient accumulation
-    lr: float = 1e-3
-    warmup_steps: int = 20
+    lr: float = 1e-3  # the highest, after the warm-up
+    warmup_steps: int = 20  # in which it rises, linearly
     decay: str = "cosine"  # constant | cosine (to 0 at max_steps)
-    weight_decay: float = 0.0
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.0  # of AdamW, on matrices
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])  # of AdamW
     grad_clip: float = 1.0  # largest global gradient norm; 0 is off
     # What ranks share: 0 nothing, 1 moments, 2 gradients too, 3 weights too
     zero_stage: int = free(1)

@@ -22,7 +22,7 @@ from distill.engine.engine import TorchEngine
 from distill.networks.build import build_network
 from distill.networks.config import DiTConfig
 from distill.networks.files import save_model
-from distill.run.events import Commit, Lease, Pool, WorkerJoin, append
+from distill.run.events import Commit, Lease, Pool, Resume, WorkerJoin, append
 from distill.run.files import RunDir, write_json
 from distill.run.measured import Metrics, append_metrics
 from distill.teachers.config import NativeConfig, TeacherConfig
@@ -122,12 +122,13 @@ def finished_run(tmp_path_factory) -> RunDir:
         WorkerJoin("w", {}, time=5.0),
         Lease(0, "w", time=5.0),
         Commit(0, "w", 1000, 2.0, time=7.0),
+        Resume(0, 2),
     )
     for step in (10, 20):
         terms = {"output": 0.1 / step, "velocity": 0.2 / step}
         speed = {"samples_per_s": 50.0, "step_s": 0.5, "data_wait_fraction": 0.1, "world_size": 2}
         speed |= {"phases_s": {"forward": 0.4, "data": 0.05}, "peak_memory_bytes": 3_000_000_000}
-        speed |= {"flops_per_s": 4e9, "mfu": 0.125}
+        speed |= {"flops_per_s": 4e9, "mfu": 0.125, "lr": 1e-3, "grad_norm": 2.0 / step}
         append_metrics(run, Metrics(step, loss=0.3 / step, terms=terms, **speed))
     return run
 

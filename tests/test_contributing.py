@@ -18,10 +18,11 @@ def rooms(package: str) -> set[str]:
     return folders | {path.name for path in top.glob("*.py")} - {"__init__.py", "manifest.py"}
 
 
-@pytest.mark.parametrize("package", ["cluster", "distill"])
+@pytest.mark.parametrize("package", ["bowstring", "cluster", "distill"])
 def test_the_tree_has_a_sentence_for_every_room(package):
-    block = TEXT.partition(f"```\n{package}/" if package == "cluster" else f"\n{package}/")[2]
-    lines = block.partition("```" if package == "distill" else "\ndistill/")[0].splitlines()[1:]
+    tree = TEXT.partition("```\n")[2].partition("```")[0]
+    block = re.split(r"^(?=\w+/)", tree, flags=re.MULTILINE)
+    (lines,) = (part.splitlines()[1:] for part in block if part.startswith(f"{package}/"))
     found = dict(line.split(maxsplit=1) for line in lines if line.strip())
     assert set(found) == rooms(package)
     assert all(sentence.strip() for sentence in found.values())

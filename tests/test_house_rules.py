@@ -8,7 +8,8 @@ import pytest
 from tests.conftest import MACHINES
 
 ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*(ROOT / "distill").rglob("*.py"), *(ROOT / "cluster").rglob("*.py")])
+PACKAGES = ("bowstring", "cluster", "distill")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 NAMES = [str(path.relative_to(ROOT)) for path in SOURCES]
 
 MAX_FUNCTION_LINES = 60

@@ -282,6 +282,38 @@ def export(options: Namespace) -> int:
     return 0
 
 
+@verb(
+    argument("runs", nargs="+", metavar="RUN", help="folders of runs; two stand side by side"),
+    argument("--port", type=int, default=0, metavar="P", help="of this machine; 0 is a free one"),
+)
+def gallery(options: Namespace) -> int:
+    """a page on this machine: student beside teacher
+
+    Shows pictures of a run's student beside its teacher's from the same noise, by seed, class and
+    1 to 8 evaluations, with the time each takes. The page is served to this machine alone, at the
+    address that is printed, until Ctrl-C; from elsewhere through `ssh -L`.
+
+    examples:
+      bowstring gallery runs/digits
+      bowstring gallery runs/digits runs/digits-bezier --port 8000
+    """
+    from contextlib import suppress
+
+    runs = [open_run(folder) for folder in options.runs]
+    from cluster.inspect.gallery import Exhibit, server
+    from cluster.settings.file import load_config
+
+    configs = [load_config(run, []) for run in runs]
+    teachers = [list(config.teacher.values())[-1] for config in configs]
+    shown = zip(runs, configs, teachers, strict=True)
+    exhibits = [Exhibit(run, config.data, teacher) for run, config, teacher in shown]
+    bound, address = server(exhibits, options.port)
+    print(address, flush=True)
+    with bound, suppress(KeyboardInterrupt):
+        bound.serve_forever()
+    return 0
+
+
 # -----------------------------------------------------------------------------------------------
 # A live run
 
@@ -497,3 +529,27 @@ def doctor(options: Namespace) -> int:
     from cluster.inspect.doctor import show
 
     return show(options.dir, as_json=options.json)
+
+
+@verb(
+    argument("word", nargs="?", metavar="WORD", help="in a key or its words (default: all)"),
+    argument("--page", action="store_true", help="as docs/settings.md"),
+)
+def settings(options: Namespace) -> int:
+    """every setting: type, default, and what it is for
+
+    Lists the settings of a run, or those that have WORD in their key or in what they are for.
+    The defaults are those without an experiment; `bowstring run experiment=NAME --cfg job` shows
+    what an experiment makes of them.
+
+    examples:
+      bowstring settings
+      bowstring settings precision
+      bowstring settings train.
+    """
+    from cluster.inspect.settings import page, show
+
+    if options.page:
+        print(page(), end="")
+        return 0
+    return show(options.word or "")

@@ -24,6 +24,16 @@ from rich import console, table
 from distill.run.files import sync_directory
 
 OK, WARN, BAD = "ok", "warn", "bad"
+# What needs an extra. `train` is what a run needs; `dev` and `docs` are for who changes Bowstring.
+EXTRAS = {
+    "diffusers": "teacher.kind=diffusers, export --format diffusers, encode with AutoencoderKL",
+    "onnx": "export --format onnx",
+    "s3": "trajectory.location=s3://...",
+    "wandb": "train.wandb=PROJECT",
+    "sweep": "hydra/launcher=submitit_slurm",
+    "dev": "make test",
+    "docs": "the pages as a site: make docs",
+}
 # Ray's object store lies there; below this it falls back to a slow disk file.
 SHARED_MEMORY = Path("/dev/shm")
 MIN_SHM_BYTES = 256 * 2**20
@@ -45,22 +55,43 @@ class Finding:
 
 def packages() -> list[Finding]:
     """Python and every dependency of bowstring with its version, compared with what is required."""
-    found = [
-        Finding("python", OK if sys.version_info >= (3, 10) else BAD, platform.python_version())
-    ]
-    for line in importlib.metadata.requires("bowstring") or []:
-        requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": "train"}):
-            continue
-        try:
-            have = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            found.append(Finding(requirement.name, BAD, "missing; pip install 'bowstring[train]'"))
-            continue
-        fits = requirement.specifier.contains(have, prereleases=True)
-        detail = have if fits else f"{have}, needs {requirement.specifier}"
-        found.append(Finding(requirement.name, OK if fits else BAD, detail))
+    is_new = sys.version_info >= (3, 10)
+    found = [Finding("python", OK if is_new else BAD, platform.python_version())]
+    needed = [*requirements(""), *requirements("train")]
+    return found + [_package(one, "train") for one in needed]
+
+
+def extras() -> list[Finding]:
+    """Every extra: whether its packages are here, and what needs them."""
+    found = []
+    for extra, user in EXTRAS.items():
+        lacking = [row for one in requirements(extra) if (row := _package(one, extra)).state != OK]
+        said = "; ".join(f"{row.name} {row.detail}" for row in lacking[:1])
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        state, detail = (WARN, f"{said}{more}; for {user}") if lacking else (OK, f"for {user}")
+        found.append(Finding(f"extra {extra}", state, detail))
     return found
+
+
+def requirements(extra: str) -> list[Requirement]:
+    """What bowstring requires always, for "", or what an extra adds."""
+    every = [Requirement(line) for line in importlib.metadata.requires("bowstring") or []]
+    always = [one for one in every if one.marker is None or one.marker.evaluate({"extra": ""})]
+    if not extra:
+        return always
+    with_it = [one for one in every if one.marker and one.marker.evaluate({"extra": extra})]
+    return [one for one in with_it if one not in always]
+
+
+def _package(requirement: Requirement, extra: str) -> Finding:
+    """One package, compared with what is required."""
+    try:
+        have = importlib.metadata.version(requirement.name)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(requirement.name, BAD, f"missing; pip install 'bowstring[{extra}]'")
+    fits = requirement.specifier.contains(have, prereleases=True)
+    detail = have if fits else f"{have}, needs {requirement.specifier}"
+    return Finding(requirement.name, OK if fits else BAD, detail)
 
 
 def accelerators() -> list[Finding]:
@@ -224,7 +255,8 @@ def _sync(folder: Path) -> Finding:
 
 def examine(folder: Path) -> list[Finding]:
     """All findings; `folder` is where runs will live."""
-    return [*packages(), *accelerators(), *hardware(), *ports(), *file_system(folder)]
+    software = [*packages(), *extras(), *accelerators()]
+    return [*software, *hardware(), *ports(), *file_system(folder)]
 
 
 def show(folder: Path, as_json: bool) -> int:

@@ -21,8 +21,8 @@ from distill.teachers.config import TeacherConfig, weight_table
 class WorkersConfig:
     """A group of Ray workers: what each asks of the cluster."""
 
-    cpus_per_worker: float = 1.0
-    gpus_per_worker: float = 0.0
+    cpus_per_worker: float = 1.0  # cores that Ray sets aside for one
+    gpus_per_worker: float = 0.0  # GPUs of one; a part of one is shared
     threads_per_worker: int = 1  # intra-op threads of torch on a CPU worker
 
     def __post_init__(self) -> None:
@@ -33,7 +33,7 @@ class WorkersConfig:
 class TeacherPoolConfig(WorkersConfig):
     """The teacher pool. On a cluster it has as many workers as fit, at least `num_workers`."""
 
-    num_workers: int = 2
+    num_workers: int = 2  # at least, at the start
     max_workers: int = 0  # and at most these; 0: as many as fit. Without a cluster not used
     lease_timeout_s: float = 120.0  # for one evaluation, a shard's upload, loading teachers
     # A shard that failed on so many nodes is given up, with its traceback; a GPU that failed so
@@ -121,7 +121,7 @@ def sbatch(name: str) -> Any:
 class NodeConfig:
     """What a node has. What is not said here is read from Slurm (`cluster.slurm.site`)."""
 
-    gpus: int | None = None
+    gpus: int | None = None  # of a node
     cpus: int | None = None  # cores as Slurm counts them, threads where it counts those
     memory: str = ""  # of the host, e.g. 500G
 
@@ -142,10 +142,10 @@ class JobConfig:
 
     nodes: int = 0  # 0: as many as the ranks or workers need
     node: NodeConfig = field(default_factory=NodeConfig)  # where it differs from cluster.slurm.node
-    partition: str = sbatch("partition")
-    account: str = sbatch("account")
-    qos: str = sbatch("qos")
-    constraint: str = sbatch("constraint")
+    partition: str = sbatch("partition")  # option of sbatch; "" is the site's default
+    account: str = sbatch("account")  # option of sbatch
+    qos: str = sbatch("qos")  # option of sbatch
+    constraint: str = sbatch("constraint")  # option of sbatch
     # Limit: HH:MM:SS or D-HH:MM:SS, in quotes in a file. Empty: twice what `estimate` says.
     time: str = sbatch("time")
     memory: str = sbatch("mem")  # of a node, e.g. 60G
@@ -179,7 +179,7 @@ class TeacherJobConfig(JobConfig):
     """
 
     max_nodes: int = 0  # 0: for max_workers; where that is 0 too, twice as many as run at once
-    workers_per_node: int = 0
+    workers_per_node: int = 0  # teacher workers of one task; 0: as many as its GPUs or cores take
     num_workers: int = 0  # of this array; 0: cluster.teachers.num_workers
     gpu_option: str | None = None  # of another kind of GPU; None: cluster.slurm.gpu_option
 
@@ -302,7 +302,7 @@ class ClusterConfig:
     address: str = ""
     teachers: TeacherPoolConfig = field(default_factory=TeacherPoolConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    object_store_bytes: int = 200_000_000
+    object_store_bytes: int = 200_000_000  # memory of Ray's object store on a node
     device_flops: float = 2e10  # FLOP/s that `estimate` assumes one worker's device to keep up
     # Its peak in the working precision, by its data sheet: `mfu` is a share of it. 0: not known.
     device_peak_flops: float = 0.0
@@ -332,8 +332,8 @@ class ClusterConfig:
 class RunSection:
     """Name and place of a run."""
 
-    name: str = MISSING
-    dir: str = MISSING
+    name: str = MISSING  # of the run; that of the experiment unless said
+    dir: str = MISSING  # folder; runs/NAME unless said
     command: str = ""  # the command line that made the run, for the report
 
 
@@ -342,7 +342,7 @@ class RunConfig:
     """Everything about a run. `experiment=NAME` fills it; the command line overrides any key."""
 
     run: RunSection = free(RunSection)
-    seed: int = 0
+    seed: int = 0  # of noise, classes, order and first weights
     data: DataConfig = MISSING
     student: NetworkConfig = MISSING
     teacher: dict[str, TeacherConfig] = MISSING  # by name, weakest first

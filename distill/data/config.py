@@ -27,7 +27,7 @@ class TrajectoryConfig:
 
     grid: int = 8  # K: the solver passes t = 0, 1/K .. 1
     store_points: list[int] = field(default_factory=list)  # k of the stored k/K; []: 0 .. K
-    samples_per_shard: int = 256
+    samples_per_shard: int = 256  # trajectories in one file
     block_shards: int = 1  # shards read together
     passes: int = 4  # times each block is read
     # Blocks over which the passes of one are spread; 1: a block is read `passes` times in a row

@@ -19,7 +19,7 @@ class DataConfig:
     name: str = MISSING  # a row of distill.datasets.sets
     # A folder of pictures, .zip, .tar, .parquet, .npz; fashion: with its files, "" is the usual one
     path: str = free("")
-    channels: int = MISSING
+    channels: int = MISSING  # 1 grey, 3 RGB, others a latent space
     size: int = MISSING  # height = width, pixels, after padding or cropping
     num_classes: int = 0  # 0: unconditional
     crop: str = "none"  # none (a black border at most) | adm | celeba (distill.datasets.pictures)

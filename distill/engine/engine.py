@@ -225,7 +225,12 @@ class TorchEngine:
         self._evaluation = self._average_network(EVALUATION)
         self._micro_batches = 0
 
-    def _average_network(self, kind: str) -> nn.Module:
+    @property
+    def averaged(self) -> layers.AbstractNetwork:
+        """The network with the weights of the "evaluation" average, frozen: what is exported."""
+        return self._evaluation
+
+    def _average_network(self, kind: str) -> layers.AbstractNetwork:
         """A network whose weights *are* the average, so that it needs no update."""
         network = frozen_copy(self._network)
         for name, value in zip(self._params, self._averages[kind].values, strict=True):

@@ -20,12 +20,15 @@ class ExtractorConfig:
 class EvalConfig:
     """Evaluation of a finished student."""
 
-    num_samples: int = 2000
-    seed: int = 12345
+    num_samples: int = 2000  # drawn by each sampler that is measured
+    seed: int = 12345  # of their noise; not the run's
     labels: str = "data"  # as often as in the real images: data; or each as often: uniform
-    batch_size: int = 500
+    batch_size: int = 500  # drawn at once
+    # Network evaluations a picture at which the student is measured
     nfe: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 8])
+    # At which the teacher is, by its own solver
     teacher_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64])
+    # At which it is by Euler's method
     euler_nfe: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     reference_steps: int = 32  # Heun steps of the teacher's fine solution, the truth
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)

@@ -30,11 +30,11 @@ class DiTConfig(NetworkConfig):
     """Diffusion transformer with SiT's parameter names (Ma et al., 2024)."""
 
     name: str = "dit"
-    patch_size: int = 2
-    width: int = 384
-    depth: int = 12
-    num_heads: int = 6
-    mlp_ratio: float = 4.0
+    patch_size: int = 2  # pixels of a patch's side
+    width: int = 384  # channels of a patch
+    depth: int = 12  # blocks
+    num_heads: int = 6  # of attention
+    mlp_ratio: float = 4.0  # channels inside an MLP, over `width`
 
     not_in_shapes = ("num_heads",)
 
@@ -56,11 +56,11 @@ class UNetConfig(NetworkConfig):
     """U-Net in the manner of ADM and DDPM++ (Dhariwal and Nichol, 2021; Song et al., 2021)."""
 
     name: str = "unet"
-    width: int = 64
-    channel_mults: list[int] = field(default_factory=lambda: [1, 2, 2])
-    blocks_per_level: int = 2
+    width: int = 64  # channels that `channel_mults` multiplies
+    channel_mults: list[int] = field(default_factory=lambda: [1, 2, 2])  # one for each level
+    blocks_per_level: int = 2  # on the way down; one more on the way up
     attention_sizes: list[int] = field(default_factory=lambda: [16])  # map heights that get it
-    num_heads: int = 4
+    num_heads: int = 4  # of attention
 
     not_in_shapes = ("num_heads",)
 
@@ -90,8 +90,8 @@ class LightningDiTConfig(DiTConfig):
     """
 
     name: str = "lightningdit"
-    patch_size: int = 1
-    qk_norm: bool = False
+    patch_size: int = 1  # pixels of a patch's side
+    qk_norm: bool = False  # whether queries and keys are normalised
 
 
 @dataclass
@@ -103,10 +103,10 @@ class EdmUNetConfig(NetworkConfig):
     """
 
     name: str = "edm_unet"
-    family: str = "song"  # song | adm
-    width: int = 128
-    channel_mults: list[int] = field(default_factory=lambda: [2, 2, 2])
-    blocks_per_level: int = 4
+    family: str = "song"  # song (DDPM++, NCSN++) | adm
+    width: int = 128  # channels that `channel_mults` multiplies
+    channel_mults: list[int] = field(default_factory=lambda: [2, 2, 2])  # one for each level
+    blocks_per_level: int = 4  # on the way down; one more on the way up
     attention_sizes: list[int] = field(default_factory=lambda: [16])  # map heights that get it
     embedding: str = "positional"  # of the time: positional | fourier
     noise_mult: int = 1  # features of the time, over `width`

@@ -74,7 +74,7 @@ class ObjectiveConfig(ABC):
 
     middle: ClassVar[float] = EVEN
 
-    name: str = MISSING
+    name: str = MISSING  # a row of OBJECTIVES
     distance: str = "pseudo_huber"  # l2 | pseudo_huber | lpips (RGB images only)
     lpips_backbone: str = ""  # file of torchvision's VGG16 weights, for lpips
 
@@ -137,10 +137,10 @@ KINDS = ("output", "start", "end", "change", "consistency")
 class DrawnConfig(ObjectiveConfig, ABC):
     """Drawn targets: the share of samples that draw a kind; `change` has what the others leave."""
 
-    share_output: float = 0.15
-    share_start: float = 0.1
-    share_end: float = 0.2
-    share_consistency: float = 0.05
+    share_output: float = 0.15  # of samples that draw the whole way, noise to output
+    share_start: float = 0.1  # .. a jump that begins at noise
+    share_end: float = 0.2  # .. a jump that ends at the output
+    share_consistency: float = 0.05  # .. a jump that two of the student's own are to equal
     power: float = 0.3  # of the length of a jump, in the loss: 0 velocities, 1 landings
 
     def __post_init__(self) -> None:
@@ -195,11 +195,11 @@ class SummedConfig(ObjectiveConfig):
     middle: ClassVar[float] = DRILLED
 
     name: str = "traflow_summed"
-    weight_output: float = 1.0
-    weight_states: float = 0.5
-    weight_velocity: float = 0.15
-    weight_consistency: float = 0.0
-    weight_flow_matching: float = 0.0
+    weight_output: float = 1.0  # of one jump to the teacher's output; 0 leaves a term out
+    weight_states: float = 0.5  # of jumps between the teacher's states
+    weight_velocity: float = 0.15  # of the change of a jump with its end
+    weight_consistency: float = 0.0  # of one jump against two
+    weight_flow_matching: float = 0.0  # of s = t, plain flow matching
     weights: str = "fixed"  # fixed | adaptive (by the gradient's norm, relative to the first term)
     sampler_nfe: list[int] = field(
         default_factory=lambda: [2, 4, 4, 8]
@@ -267,10 +267,10 @@ class GuidesConfig(ObjectiveConfig):
     name: str = "bezier_guides"
     variant: str = "path"  # endpoint | path | straight
     degree: int = 1  # of `path`; that of `endpoint` is the number of teachers, of `straight` 1
-    weight_drift: float = 0.0
-    weight_map: float = 1.0
-    weight_end: float = 1.0
-    p_full: float = 0.5
+    weight_drift: float = 0.0  # of the curve's velocity at s = t; 0 leaves a term out
+    weight_map: float = 1.0  # of jumps along the curve
+    weight_end: float = 1.0  # of jumps to its end
+    p_full: float = 0.5  # share of these that are the whole way, noise to end
     derivative: str = "finite_difference"  # jvp | finite_difference
 
     def __post_init__(self) -> None:
@@ -360,8 +360,8 @@ class MeanFlowConfig(ObjectiveConfig):
     path: str = "straight"  # straight (the pairs) | curve (the teacher's)
     # logit_normal, uniform: two sorted times; after: t uniform, s uniform in [t, 1)
     times: str = since("0.3", "logit_normal", before="after")
-    logit_mean: float = 0.4
-    logit_std: float = 1.0
+    logit_mean: float = 0.4  # of logit_normal times; above 0 is nearer to data
+    logit_std: float = 1.0  # of the same
     p_diagonal: float = 0.75  # chance of s = t, plain flow matching
     # p of the weight 1 / (|e|^2 + c)^p of an error e, held fixed; 0 is off
     adaptive_power: float = since("0.3", 1.0, before=0.0)

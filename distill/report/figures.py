@@ -108,6 +108,24 @@ def loss_figure(metrics: list[measured.Metrics]) -> Figure:
         return figure
 
 
+def course_figure(metrics: list[measured.Metrics]) -> Figure:
+    """Learning rate and gradient norm over steps."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7.2, 4.2), layout="constrained")
+        top, bottom = figure.subplots(2, 1, sharex=True)
+        steps = [record.step for record in metrics]
+        top.plot(steps, _values(metrics, "lr"), color=COLORS[0], linewidth=2)
+        top.set_ylabel("learning rate")
+        top.set_ylim(bottom=0)
+        bottom.plot(steps, _values(metrics, "grad_norm"), color=COLORS[1], linewidth=1.3)
+        bottom.set_ylabel("gradient norm")
+        bottom.set_yscale("log")
+        bottom.set_xlabel("step")
+        for axes in (top, bottom):
+            axes.grid(True)
+        return figure
+
+
 def speed_figure(metrics: list[measured.Metrics]) -> Figure:
     """Training throughput, and the share of time spent waiting for data, over wall time."""
     with matplotlib.rc_context(STYLE):

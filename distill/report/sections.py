@@ -4,7 +4,9 @@ It reads files only (results.json, metrics.jsonl, events.jsonl, config.yaml, run
 samples/grid.npz), and says of each that is missing how to get it.
 """
 
+import math
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ class Facts:
     """What the files of a run hold; None or empty where one is missing."""
 
     name: str
+    place: str  # the run's folder, as it was given
     results: measured.Results | None
     metrics: list[measured.Metrics]
     history: events.History
@@ -40,6 +43,7 @@ def read_facts(run: files.RunDir, command: str) -> Facts:
             grid = {key: archive[key] for key in archive.files}
     return Facts(
         name=run.root.resolve().name,
+        place=str(run.root),
         results=measured.read_results(run),
         metrics=list(measured.read_metrics(run)),
         history=events.read_history(run),
@@ -54,8 +58,27 @@ def read_facts(run: files.RunDir, command: str) -> Facts:
 # What each section shows; nothing where its data is missing
 
 
+def claim(facts: Facts) -> str:
+    """What the student saves, in a few words for who reads no further; "" before an evaluation.
+
+    Seconds are those of the same evaluation: the teacher's at its most evaluations, by its own
+    solver, over the student's at its fewest.
+    """
+    results = facts.results
+    if results is None or not results.student:
+        return ""
+    best = min(results.student, key=lambda row: row.nfe)
+    fine = max(results.teacher, key=lambda row: (row.nfe, row.solver != "euler"), default=None)
+    if fine is None or fine.nfe <= best.nfe or not best.seconds_per_1000:
+        return ""
+    times = fine.seconds_per_1000 / best.seconds_per_1000
+    many = "evaluation" if best.nfe == 1 else "evaluations"
+    faster = f": {times:.{0 if times >= 10 else 1}f} times faster" if times >= 1.5 else ""
+    return f"{fine.nfe} network evaluations → {best.nfe} {many}{faster}, and this is how it looks."
+
+
 def headline(facts: Facts) -> str:
-    """One sentence: what the student saves."""
+    """One sentence: how near the student is to its teacher."""
     if facts.results is None or not facts.results.student:
         return "Not evaluated yet."
     best = min(facts.results.student, key=lambda row: row.nfe)
@@ -105,17 +128,17 @@ def quality(facts: Facts) -> dict[str, Any] | None:
     label, name = "distance to teacher", results.frechet_name
     rows = results.student + results.teacher
     has_features = any(row.frechet is not None for row in rows)
-    keys = ["nfe", "distance_to_teacher", *(["frechet", "kid"] if has_features else [])]
-    keys.append("seconds_per_1000")
+    keys = ["nfe", "distance_to_teacher", "seconds_per_1000"]
     return {
         "results": results,
         "distances": figures.quality_figure(results, "distance_to_teacher", label),
         "features": figures.quality_figure(results, "frechet", name) if has_features else None,
-        "head": ["", "NFE", label]
-        + ([name, "kernel distance"] if has_features else [])
-        + ["s / 1,000"],
+        "head": ["", "NFE", label, "s / 1,000"]
+        + ([name, "kernel distance"] if has_features else []),
         "rows": [
-            [row_name(row, results), *(number(getattr(row, key)) for key in keys)] for row in rows
+            [row_name(row, results), *(number(getattr(row, key)) for key in keys)]
+            + ([number(row.frechet), spread(row.kid, row.kid_std)] if has_features else [])
+            for row in rows
         ],
         "marked": len(results.student),
     }
@@ -138,6 +161,31 @@ def losses(facts: Facts) -> Figure | None:
     """Loss terms over steps."""
     metrics = last_of_each_step(facts.metrics)
     return figures.loss_figure(metrics) if metrics else None
+
+
+def course(facts: Facts) -> Figure | None:
+    """Learning rate and gradient norm over steps."""
+    metrics = [record for record in last_of_each_step(facts.metrics) if record.lr is not None]
+    return figures.course_figure(metrics) if metrics else None
+
+
+def about(facts: Facts) -> list[list[str]]:
+    """When and on what the student was trained."""
+    starts, metrics = facts.history.starts, facts.metrics
+    if not starts or not metrics:
+        return []
+    first, last = starts[0].time, max(record.time for record in metrics)
+    days = [datetime.fromtimestamp(time, timezone.utc) for time in (first, last)]
+    begun, ended = (f"{day:%Y-%m-%d %H:%M}" for day in days)
+    rows = [
+        ["training", f"{begun} to {ended} UTC"],
+        ["from first start to last step", duration(last - first)],
+        ["steps", number(max(record.step for record in metrics))],
+        ["trainer ranks, at the end", number(metrics[-1].world_size)],
+        ["starts again after the first", number(len(starts) - 1)],
+        ["teacher workers lost", number(facts.history.lost)],
+    ]
+    return rows + ([["evaluated on", facts.results.device]] if facts.results else [])
 
 
 def speed(facts: Facts) -> dict[str, Any] | None:
@@ -193,6 +241,14 @@ def number(value: float | int | None) -> str:
     return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3g}"
 
 
+def spread(value: float | None, deviation: float | None) -> str:
+    """A number with its standard deviation, to as many digits: "-0.0008 ± 0.0020"."""
+    if value is None or not deviation:
+        return number(value)
+    digits = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{value:.{digits}f} ± {deviation:.{digits}f}"
+
+
 def duration(seconds: float | int) -> str:
     """Seconds in words: "12 s", "3 min 20 s", "5 h 06 min"."""
     if seconds < 60:
@@ -216,9 +272,9 @@ def size(num_bytes: float | int) -> str:
 # The page
 
 
-def render(facts: Facts) -> str:
-    """The page: templates/page.html, which has its words and escapes what it is given."""
-    environment = jinja2.Environment(
+def environment() -> jinja2.Environment:
+    """The templates of this room, which escape what they are given."""
+    made = jinja2.Environment(
         loader=jinja2.PackageLoader("distill.report"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
@@ -226,25 +282,38 @@ def render(facts: Facts) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {
+    made.filters |= {
         "number": number,
         "duration": duration,
         "size": size,
         "svg": figures.inline_svg,
     }
-    return environment.get_template("page.html").render(
-        name=facts.name,
-        objective=facts.results.objective if facts.results else "",
-        headline=headline(facts),
-        pictures=pictures(facts),
-        quality=quality(facts),
-        losses=losses(facts),
-        speed=speed(facts),
-        teachers=teachers(facts),
-        cost=facts.results.cost if facts.results else None,
-        identity=identity(facts),
-        config=facts.config,
-        command=facts.command,
+    return made
+
+
+def render(facts: Facts) -> str:
+    """The page: templates/page.html, which has its words."""
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            name=facts.name,
+            place=facts.place,
+            objective=facts.results.objective if facts.results else "",
+            claim=claim(facts),
+            headline=headline(facts),
+            pictures=pictures(facts),
+            quality=quality(facts),
+            losses=losses(facts),
+            course=course(facts),
+            about=about(facts),
+            speed=speed(facts),
+            teachers=teachers(facts),
+            cost=facts.results.cost if facts.results else None,
+            identity=identity(facts),
+            config=facts.config,
+            command=facts.command,
+        )
     )
 
 

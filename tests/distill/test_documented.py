@@ -21,7 +21,9 @@ def imports() -> list[tuple[str, str]]:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for block in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.DOTALL):
             for module, names in re.findall(
-                r"^from ((?:distill|cluster)[\w.]*) import (.+)$", block, flags=re.MULTILINE
+                r"^from ((?:bowstring|distill|cluster)[\w.]*) import (.+)$",
+                block,
+                flags=re.MULTILINE,
             ):
                 found += [(module, name.strip()) for name in names.split(",")]
     return found
@@ -33,4 +35,4 @@ def test_a_documented_import_works(module, name):
 
 
 def test_the_documents_are_read_at_all():
-    assert ("distill.sample", "load_student") in imports()
+    assert ("bowstring", "load_student") in imports()

@@ -69,6 +69,34 @@ def test_wrong_settings_are_refused_by_name(student, wrong):
         student.sample(**({"num": 2} | wrong))
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, torch.tensor, lambda label: label])
+def test_a_label_is_any_integer(student, kind):
+    expected = student.sample(2, labels=[3, 7])
+    assert torch.equal(student.sample(2, labels=[kind(3), kind(7)]), expected)
+    assert torch.equal(student.sample(2, labels=kind(3)), student.sample(2, labels=3))
+    assert torch.equal(student.sample(2, labels=np.array([3, 7])), expected)
+    assert torch.equal(student.sample(2, labels=torch.tensor([3, 7])), expected)
+
+
+@pytest.mark.parametrize("wrong", ["a red fox", 1.5, [True], torch.tensor([0.5])])
+def test_a_label_that_is_no_integer_is_refused(student, wrong):
+    with pytest.raises(ConfigError, match="takes classes, 0 to 9"):
+        student.sample(2, labels=wrong)
+
+
+def test_a_run_opens_as_its_newest_checkpoint_and_nothing_is_written(finished_run, student):
+    before = sorted(finished_run.root.rglob("*"))
+    opened = load_student(finished_run.root, "cpu")
+    assert torch.equal(opened.sample(4, nfe=2), student.sample(4, nfe=2))
+    assert opened.meta == student.meta and sorted(finished_run.root.rglob("*")) == before
+
+
+def test_a_run_without_a_checkpoint_is_a_sentence(tmp_path):
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(ConfigError, match="has no checkpoint yet; train it first"):
+        load_student(tmp_path)
+
+
 def test_a_teacher_is_no_student(finished_run):
     with pytest.raises(ConfigError, match="teacher"):
         load_student(finished_run.teacher.model(3))

@@ -1,7 +1,11 @@
 """File system checks pass on a good folder, fail on an impossible one, and leave nothing."""
 
+import importlib.metadata
 from pathlib import Path
 
+import pytest
+
+from cluster.inspect import doctor
 from cluster.inspect.doctor import (
     BAD,
     OK,
@@ -48,4 +52,23 @@ def test_a_machine_without_shared_memory_is_bad(tmp_path, monkeypatch):
     assert (finding.state, finding.detail) == (
         BAD,
         "missing, and Ray needs it; mount a tmpfs there",
+    )
+
+
+def test_every_extra_is_listed_with_what_needs_it():
+    known = set(importlib.metadata.metadata("bowstring").get_all("Provides-Extra")) - {"train"}
+    assert set(doctor.EXTRAS) == known
+    found = {finding.name: finding for finding in doctor.extras()}
+    assert found["extra onnx"].state == OK and "export --format onnx" in found["extra onnx"].detail
+
+
+def test_a_missing_extra_is_a_warning_that_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch):
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", missing)
+    (found,) = [finding for finding in doctor.extras() if finding.name == "extra wandb"]
+    assert found.state == doctor.WARN
+    assert found.detail == (
+        "wandb missing; pip install 'bowstring[wandb]'; for train.wandb=PROJECT"
     )

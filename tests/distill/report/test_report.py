@@ -12,12 +12,14 @@ from distill.evaluation.config import EvalConfig
 from distill.evaluation.evaluate import evaluate
 from distill.report.cost import train_device_s
 from distill.report.sections import (
+    claim,
     duration,
     headline,
     read_facts,
     render,
     row_name,
     size,
+    spread,
     write_report,
 )
 from distill.run.events import Resume, replay
@@ -25,7 +27,8 @@ from distill.run.files import RunDir, write_atomic
 from distill.run.measured import Metrics, read_results
 
 COMMAND = "bowstring run experiment=digits run.name='<tiny>'"
-SECTIONS = ["pictures", "quality", "loss", "speed", "teachers", "cost", "configuration", "command"]
+SECTIONS = ["pictures", "quality", "use", "loss", "speed", "teachers", "cost", "run"]
+SECTIONS += ["configuration", "command"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def test_the_page_needs_nothing_from_outside(page):
 def test_every_section_has_its_content(page):
     assert re.findall(r'<section id="(\w+)"><h2>\w', page) == SECTIONS
     assert 'class="missing"' not in page
-    assert page.count("<svg") == 5 and page.count("<img") == 7 * 10
+    assert page.count("<svg") == 6 and page.count("<img") == 7 * 10
     assert "seed: 0" in page
     assert f"<pre>{COMMAND}</pre>" in unescape(page)
 
@@ -92,9 +95,10 @@ def test_the_numbers_are_those_of_results_json(page, finished_run):
     rows = tree["student"] + tree["teacher"]
     names = [row_name(row, results) for row in results.student + results.teacher]
     for cells, row, name in zip(lines, rows, names, strict=True):
-        keys = ("nfe", "distance_to_teacher", "frechet", "kid", "seconds_per_1000")
+        keys = ("nfe", "distance_to_teacher", "seconds_per_1000", "frechet")
         assert cells[0] == name
-        for cell, key in zip(cells[1:], keys, strict=True):
+        assert cells[-1] == spread(row.get("kid"), row.get("kid_std"))
+        for cell, key in zip(cells[1:-1], keys, strict=True):
             if key in row:
                 assert float(cell.replace(",", "")) == pytest.approx(row[key], rel=5e-3), key
             else:
@@ -147,6 +151,47 @@ def test_the_headline_names_the_evaluations_the_teacher_needs(finished_run, page
     assert headline(replace(facts, results=results)).endswith(
         "The teacher's Euler solver needs 4 for that."
     )
+
+
+def test_the_claim_is_for_who_reads_no_further(finished_run, page):
+    """Evaluations and seconds of the teacher's finest row over the student's first."""
+    facts = read_facts(finished_run, "")
+    (student,), (teacher, *_) = facts.results.student, facts.results.teacher
+    slow = replace(teacher, nfe=64, seconds_per_1000=12.3)
+    fast = replace(student, seconds_per_1000=0.3)
+    results = replace(facts.results, student=(fast,), teacher=(teacher, slow))
+    assert claim(replace(facts, results=results)).startswith(
+        "64 network evaluations → 1 evaluation: 41 times faster,"
+    )
+    slower = replace(results, student=(replace(fast, seconds_per_1000=20.0),))
+    assert "faster" not in claim(replace(facts, results=slower))
+    assert claim(replace(facts, results=None)) == ""
+
+
+def test_a_spread_stands_beside_its_number():
+    assert spread(-0.00081, 0.0021) == "-0.0008 ± 0.0021"
+    assert spread(12.0, 3.0) == "12.0 ± 3.0"
+    assert (spread(0.5, None), spread(None, None)) == ("0.5", "-")
+
+
+def test_the_page_says_when_how_long_and_how_often_it_was_started(finished_run):
+    facts = read_facts(finished_run, "")
+    history = replay([Resume(0, 2, time=0.0), Resume(10, 2, time=3600.0)])
+    metrics = [Metrics(20, lr=1e-3, grad_norm=0.5, world_size=2, time=5400.0)]
+    text = render(replace(facts, history=history, metrics=metrics))
+    for row in (
+        ("training", "1970-01-01 00:00 to 1970-01-01 01:30 UTC"),
+        ("from first start to last step", "1 h 30 min"),
+        ("starts again after the first", "1"),
+        ("trainer ranks, at the end", "2"),
+    ):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in text
+    assert "learning rate and gradient norm over steps" in text
+    assert f'bowstring.load_student("{finished_run.root}")' in unescape(text)
+
+
+def test_a_picture_is_enlarged_without_a_script(page):
+    assert page.count('<input type="checkbox"') == page.count("<img") > 0
 
 
 def test_words_for_numbers():
