@@ -19,6 +19,7 @@ from cluster.pool.preflight import check_device
 MEETING_S = 180.0  # for each of these
 SIZE = 4096
 SHOWN = 8  # ranks that a sentence names
+STACK = (" ", "\t", "frame #", "Exception raised from")  # what its lines begin with
 
 Ask = Callable[..., futures.Future[Any]]  # (rank, function, *arguments) -> what it returns there
 
@@ -50,8 +51,10 @@ def hear(what: str, names: list[str], answers: list[futures.Future[Any]]) -> lis
 
 
 def last_line(error: BaseException | None) -> str:
-    """The line of an error, or of the traceback in it, that says it."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+    """The line of an error, or of the traceback in it, that says it; torch has stacks behind it."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(STACK)]
+    return (told or lines or [type(error).__name__])[-1]
 
 
 def compute(device: Callable[[], torch.device]) -> None:

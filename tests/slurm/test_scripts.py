@@ -227,8 +227,10 @@ def test_a_task_of_the_teachers_that_is_told_to_leave_is_queued_again_alone(case
     finish(case)
 
 
-def test_a_sick_node_is_left_out_where_slurm_starts_a_job_again(case):
+def test_a_sick_node_is_left_out_where_slurm_starts_a_job_again(case, request):
     """Also by a submit; and all of them are taken where no others would do."""
+    if request.config.getoption("--moody", default=""):
+        pytest.skip("NOT TESTED: Slurm must answer between a requeue and the end of the script")
     case = case(APART, "cluster.slurm.teachers.max_nodes=1")
     case.until(lambda: case.said("joining", "teachers") == 1)
     (sick,), (also,) = [case.train.node_list], case.teacher_nodes

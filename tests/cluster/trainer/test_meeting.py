@@ -54,7 +54,8 @@ def answer(outcome):
 def test_ranks_that_fail_or_hang_are_named_with_their_nodes(monkeypatch):
     monkeypatch.setattr(meeting, "MEETING_S", 0.05)
     assert meeting.hear("answers", NAMES, [answer(n) for n in (1, 2, 3)]) == [1, 2, 3]
-    error = RuntimeError("a traceback\nits device computes wrong: off by 4")
+    stack = "Exception raised from f at g.cc (most recent call first):\nframe #0: h + 0x1\n\n"
+    error = RuntimeError(f"a traceback\nits device computes wrong: off by 4\n{stack}")
     with pytest.raises(meeting.MeetingFailed) as raised:
         meeting.hear("computes", NAMES, [answer(1), answer(error), answer(None)])
     assert str(raised.value) == (
