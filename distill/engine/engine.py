@@ -6,6 +6,7 @@ named parameters, so a checkpoint of one opens in the other and on any number of
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -273,10 +274,11 @@ class TorchEngine:
                 param.grad = torch.zeros_like(param)
         grads = [param.grad for param in params if param.grad is not None]
         torch._foreach_div_(grads, float(self._micro_batches))
-        norm = torch.nn.utils.get_total_norm(grads)
-        if torch.isfinite(norm):
+        total = torch.nn.utils.get_total_norm(grads)
+        norm = float(total)  # all that is read from the device
+        if math.isfinite(norm):
             if self._config.grad_clip > 0:
-                torch.nn.utils.clip_grads_with_norm_(params, self._config.grad_clip, norm)
+                torch.nn.utils.clip_grads_with_norm_(params, self._config.grad_clip, total)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
             self._optimizer.step()
@@ -284,7 +286,7 @@ class TorchEngine:
                 average.update(step, params)
         self._optimizer.zero_grad()
         self._micro_batches = 0
-        return float(norm)
+        return norm
 
     def fragments(self) -> Iterator[Fragment]:
         for index, (name, param) in enumerate(self._params.items()):

@@ -80,7 +80,7 @@ class TrainLog(callbacks.Callback):
         if step.pulls:
             self._last["term_grad_norms"] = {n: float(value) for n, value in step.pulls.items()}
         self._names = list(step.terms)
-        self._ids.append(step.batch.ids.cpu())
+        self._ids.append(step.batch.ids)
         self._rows.append(torch.stack([step.loss, *step.terms.values()]))
 
     def measure(self, done: int) -> dict[str, Any]:
@@ -88,7 +88,7 @@ class TrainLog(callbacks.Callback):
         if not self._ids:
             return {}
         engine = self._engine
-        ids = engine.gather(torch.stack(self._ids))  # [ranks, steps, share]
+        ids = engine.gather(torch.stack(self._ids)).cpu()  # [ranks, steps, share]
         values = engine.gather(torch.stack(self._rows)).cpu()  # [ranks, steps, 1 + terms]
         memory = engine.gather(torch.tensor(peak_memory_bytes(engine.device)))
         self._write_consumed(ids, done)

@@ -76,8 +76,9 @@ def train(
                 loss, terms, pulls = _accumulate(
                     engine, objective, batch, accumulation, done, hooks, is_logged
                 )
-                broken = not bool(torch.isfinite(loss))
-                mine = torch.tensor([broken, should_stop(), hooks.has_failed])
+                told = torch.tensor([should_stop(), hooks.has_failed])
+                told = told.to(loss.device, non_blocking=True)
+                mine = torch.cat([~torch.isfinite(loss)[None], told])  # the device is read once
                 broken, stop, failed = engine.gather(mine).any(dim=0).tolist()
                 grad_norm = math.nan if broken else engine.step(done, lr)
                 overflowed = engine.overflowed and not broken

@@ -3,11 +3,13 @@
 import json
 import math
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from small_training import EVERY_TERM, IMAGE, NETWORK, fit_all, read_share
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from distill.checkpoint.manifest import committed_steps
 from distill.config import ConfigError, TrainConfig
@@ -16,7 +18,7 @@ from distill.flow.trajectory import TrajectoryBatch
 from distill.networks.build import build_network
 from distill.objectives.base import LossTerms
 from distill.objectives.build import build_objective
-from distill.objectives.config import ReflowConfig
+from distill.objectives.config import ReflowConfig, TraFlowConfig
 from distill.run.files import RunDir, read_lines
 from distill.training.loop import TrainingError, learning_rate
 
@@ -220,3 +222,44 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert learning_rate(0, config) == pytest.approx(0.1)
     assert learning_rate(50, config) == pytest.approx(0.5)
     assert learning_rate(99, config) < 1e-3
+
+
+class Reads(TorchDispatchMode):
+    """Counts what would wait for a device: values of tensors that become Python's."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        reads = (torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero)
+        self.count += op.overloadpacket in reads
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("objective", [TraFlowConfig(), ReflowConfig()], ids=lambda o: o.name)
+def test_a_step_synchronises_with_the_device_for_its_flags_and_its_norm_alone(objective, tmp_path):
+    """The norm is one value that becomes Python's; the flags come as one list, by `gather`."""
+    config, gathered, counts = config_of(max_steps=6, log_every=3, save_every=6), [], []
+
+    class Engine(TorchEngine):
+        def gather(self, values):
+            gathered.append(values)
+            return super().gather(values)
+
+        def step(self, step, lr):
+            norm = super().step(step, lr)
+            counts.append((reads.count, len(gathered)))
+            return norm
+
+    engine = Engine(build_network(NETWORK, IMAGE, seed=3), config, torch.device("cpu"))
+    batches = [read_share(step, 0, 1) for step in range(6)]
+    with Reads() as reads:
+        fit_all(
+            engine,
+            batches.__getitem__,
+            build_objective(objective, 0),
+            config,
+            tmp_path,
+            {"seed": 0},
+        )
+    between = [(b[0] - a[0], b[1] - a[1]) for a, b in pairwise(counts)]
+    assert [between[i] for i in (0, 3)] == [(1, 1)] * 2  # steps that are not logged
