@@ -21,7 +21,6 @@ from distill.datasets.decode import to_uint8
 from distill.engine.engine import TorchEngine
 from distill.evaluation import curves, sampling
 from distill.evaluation.config import EvalConfig
-from distill.evaluation.metrics import relative_distance
 from distill.flow.noise import sample_noise
 from distill.flow.times import EVEN, NFE_PER_STEP
 from distill.flow.trajectory import GeneratedShard, TrajectoryBatch
@@ -411,6 +410,8 @@ def compare(
     Raises:
         ConfigError: the student was trained on this seed.
     """
+    from distill.evaluation.metrics import relative_distance  # as long to import as all the rest
+
     check(
         student.meta.get("seed") != seed,
         f"seed={seed} is that of the trajectories, so its samples were trained on; take another",
