@@ -144,9 +144,9 @@ class Edm2UNetConfig(NetworkConfig):
     """EDM2's U-Net (Karras et al., 2024) by its parameter names. Heads have 64 channels."""
 
     name: str = "edm2_unet"
-    width: int = 192
-    channel_mults: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
-    blocks_per_level: int = 3
+    width: int = 192  # channels of the first level
+    channel_mults: list[int] = field(default_factory=lambda: [1, 2, 3, 4])  # of each level
+    blocks_per_level: int = 3  # of the encoder; the decoder has one more
     attention_sizes: list[int] = field(default_factory=lambda: [16, 8])  # map heights that get it
     sigma_data: float = 0.5  # standard deviation of the data
 
