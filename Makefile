@@ -32,7 +32,7 @@ docs: install
 	$(BIN)/mkdocs serve
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --no-loadscope-reorder -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m "not slow and not gpu"
 
 format: install
 	$(BIN)/ruff format .
