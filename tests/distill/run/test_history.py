@@ -120,6 +120,7 @@ VALUES = {
     float | None: st.none() | st.floats(0, 10),
     str: st.sampled_from("ab"),
     tuple[int, ...]: st.lists(st.integers(0, 5), max_size=3).map(tuple),
+    tuple[int, ...] | None: st.none() | st.lists(st.integers(0, 5), max_size=3).map(tuple),
     dict[str, str]: st.just({}),
 }
 
