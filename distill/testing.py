@@ -141,9 +141,9 @@ def random_network(name: str, image: ImageSpec, seed: int = 0) -> layers.Abstrac
     network = build.build_network(NETWORKS[name], image)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for name, parameter in network.named_parameters():
-            scale = 1.0 if name.endswith("_gain") else 0.2
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        for key, parameter in network.named_parameters():
+            factor = 0.5 if key.endswith("_gain") else 0.2
+            parameter.copy_(factor * torch.randn(parameter.shape, generator=generator))
     return network.double()
 
 

@@ -24,7 +24,10 @@ from distill.networks.edm_unet import Fixed, Resample, of_denoiser
 
 CLIP = 256.0  # of activations
 HEAD = 64  # channels of an attention head
-LABEL, RESIDUAL, CONCAT = 0.5, 0.3, 0.5  # how much of the second of two summands is taken
+# How much of the second of two summands is taken.
+LABEL = 0.5
+RESIDUAL = 0.3
+CONCAT = 0.5
 
 
 def normalized(x: Tensor, dims: tuple[int, ...]) -> Tensor:
