@@ -5,18 +5,20 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
-import ray
 import torch
 from ray.train.torch.config import _TorchBackend
 from small_training import EVERY_TERM, config_of, fit, manifest, zero_engine
 
+from cluster.trainer import meeting
 from cluster.trainer.fit import (
     RANK_STOP_SIGNALS,
     RankConfig,
     catch_stop_signals,
     keep_words,
+    set_timeout,
     stop_signal,
 )
 from distill.checkpoint.manifest import latest_verified
@@ -99,23 +101,33 @@ def test_a_forked_child_ends_by_the_signal_and_the_training_goes_on(tmp_path):
 
 
 def test_ray_train_has_every_rank_catch_them(tmp_path, monkeypatch):
-    """After its own start of the process group, in the main thread of each; before it what a rank
-    prints goes to a file, so that the words of the start are there.
+    """After the ranks have met, in the main thread of each; before the start of the process group
+    what a rank prints goes to a file, so that the words of the start are there.
     """
     calls: list = []
     monkeypatch.setattr(_TorchBackend, "on_start", lambda *_: calls.append("process group"))
-    monkeypatch.setattr(ray, "get", lambda asked: calls.append(asked))
+
+    class Answer:
+        def future(self):
+            found = Future()
+            found.set_result("here")
+            return found
 
     class Group:
-        execute = calls.append
-
         def __len__(self):
             return 2
 
-        def execute_single_async(self, rank, work, *words):
-            return (work, *words)
+        def execute(self, work, *_):
+            calls.append(work)
+
+        def execute_single_async(self, rank, work, *_):
+            calls.append((work, rank))
+            return Answer()
 
     config = RankConfig(run=RunDir(tmp_path))
     config.backend_cls().on_start(Group(), config)
-    kept = [(keep_words, RunDir(tmp_path), rank) for rank in range(2)]
-    assert calls == [kept, "process group", catch_stop_signals]
+    kept, alone, together = (
+        [(work, rank) for rank in range(2)]
+        for work in (keep_words, meeting.compute, meeting.add_up)
+    )
+    assert calls == [*kept, "process group", *alone, *together, set_timeout, catch_stop_signals]
