@@ -174,8 +174,11 @@ def test_shards_of_a_killed_run_in_s3_are_those_of_a_local_one(
     found = audit(run)
     assert not any(found[key] for key in ("missing", "duplicate", "corrupt", "consumption"))
     assert found["evicted"] == 4  # and a checkpoint without the records of its steps is said
-    (said,) = found["records"]
-    assert said.startswith("there is a checkpoint of step 8, and run/events.jsonl tells of 0 steps")
+    steps, saves = found["records"]
+    assert steps.startswith(
+        "there is a checkpoint of step 8, and run/events.jsonl tells of 0 steps"
+    )
+    assert saves.startswith("run/events.jsonl does not tell of the checkpoints of steps 8: ")
 
 
 def test_an_unreachable_store_is_one_sentence_that_names_the_setting(tmp_path, monkeypatch):
