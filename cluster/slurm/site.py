@@ -118,9 +118,10 @@ def grace_words(config: RunConfig, run: RunDir) -> list[str]:
     too short, by the last save, or by the bytes of one. Nothing where it suffices, and of what
     Slurm does not tell.
     """
-    slurm, took_s = config.cluster.slurm, events.read_history(run).save_s
+    slurm = config.cluster.slurm
     if slurm is None:
         return []
+    took_s = events.read_history(run).save_s
     how = "the last one took"
     if not took_s:
         weights = network_cost(config.student, config.data.image).parameters
